@@ -104,7 +104,8 @@ def estimated(
         for prefix, completion in zip(prefixes, found, strict=True)
     ]
     graded = collector.encoder.grade(problems, texts)
-    return right(graded).reshape(-1, SAMPLES).mean(axis=1)
+    shares: Floats = right(graded).reshape(-1, SAMPLES).mean(axis=1)
+    return shares
 
 
 # --- statistics -----------------------------------------------------------------------------------
@@ -148,7 +149,8 @@ def ridge(known: Floats, targets: Floats, new: Floats, penalty: float) -> Floats
     rows = ((known - centre) / scale).reshape(-1, known.shape[-1])
     gram = rows.T @ rows + penalty * np.eye(rows.shape[1])
     weights = np.linalg.solve(gram, rows.T @ (targets - mean).reshape(-1))
-    return mean + (new - centre) / scale @ weights
+    values: Floats = mean + (new - centre) / scale @ weights
+    return values
 
 
 def explained(

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from benchmarks.forced import force_eos
@@ -25,11 +27,8 @@ class ForcedKv(kv.Kv):
         self, policy: Policy, prompts: Sequence[Sequence[int]], params: SamplingParams
     ) -> list[Completion]:
         lengths = read_workload(self.workload).lengths
-        original, kv._Decoder = kv._Decoder, lambda *args: ForcedDecoder(*args, lengths=lengths)
-        try:
+        with patch.object(kv, "_Decoder", partial(ForcedDecoder, lengths=lengths)):
             completions = super().generate(policy, prompts, params)
-        finally:
-            kv._Decoder = original
         return [replace(c, text=program(i, params.seed)) for i, c in enumerate(completions)]
 
 

@@ -221,8 +221,9 @@ def step_reftune(setting: Setting, *, compiled: bool = False) -> dict[str, Any]:
     """Time a whole step of `reftune rl` in bf16, by phase."""
     workload, path = the_workload(setting)
     folder = Path(setting.folder) / ("run_compiled" if compiled else "run")
-    steps = setting.repeats + 2
-    described = recipe(path, setting.samples, steps, folder, dtype="bfloat16", recompute=False)
+    described = recipe(
+        path, setting.samples, setting.repeats + 2, folder, dtype="bfloat16", recompute=False
+    )
     described["model"] |= {
         "path": setting.model,
         "device": setting.device,
@@ -244,7 +245,8 @@ def work_of(setting: Setting, workload: Workload, medians: dict[str, float]) -> 
     """Tokens per second and FLOP/s by phase."""
     model, tokenizer = load_pretrained(setting.model)
     head = model.get_output_embeddings().weight
-    ends = {id(p): p.numel() for p in (head, model.get_input_embeddings().weight)}
+    embedding = model.get_input_embeddings().get_parameter("weight")
+    ends = {id(p): p.numel() for p in (head, embedding)}
     trunk = sum(p.numel() for p in model.parameters()) - sum(ends.values())
     asked = [
         len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in workload.prompts
@@ -390,7 +392,6 @@ class FixedDecoder:
         self.step: Callable[[], None] = self.next
         if way == "compile":
             self.step = torch.compile(self.next)
-        self.graph = None
         if way == "graph":
             self.capture()
 
@@ -424,10 +425,10 @@ class FixedDecoder:
             for _ in range(3):
                 self.next()
         torch.cuda.current_stream().wait_stream(aside)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
             self.next()
-        self.step = self.graph.replay
+        self.step = graph.replay
 
     def decode(self) -> Tensor:
         """The new tokens, (rows, tokens)."""
@@ -512,9 +513,9 @@ def document(results: dict[str, dict[str, Any]], setting: Setting) -> dict[str, 
         }
         figures["peak_bytes"] = ours["peak_bytes"]
     for way in ("graph", "compile"):
-        pair = [results.get(name, {}).get("tokens_s") for name in ("decode_fixed", f"decode_{way}")]
-        if all(pair):
-            figures[f"decode_{way}_speedup"] = pair[1] / pair[0]
+        before, after = (results.get(f"decode_{w}", {}).get("tokens_s") for w in ("fixed", way))
+        if before and after:
+            figures[f"decode_{way}_speedup"] = after / before
     correct = [results[name].get("ok", False) for name in results if name.startswith("correctness")]
     unfinished = [
         name

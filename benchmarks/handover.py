@@ -371,13 +371,15 @@ def draw(curves: Mapping[str, Sequence[Point]], path: Path) -> None:
     """Draw the gain over SFT against the hand-over, one panel per task."""
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     style: dict[Any, Any] = {"svg.hashsalt": "reftune", "font.size": 10, "text.color": INK}
     with matplotlib.rc_context(style):
         figure = Figure(
-            figsize=(4.4 * max(1.45, len(curves)), 3.9), layout="constrained", facecolor="white"
+            figsize=(4.4 * max(1.45, len(curves)), 3.9),
+            layout=ConstrainedLayoutEngine(wspace=0.06),
+            facecolor="white",
         )
-        figure.get_layout_engine().set(wspace=0.06)
         panels = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
         for panel, (task, points) in zip(panels, curves.items(), strict=True):
             draw_panel(panel, points)

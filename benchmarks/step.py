@@ -467,7 +467,8 @@ def the_workload(samples: int, *, shorter: int = 1) -> Workload:
 def prompt_texts(count: int) -> list[str]:
     """Generated questions in the compact style."""
     data = WordProblems(kind="word_problems", train=count, dev=1, test=1).load(seed=0)
-    return [Program(kind="program", style="compact").prompt(problem) for problem in data.train]
+    style = Program(kind="program", style="compact")
+    return [str(style.prompt(problem)) for problem in data.train]
 
 
 if __name__ == "__main__":
