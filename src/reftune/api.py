@@ -162,7 +162,7 @@ def evaluate(
         engine=load_component("kv", group="engines"),
         encoder=Encoder(policy.tokenizer, put),
         reward=Outcome(),
-        lengths=LengthTable(max_new=max_new or lengths.max_new),  # type: ignore[call-arg]
+        lengths=LengthTable(max_new=max_new or lengths.max_new),
     )
     own = policy.stop
     policy.stop = replace(own, texts=stop_texts(put))
@@ -190,7 +190,7 @@ def _policy(model: str | Path | Policy) -> Policy:
 
     if isinstance(model, Policy):
         return model
-    policy = Policy(*load_model(ModelTable(path=str(model))))  # type: ignore[call-arg]
+    policy = Policy(*load_model(ModelTable(path=str(model))))
     return policy.to(choose_device("auto"))
 
 

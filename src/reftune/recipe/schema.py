@@ -165,11 +165,11 @@ class Recipe(Table):
     format: component_field("formats")  # type: ignore[valid-type]
     reward: component_field("rewards") = _default("outcome")  # type: ignore[valid-type]
     engine: component_field("engines") = _default("kv")  # type: ignore[valid-type]
-    lengths: LengthTable = LengthTable()  # type: ignore[call-arg]
+    lengths: LengthTable = LengthTable()
     stages: dict[str, component_field("stages")] = Field(min_length=1)  # type: ignore[valid-type]
     """Maps names to stages, which run in the order listed."""
-    evaluate: EvaluateTable = EvaluateTable()  # type: ignore[call-arg]
-    check: CheckTable = CheckTable()  # type: ignore[call-arg]
+    evaluate: EvaluateTable = EvaluateTable()
+    check: CheckTable = CheckTable()
     trackers: list[TrackerName] | None = None
     """Any of `tensorboard`, `wandb` and `trackio`. Default: TensorBoard, if installed."""
     tracker_rollouts: int = Field(16, ge=0)

@@ -83,8 +83,8 @@ def check_offline(recipe: Recipe) -> CheckReport:
 
 def check_texts(recipe: Recipe, splits: Splits) -> list[Finding]:
     """Findings on data, format and reward, which do not need the recipe's model."""
-    shape = ScratchTable(hidden_size=8, layers=1, heads=1, context=8192)  # type: ignore[call-arg]
-    scratch = ModelTable(scratch=shape, dtype="float32")  # type: ignore[call-arg]
+    shape = ScratchTable(hidden_size=8, layers=1, heads=1, context=8192)
+    scratch = ModelTable(scratch=shape, dtype="float32")
     recipe = recipe.model_copy(update={"model": scratch})
     policy = Models(recipe, splits).load("base")
     arguments = " ".join(getattr(recipe.format, "template_args", ()))
