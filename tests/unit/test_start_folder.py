@@ -347,6 +347,39 @@ def test_a_supervised_stage_is_given_more_epochs_before_the_next_one_began(make_
         run_all(make_recipe(stages={"sft": {"epochs": 4}}))
 
 
+def test_a_finished_run_takes_another_stage_with_the_bits_of_a_run_that_had_it_from_the_start(
+    make_recipe, tmp_path
+):
+    def make(folder, **stages):
+        return make_recipe(run_dir=str(tmp_path / folder), stages=stages)
+
+    control = {
+        "kind": "sft",
+        "init": "sft",
+        "epochs": 1,
+        "batch_size": 4,
+        "optimizer": {"learning_rate": 1.0e-3},
+    }
+    run_all(make("run"))
+    finished = {path: path.read_bytes() for path in (tmp_path / "run/eval").glob("*.jsonl")}
+    run_all(make("run", more_sft=control))
+    run_all(make("straight", more_sft=control))
+    assert len(outcome(tmp_path / "run")) > len(finished) > 0
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "straight")
+    assert {path: path.read_bytes() for path in finished} == finished
+    assert "more_sft" in (tmp_path / "run/recipe.yaml").read_text()
+    with pytest.raises(RecipeError, match=r"belongs to another recipe: stages.more_sft was"):
+        run_all(make("run"))
+
+
+def test_a_finished_run_is_evaluated_on_stages_that_it_left_out(make_recipe):
+    run_all(make_recipe(evaluate={"stages": ["reft"]}))
+    recipe = make_recipe(evaluate={"stages": ["sft", "reft"]})
+    assert not (recipe.folder / "eval/sft.jsonl").exists()
+    run_all(recipe)
+    assert (recipe.folder / "eval/sft.jsonl").exists()
+
+
 def test_fewer_steps_or_another_change_is_another_recipe(make_recipe):
     run_all(make_recipe())
     for change in {"steps": 2}, {"steps": 6, "prompts": 2}, {"steps": 6, "samples": 4}:

@@ -147,14 +147,15 @@ BEFORE_CLAIM = frozenset(
 )
 """Names of files that may remain from a run killed before it wrote `recipe.yaml`."""
 ENVIRONMENT = ("reftune", "torch", "transformers", "accelerate", "peft", "pydantic-monty", "numpy")
-CHANGES_NO_RESULT = ("run_dir", "trackers", "tracker_rollouts")
+CHANGES_NO_RESULT = ("run_dir", "trackers", "tracker_rollouts", "evaluate.stages")
+"""Keys that change none of the files already in a run's folder except its summary and report."""
 
 
 @contextmanager
 def claimed(folder: RunFolder, recipe: Recipe, splits: Splits) -> Iterator[None]:
-    """Claim the folder for this run, and lock it inside the block. A stage for which `recipe` sets
-    more steps or epochs than the folder's recipe is reopened, so that it continues. Raises: the
-    errors of `refuse_foreign`; DataError if the problems have changed since the run began;
+    """Claim the folder for this run, and lock it inside the block. `recipe` replaces the folder's
+    own; a stage for which it sets more steps or epochs is reopened, so that it continues. Raises:
+    the errors of `refuse_foreign`; DataError if the problems have changed since the run began;
     CheckpointError if the folder is in use or cannot be written."""
     with ExitStack() as stack:
         with readable_errors(folder):
@@ -164,13 +165,14 @@ def claimed(folder: RunFolder, recipe: Recipe, splits: Splits) -> Iterator[None]
             if refuse_foreign(folder, recipe):
                 write_atomically(folder.environment, json.dumps(environment(), indent=2))
                 write_atomically(folder.data, json.dumps(data_facts(splits), indent=2))
-                # written last, because it claims the folder for this run
-                write_atomically(folder.recipe, dump_recipe(recipe))
             else:
                 refuse_changed_data(folder, splits)
                 for name in lengthened_stages(folder, recipe):
                     _reopen(folder, name)
-                    write_atomically(folder.recipe, dump_recipe(recipe))
+            # written last, because it claims a new folder for this run
+            text = dump_recipe(recipe)
+            if not folder.recipe.is_file() or folder.recipe.read_text(encoding="utf-8") != text:
+                write_atomically(folder.recipe, text)
         yield
 
 
@@ -250,7 +252,8 @@ def refuse_foreign(folder: RunFolder, recipe: Recipe) -> bool:
 
 def lengthened_stages(folder: RunFolder, recipe: Recipe) -> list[str]:
     """The names of the stages, other than reward models, that have begun and for which `recipe`
-    sets more steps or epochs than the folder's recipe.
+    sets more steps or epochs than the folder's recipe. `recipe` may also have more stages, because
+    a stage does not depend on those that it does not read.
 
     Raises: RecipeError if the recipes also differ in anything else that affects results, or if one
     of these stages cannot continue, because a later stage has begun or the stage's own final
@@ -258,8 +261,9 @@ def lengthened_stages(folder: RunFolder, recipe: Recipe) -> list[str]:
     """
     own = _as_of_now(_read_own_recipe(folder.recipe))
     wanted = yaml.safe_load(dump_recipe(recipe))
+    own["stages"] = {**wanted["stages"], **(own.get("stages") or {})}
     longer = []
-    for name, stage in (own.get("stages") or {}).items():
+    for name, stage in own["stages"].items():
         spec = wanted["stages"].get(name, {})
         for key in {"steps", "epochs"} & stage.keys() & spec.keys():
             has_begun = any(folder.stage(name).checkpoints.glob("step-*"))
@@ -324,9 +328,10 @@ def first_difference(old: Any, new: Any, where: str = "") -> str | None:
     with both values; None if there is none."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in [*old, *(key for key in new if key not in old)]:
-            if where == "" and key in CHANGES_NO_RESULT:
+            place = f"{where}.{key}".lstrip(".")
+            if place in CHANGES_NO_RESULT:
                 continue
-            found = first_difference(old.get(key), new.get(key), f"{where}.{key}".lstrip("."))
+            found = first_difference(old.get(key), new.get(key), place)
             if found is not None:
                 return found
         return None
