@@ -2,11 +2,12 @@
 
     python benchmarks/critic.py runs/long-seed0 runs/long-seed1 --stage ppo
 
-The value of a prefix of a sampled solution is the share of right ones among `SAMPLES` completions
-of it (VinePPO, arXiv:2410.01679, section 4). The spread of these values shows how much of the
-reward's variance a perfect critic would explain at that point. It is compared with what the stage's
-value head explains after its last step, and with a linear fit of the estimates on the head's
-inputs. docs/results/critic.json holds the numbers.
+A prefix consists of a sampled solution's first tokens. Its value is estimated by completing it
+`SAMPLES` times: the estimate is the share of correct completions (VinePPO, arXiv:2410.01679,
+section 4). The spread of these values shows how much of the reward's variance a perfect critic
+would explain at that point. The command compares this with how much the stage's value head explains
+after its last step, and with how much a linear fit explains. The fit predicts the estimates from
+the head's inputs. docs/results/critic.json contains the numbers.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ RESULTS = Path(__file__).parents[1] / "docs" / "results" / "critic.json"
 QUESTIONS = 300
 SAMPLES = 16
 SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 0.95)
-"""Shares of a solution's tokens, without its eos, that form the prefixes."""
+"""Lengths of the prefixes, as shares of a solution's tokens without eos."""
 FOLDS = 5
 PENALTIES = (1e1, 1e2, 1e3, 1e4, 1e5)
 """Candidates for the linear fit's penalty on the squared weights, with standardised inputs."""
@@ -48,7 +49,7 @@ Ints = NDArray[np.int64]
 
 
 def measure(run_folder: Path, stage: str) -> dict[str, list[float]]:
-    """The row of one run: each key has one number per share."""
+    """The result of `explained` for one run."""
     recipe = load_recipe(RunFolder(run_folder).recipe, [f"run_dir={run_folder}"])
     splits = load_splits(recipe)
     policy = Models(recipe, splits).take(stage)
@@ -67,12 +68,13 @@ def measure(run_folder: Path, stage: str) -> dict[str, list[float]]:
 
 
 def right(graded: Sequence[Graded]) -> Floats:
-    """1 for each right solution and 0 for each other one, in order."""
+    """1 for each correct solution and 0 for any other, in order."""
     return np.array([each.verdict is Verdict.CORRECT for each in graded], dtype=float)
 
 
 def seen_by_the_head(policy: Policy, solved: Solved, cuts: Ints) -> tuple[Floats, Floats]:
-    """(S, Q, H) inputs of the value head, and (S, Q) its values, at the end of each prefix."""
+    """The value head's inputs (S, Q, H) and values (S, Q) at the end of each prefix, for S shares
+    and Q questions."""
     responses = [completion.token_ids for completion in solved.completions]
     batch = token_batch(solved.prompts, responses, device=policy.device)
     lengths = [len(response) for response in responses]
@@ -85,7 +87,8 @@ def seen_by_the_head(policy: Policy, solved: Solved, cuts: Ints) -> tuple[Floats
 def estimated(
     policy: Policy, collector: Collector, solved: Solved, cuts: Ints, *, seed: int
 ) -> Floats:
-    """(Q,) shares of right completions of each solution's first `cuts` tokens."""
+    """For each solution, the share of correct completions of its first `cuts` tokens. Shape
+    (Q,)."""
     prefixes = [
         completion.token_ids[:cut]
         for completion, cut in zip(solved.completions, cuts, strict=True)
@@ -112,8 +115,9 @@ def estimated(
 
 
 def fitted(inputs: Floats, estimates: Floats) -> Floats:
-    """(S, Q) values by ridge regression of the estimates on (S, Q, H) inputs. Each question's
-    values are predicted from the questions of the other folds, which also choose the penalty."""
+    """Values (S, Q) by ridge regression of the estimates on the inputs (S, Q, H). A question's
+    values are predicted from the questions of the other folds. The penalty, too, is chosen on those
+    questions."""
     return cross_predicted(inputs, estimates, best_penalty)
 
 
@@ -130,7 +134,7 @@ def best_penalty(inputs: Floats, estimates: Floats) -> float:
 def cross_predicted(
     inputs: Floats, estimates: Floats, penalty_for: Callable[[Floats, Floats], float]
 ) -> Floats:
-    """(S, Q) values, each predicted from the questions of the other folds. `penalty_for` gets the
+    """Values (S, Q), each predicted from the questions of the other folds. `penalty_for` gets the
     inputs and estimates of those questions."""
     values = np.zeros_like(estimates)
     for fold in range(FOLDS):
@@ -142,8 +146,8 @@ def cross_predicted(
 
 
 def ridge(known: Floats, targets: Floats, new: Floats, penalty: float) -> Floats:
-    """The values of `new` inputs by a linear fit to (S, Q, H) `known` inputs and (S, Q) targets.
-    All shares have the same weights, but each has its own intercept."""
+    """Predicts the values of `new` inputs by a linear fit of the targets (S, Q) on the `known`
+    inputs (S, Q, H). All shares have the same weights, but each share has its own intercept."""
     centre, scale = known.mean(axis=1, keepdims=True), known.std(axis=(0, 1)) + 1e-9
     mean = targets.mean(axis=1, keepdims=True)
     rows = ((known - centre) / scale).reshape(-1, known.shape[-1])
@@ -156,9 +160,9 @@ def ridge(known: Floats, targets: Floats, new: Floats, penalty: float) -> Floats
 def explained(
     estimates: Floats, head: Floats, linear: Floats, rewards: Floats
 ) -> dict[str, list[float]]:
-    """By share: the accuracy of the completions, and the parts of the rewards' variance that a
-    perfect critic, the value head and the linear fit explain. The variance of the true values is
-    that of the estimates less the noise of `SAMPLES` samples."""
+    """For each of `SHARES`: the accuracy of the completions, and the parts of the rewards' variance
+    that a perfect critic, the value head and the linear fit explain. The variance of the true
+    values is the variance of the estimates minus the noise of `SAMPLES` samples."""
     noise = (estimates * (1 - estimates)).mean(axis=1) / (SAMPLES - 1)
     perfect = (estimates.var(axis=1) - noise) / rewards.var()
 

@@ -1,5 +1,5 @@
-"""Forces answers to have given lengths, for the contestants that sample with transformers'
-`generate`."""
+"""Forces answers to have given lengths. Contestants of the step benchmark use this if they sample
+with transformers' `generate`."""
 
 from __future__ import annotations
 

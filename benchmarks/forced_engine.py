@@ -49,8 +49,8 @@ class ForcedDecoder(kv._Decoder):
 
 
 def program(row: int, seed: int) -> str:
-    """An ordinary program, different for each row and step, to give the grader real work: an
-    untrained model writes no programs."""
+    """An ordinary program, different for each row and step. It gives the grader real work, because
+    an untrained model writes no programs."""
     return (
         f"\n    apples = {row + 3}\n    boxes = {seed % 97 + 2}\n    total = apples * boxes\n   "
         " return total - 1\n"

@@ -90,7 +90,7 @@ def main() -> None:
 
 
 def published_groups(data: Path) -> Iterator[Group]:
-    """The solutions of every row, as they stand in the files."""
+    """The solutions of every row, unchanged from the files."""
     for split in ("train", "test"):
         rows = [json.loads(line) for line in (data / f"gsm8k/{split}.jsonl").open(encoding="utf-8")]
         problems = [

@@ -4,11 +4,11 @@ TRL is installed, how fast TRL's GRPO is.
     python -m benchmarks.gpu --folder F [--model FOLDER] [--minutes 9]
     python -m benchmarks.gpu --folder F --device cpu --tiny
 
-Sections run one after the other, each in its own process, and write F/SECTION.json. A call skips
-sections that already have a file, so call again for those that did not fit into the minutes. FOLDER
-holds SmolLM2-135M or another causal LM in Hugging Face format; by default, a model of
-SmolLM2-135M's shape is made from scratch (a small one with --tiny). Nothing is downloaded. The last
-line of the output is one JSON document.
+Sections run one after the other, each in its own process, and write F/SECTION.json. If some
+sections do not fit into the minutes, call again: a call skips sections that already have a file.
+FOLDER contains SmolLM2-135M or another causal LM in Hugging Face format. By default, a model of
+SmolLM2-135M's shape is made from scratch or, with --tiny, a small model. Nothing is downloaded. The
+last line of the output is one JSON document.
 """
 
 from __future__ import annotations
@@ -51,8 +51,9 @@ BOUNDS = {
     "float32": {"logprobs_max": 1e-3, "loss": 1e-4, "gradient": 1e-3, "sampling_mean": 1e-4},
     "bfloat16": {"logprobs_mean": 0.05, "loss": 0.05, "gradient": 0.1, "sampling_mean": 0.05},
 }
-"""Dtype → largest differences from fp32 on the CPU, in nats and as a share of the gradient's norm;
-`sampling_mean` is the difference between sampler and scorer in nats."""
+"""Dtype → largest accepted differences from fp32 on the CPU. They are in nats, except `gradient`,
+which is a share of the gradient's norm. `sampling_mean` is the difference between sampler and
+scorer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,8 +93,8 @@ SCRATCH = {
     False: ScratchTable(hidden_size=576, layers=30, heads=9, context=512, dropout=0.0),
     True: ScratchTable(hidden_size=32, layers=2, heads=2, context=512, dropout=0.0),
 }
-"""Whether the setting is tiny → model. The large one has SmolLM2-135M's layers, but its vocabulary
-is only the prompts' words."""
+"""Whether the setting is tiny → the model made from scratch. The larger model has SmolLM2-135M's
+layers, but its vocabulary contains only the words of the prompts."""
 
 
 def scratch_model(folder: Path, *, tiny: bool) -> Path:
@@ -141,8 +142,8 @@ def machine(setting: Setting) -> dict[str, Any]:
 
 
 def correctness(setting: Setting, dtype: str) -> dict[str, Any]:
-    """Compare log-probabilities, loss and gradient with those in fp32 on the CPU, and
-    log-probabilities of samples with recomputed ones."""
+    """Compare log-probabilities, loss and gradient with their values in fp32 on the CPU. Also
+    compare the log-probabilities recorded during sampling with recomputed log-probabilities."""
     expected = scores_of(load_policy(setting, "cpu", "float32"), "cpu")
     policy = load_policy(setting, setting.device, dtype)
     found = scores_of(policy, setting.device)
@@ -328,8 +329,8 @@ def environment() -> dict[str, str]:
 
 @contextmanager
 def gpu_peak(device: str) -> Iterator[list[int]]:
-    """Yields a list of one number: the most GPU bytes that other processes take inside the block,
-    sampled 50 times a second."""
+    """Yields a list of one number: the largest number of GPU bytes that other processes take inside
+    the block. It is sampled 50 times a second."""
     most, over = [0], threading.Event()
 
     def watch() -> None:
@@ -350,8 +351,8 @@ def gpu_peak(device: str) -> Iterator[list[int]]:
 
 
 def decoding(setting: Setting, way: str) -> dict[str, Any]:
-    """Tokens per second of greedy decoding, for rows of equal length. Of the ways to decode, `kv`
-    is reftune's engine; `fixed`, `compile` and `graph` use a cache of fixed size."""
+    """Tokens per second of greedy decoding, for rows of equal length. The way `kv` is reftune's
+    engine; `fixed`, `compile` and `graph` use a cache of fixed size."""
     if way == "graph" and setting.device != "cuda":
         return {"missing": "CUDA graphs need a GPU"}
     policy = load_policy(setting, setting.device, "bfloat16")
@@ -455,8 +456,8 @@ SECTIONS: dict[str, Callable[[Setting], dict[str, Any]]] = {
     "step_plain": step_plain,
     "decode_compile": lambda setting: decoding(setting, "compile"),
 }
-"""The sections, the most valuable first in case the time runs out."""
-UNFINISHED = {"missing": "the time was over"}
+"""The sections. The most valuable come first, in case the time runs out."""
+UNFINISHED = {"missing": "time ran out"}
 
 
 def run_section(name: str, setting: Setting, left_s: float) -> dict[str, Any]:
@@ -492,7 +493,7 @@ def run_section(name: str, setting: Setting, left_s: float) -> dict[str, Any]:
 def write_section(name: str, setting: Setting) -> None:
     try:
         found = SECTIONS[name](setting)
-    except Exception:  # noqa: BLE001 - any error of a GPU is a result
+    except Exception:  # noqa: BLE001 - an error on a GPU is a result too
         found = {"error": traceback.format_exc()[-2000:]}
     (Path(setting.folder) / f"{name}.json").write_text(json.dumps(found), encoding="utf-8")
 
@@ -520,7 +521,7 @@ def document(results: dict[str, dict[str, Any]], setting: Setting) -> dict[str, 
     unfinished = [
         name
         for name in SECTIONS
-        if results.get(name, {"missing": "the time was over"}).get("missing") == "the time was over"
+        if results.get(name, UNFINISHED).get("missing") == UNFINISHED["missing"]
     ]
     return {
         "correct": bool(correct) and all(correct),
@@ -557,7 +558,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write_section(asked.section, Setting(**asked.setting))
         return
     if asked.folder is None:
-        parser.error("--folder: expected where results are kept")
+        parser.error("--folder: expected a folder for the results")
     if asked.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU; expected --device cpu here")
     end = time.monotonic() + 60 * asked.minutes

@@ -3,8 +3,8 @@ questions with numeric answers.
 
     python -m benchmarks.hacking 0 1 2 [-- KEY=VALUE …]     # resumes where it was stopped
 
-Both recipes of a seed ask the same questions. The command writes docs/results/hacking.json and
-prints it as a table.
+For each seed, the recipes of the two tasks ask the same questions. The command writes
+docs/results/hacking.json and prints it as a table.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def right(recipe: Recipe, method: str) -> Outcomes:
 
 
 def added_up(of_seeds: dict[str, list[Outcomes]]) -> dict[str, Any]:
-    """Each method's shares and ReFT's changes: means over seeds, with 95% intervals over seeds and
-    problems."""
+    """For each indicator, each method's share of questions that show it, and the change from the
+    warm-up to ReFT. All are means over seeds, with 95% intervals over seeds and problems."""
     document: dict[str, Any] = {}
     for sign in of_seeds["reft"][0]:
         outcomes = {

@@ -1,4 +1,4 @@
-"""Measures how the gains of ReFT and of online self-training over SFT depend on when they start.
+"""Measures how much ReFT and online self-training gain over SFT, depending on when they start.
 
 python benchmarks/handover.py 0 1 2 3 4          # words, then programs; resumes where it stopped
 python benchmarks/handover.py 0 1 2 --only nl    # one task
@@ -34,14 +34,14 @@ PICTURE = ROOT / "docs" / "images" / "handover.svg"
 TASKS = {"nl": "Solutions in words", "program": "Solutions are programs"}
 """Suffix of the recipe → heading."""
 METHODS = {"reft": "ReFT", "st": "Self-training"}
-"""Prefix of the stage → name; both are compared with `sft`."""
+"""Prefix of the stage → name. Both methods are compared with `sft`."""
 LOOKS = 3
 """Number of dev evaluations before a hand-over that show whether dev accuracy still rises."""
 PATIENCES = (2, 3, 4, 5)
-"""Numbers of evaluations without a rise for which the stopping rule is tried."""
+"""The stopping rule is tried with each of these numbers of evaluations without a rise."""
 NOISE = 5.7
-"""Points by which two evaluations of 300 dev problems differ by chance: 1.96 · √(0.25 / 300), half
-the width of the paired 95% interval if a quarter of the verdicts change."""
+"""Points by which two evaluations of 300 dev problems may differ by chance. This is half the width
+of the paired 95% interval if a quarter of the verdicts change: 1.96 · √(0.25 / 300)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,12 +53,13 @@ class Handover:
     """Mean rise in dev accuracy over the last `LOOKS` evaluations before the hand-over, in points
     per evaluation."""
     rise: float
-    """Best of the last `LOOKS` dev evaluations minus the best of all earlier ones, in points."""
+    """Best of the last `LOOKS` dev evaluations minus the best of all evaluations before them, in
+    points."""
     sampled: float
     """Share of correct samples in ReFT's first rollout, on training questions at temperature 1."""
     passes: Mapping[str, int]
-    """Method → gradient passes of its stage. Compare those of the control (`sft`) with the sum of
-    the cooldown's (`warmup`) and the method's."""
+    """Method → gradient passes of its stage. The passes of the control (`sft`) are comparable with
+    the sum of the passes of the cooldown (`warmup`) and of the method."""
     dev: Mapping[str, float]
     """Method → dev accuracy of the chosen model."""
     right: Mapping[str, str]
@@ -80,7 +81,7 @@ def run_seed(task: str, seed: int, overrides: Sequence[str]) -> RunFolder:
 
 
 def read_seed(folder: RunFolder) -> dict[str, Any]:
-    """The data of a finished run folder, for the JSON."""
+    """What the JSON contains about a finished run folder."""
     metrics = JsonLines(folder.metrics).rows()
     epochs = sorted(int(path.stem.split("_")[1]) for path in folder.path.glob("eval/reft_*.jsonl"))
     looks = dev_looks(metrics)
@@ -113,7 +114,7 @@ def evaluated(folder: RunFolder, epoch: int) -> list[str]:
 
 
 def dev_looks(metrics: Sequence[Mapping[str, Any]]) -> dict[int, float]:
-    """Epoch → dev accuracy of the supervised run that the methods branch off."""
+    """Epoch → dev accuracy of the supervised run from which the methods branch off."""
     trunk = [row for row in metrics if row["stage"] == "trunk"]
     epoch_of = {row["step"]: row["progress/epoch"] for row in trunk if "progress/epoch" in row}
     return {
@@ -127,7 +128,8 @@ def slope(seen: Sequence[float]) -> float:
 
 
 def rise(seen: Sequence[float], patience: int) -> float:
-    """The best of the last `patience` evaluations minus the best of all earlier ones, in points."""
+    """The best of the last `patience` evaluations minus the best of all evaluations before them, in
+    points."""
     return 100 * (max(seen[-patience:]) - max(seen[:-patience]))
 
 
@@ -220,15 +222,15 @@ class Cut:
 
     sign: str
     value: float
-    """The midpoint between the two neighbours that it separates."""
+    """The midpoint between the two neighbouring values that the cut separates."""
     num_wrong: int
     """Number of hand-overs on the wrong side."""
     n: int
 
 
 def best_cut(sign: str, values: Sequence[float], wins: Sequence[bool], *, high_wins: bool) -> Cut:
-    """The cut with the fewest errors. If `high_wins`, hand-overs above it should win; if not, those
-    below it should."""
+    """The cut with the fewest errors. If `high_wins` is True, hand-overs above the cut should win;
+    if not, hand-overs below it."""
     seen = sorted(set(values))
     middles = [(low + high) / 2 for low, high in pairwise(seen)]
     cuts = [seen[0] - 1, *middles, seen[-1] + 1]
@@ -256,7 +258,7 @@ def cuts_of(seeds: Mapping[str, Any]) -> list[Cut]:
 
 
 def first_stop(looks: Mapping[str, float], patience: int) -> str:
-    """The first epoch at which dev accuracy has reached `NEEDED_ACCURACY` and its last `patience`
+    """The first epoch at which dev accuracy has reached `NEEDED_ACCURACY` and the last `patience`
     evaluations show no rise beyond the noise."""
     epochs, seen = list(looks), list(looks.values())
     ends = [n for n in range(patience + 1, len(seen) + 1) if max(seen[:n]) >= NEEDED_ACCURACY]
@@ -340,7 +342,7 @@ def seeds_text(points: Sequence[Point]) -> str:
 
 
 def seed_count(points: Sequence[Point], method: str) -> str:
-    """The number of seeds that have a method, which a run that was stopped early may lack."""
+    """The number of seeds that have a method. A run that was stopped early may lack it."""
     counts = sorted({len(point.gain[method].by_seed) for point in points})
     return "–".join(str(count) for count in counts)
 
@@ -351,8 +353,8 @@ def gain_text(found: Comparison) -> str:
 
 
 def doubt(found: Comparison) -> str:
-    """Marks a difference that is not significant, by McNemar's test within a seed or the bootstrap
-    interval over seeds."""
+    """A mark if a difference is not significant. The test is McNemar's for one seed, and the
+    bootstrap interval for several."""
     return "" if found.significant else " n.s."
 
 

@@ -6,12 +6,12 @@
     # a model made from scratch; takes seconds
 
 A call works for about the given number of minutes, stops its runs with a checkpoint, and exits with
-status 0; the next call continues from there. With `--together N`, N seeds run at once on one GPU.
+status 0. The next call continues from there. With `--together N`, N seeds run at once on one GPU.
 MODEL is a folder in Hugging Face format (or `smollm2-135m`), and SVAMP is a folder with the ReFT
-authors' files. Of the training questions, 300 are held out. Each seed's chosen models answer them
-and the authors' test questions greedily; for voting, they answer the first 250 test questions 20
-times. Progress goes to stderr; the last line on stdout is one JSON document with the tables of all
-finished seeds.
+authors' files. Of the training questions, 300 are held out. Each seed's chosen models greedily
+answer the held-out questions and the authors' test questions. For voting, these models also answer
+the first 250 test questions 20 times each. Progress goes to stderr. The last line on stdout is one
+JSON document with the tables of all finished seeds.
 """
 
 from __future__ import annotations
@@ -40,25 +40,25 @@ ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes" / "smollm2"
 SEEDS = (0, 1, 2)
 HELD_OUT = 300
-"""Questions of the training file that no seed trains on or chooses a model with."""
+"""Number of questions of the training file that no seed uses for training or choosing a model."""
 LEAST_S = 20.0
 """No command is started if fewer seconds are left."""
 PATIENCE_S = 90.0
-"""Seconds that a stopped run has for the step in progress and its checkpoint. After that, it is
-killed; its last checkpoint remains valid."""
+"""Seconds that a run has, once it is told to stop, to finish its step and save a checkpoint. After
+that, the run is killed, and its last checkpoint remains valid."""
 SHOWN = ("dev_accuracy", "chosen_step", "steps", "wall_seconds")
-"""What a stage's progress shows."""
+"""The keys of `stage.json` that a stage's progress shows."""
 LATER = ("voting", "held_out")
-"""Evaluations that follow a run, each in a folder of that name within the run's folder."""
+"""Evaluations that follow a run. Each has a folder of the same name within the run's folder."""
 
 
 # --- data -----------------------------------------------------------------------------------------
 
 
 def hold_out(source: Path, folder: Path) -> None:
-    """Divide one of the authors' files into held_out.json and train.json in `folder`. The held-out
-    questions are the first in the order of their hashes; questions that differ only in case,
-    spacing or punctuation stay together."""
+    """Divide one of the authors' files into held_out.json and train.json in `folder`. Questions are
+    sorted by their hashes, and the first `HELD_OUT` are held out. Questions that differ only in
+    case, spacing or punctuation stay together."""
     spellings: dict[str, list[dict[str, Any]]] = {}
     for row in json.loads(source.read_text(encoding="utf-8")):
         spellings.setdefault(normalised(row["question"]), []).append(row)
@@ -74,7 +74,7 @@ def hold_out(source: Path, folder: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Seed:
-    """The commands of one seed: the run, then its later evaluations."""
+    """The commands of one seed: first the run, then the evaluations that follow it."""
 
     run: Path
     recipe: Path
@@ -129,8 +129,8 @@ def evaluate(run: Path, held_out: Path | None) -> None:
 
 
 def work(seeds: Sequence[Seed], minutes: float, *, together: int) -> None:
-    """Run `together` seeds at a time, until all are finished or time is up. Raises: SystemExit with
-    the status of a command that failed."""
+    """Run `together` seeds at a time, until all seeds are finished or time is up. Raises:
+    SystemExit with the status of a command that failed."""
     end = time.monotonic() + 60 * minutes - PATIENCE_S * (minutes > 2)
     running: dict[int, subprocess.Popen[bytes]] = {}
     try:
@@ -171,7 +171,7 @@ def stop(processes: Sequence[subprocess.Popen[bytes]], *, patience_s: float = PA
 
 def progress(run: Path) -> dict[str, Any]:
     """The progress of a run: its finished stages with their dev accuracy, and the last step of an
-    unfinished one."""
+    unfinished stage."""
     folder = RunFolder(run)
     facts = {method: folder.stage(method).facts() for method in folder.trained()}
     last: Mapping[str, Any] = next(reversed(JsonLines(folder.metrics).rows()), {})
@@ -202,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, help="where the runs are kept")
     parser.add_argument("--minutes", type=float, default=9.0, help="about how long this call works")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    parser.add_argument("--together", type=int, default=1, help="seeds run at a time")
+    parser.add_argument("--together", type=int, default=1, help="number of seeds to run at once")
     parser.add_argument("--model", help="folder in Hugging Face format")
     parser.add_argument("--data", type=Path, help="folder with the ReFT authors' SVAMP files")
     parser.add_argument(
@@ -221,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         evaluate(asked.evaluate, asked.held_out)
         return
     if asked.folder is None:
-        parser.error("--folder: expected where the runs are kept")
+        parser.error("--folder: expected a folder for the runs")
     overrides = list(asked.overrides)
     folder = asked.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)

@@ -3,10 +3,10 @@ that one run enters.
 
     python benchmarks/house.py            # or: make house
 
-Lines are physical lines of Python. A run enters a file if it calls one of the file's functions;
-importing the file, which runs its class bodies, does not count. A call across files is a pair of
-the package's functions in different files, one of which calls the other in the RL step of the
-smallest run. A pair counts once, however often it is called.
+Lines are physical lines of Python. A run enters a file if it calls one of the file's functions.
+Importing a file, which runs its class bodies, does not count. A call across files is a pair of the
+package's functions in different files, where one calls the other in the RL step of the smallest
+run. A pair counts once, however many calls it makes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ ROOMS = """
 types errors seeds text processes recipe storage grading datasets model engines algorithms stages
 results runs advice terminal api
 """.split()
-"""Rooms in the order of docs/design.md: each may import only those before it."""
+"""The files and folders at the top of the package, in the order of docs/design.md, which calls them
+rooms. A room may import only rooms before it."""
 READ = """
 types recipe datasets/jsonl grading model/policy model/batch model/logprobs model/encoder
 model/value_head engines/kv algorithms stages runs/run runs/models storage/checkpoint terminal/cli
@@ -114,7 +115,7 @@ def cycles(graph: dict[str, set[str]]) -> list[set[str]]:
 
 
 def against_the_order(graph: dict[str, set[str]]) -> list[tuple[str, str]]:
-    """Pairs (importer, imported) whose rooms break the order."""
+    """Pairs (importer, imported) of modules that break the order of the rooms."""
     place = {room: number for number, room in enumerate(ROOMS)}
     return [
         (module, other)
@@ -163,8 +164,7 @@ RECIPE: dict[str, Any] = {
 
 
 class Watch:
-    """Records which functions of the package call which, while it is set as the profile
-    function."""
+    """A profile function that records which functions of the package call which others."""
 
     def __init__(self) -> None:
         self.files: set[str] = set()

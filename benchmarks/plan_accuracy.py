@@ -4,8 +4,8 @@
     docs/results/plan_accuracy.json]
 
 Each case is one `reftune rl` of two PPO steps on the CPU, in its own process. The prediction counts
-only tensors. The run's peak resident memory is therefore reduced by that of the same run with
-almost no weights (interpreter, libraries, data). Freed tensors of more than `RETURNED` bytes go
+only tensors. The interpreter, libraries and data are therefore measured in a run with almost no
+weights, whose peak resident memory is subtracted. Freed tensors of more than `RETURNED` bytes go
 back to the system, because the allocator would keep some of them without being able to use them.
 The command prints a table and, as its last line, one JSON document.
 """
@@ -34,7 +34,7 @@ IN_BF16 = {
     "dtype": "bfloat16",
     "micro_batch_tokens": 1500,
 }
-"""Small, because a CPU without AMX multiplies bf16 slowly."""
+"""A small model, because a CPU without AMX multiplies bf16 slowly."""
 CASES: dict[str, dict[str, Any]] = {
     "deep": {
         "model": {
@@ -146,7 +146,7 @@ def baseline() -> int:
 
 
 def compare(case: str, nothing: int) -> dict[str, Any]:
-    """Measured and predicted bytes of a case; `nothing` is the peak of a run with almost no
+    """Measured and predicted bytes of a case. `nothing` is the peak of a run with almost no
     weights."""
     with tempfile.TemporaryDirectory() as name:
         path = write_recipe(CASES[case], Path(name))

@@ -1,4 +1,4 @@
-"""Repeats the paper's comparison, compares our own settings with its authors', and writes a page.
+"""Repeats the paper's comparison, compares our settings with the authors', and writes two pages.
 
 python benchmarks/reproduce.py 0 --only comparison        # run or resume one recipe with one seed
 python benchmarks/reproduce.py 0 1 2 3 4 --publish        # `make reproduce`: all, to docs/
@@ -26,7 +26,7 @@ RESULTS = ROOT / "docs" / "results"
 PAGE = ROOT / "docs" / "results.md"
 MODERN_PAGE = ROOT / "docs" / "experiments" / "modern.md"
 OWN = Path("runs") / "reproduce"
-"""Folder of the tables and pages, unless they are published."""
+"""Folder of tables and pages that are not published."""
 TITLES = {
     "comparison": "Solutions are programs",
     "comparison-nl": "Solutions are in words",
@@ -38,30 +38,31 @@ TITLES = {
 }
 """Recipe in recipes/demo → heading of its section."""
 WITHOUT_SECTION = ("reranking", "reranking-nl", "classifier-nl", "modern")
-"""Recipes without a section on the results page: those that rerank have rows in the table of
+"""Recipes without a section on the results page. The recipes that rerank have rows in the table of
 findings, and `modern` has its own page."""
 RERANKED = {
     "comparison": ("comparison", "reranking"),
     "comparison-nl": ("classifier-nl", "reranking-nl"),
 }
-"""Comparison → two recipes: one reranks by the paper's classifier, one by likelihood and
-classifier."""
+"""Comparison → two recipes. The first reranks by the paper's classifier, the second by likelihood
+and classifier."""
 AGAINST_PAPER = ("modern", "tuned")
-"""Recipes whose methods are also compared with `reft`, which uses the authors' settings in them."""
+"""Recipes in which `reft` uses the authors' settings. In these, the other methods are also compared
+with `reft`."""
 ABLATION_SEEDS = 3
 """Number of seeds for `modern`, which has eight RL stages."""
 TUNED_SEEDS = [str(seed) for seed in range(3, 13)]
-"""Seeds for `tuned`, whatever the seeds of other recipes. They exclude seeds 0 to 2, on whose dev
-accuracy its settings were chosen."""
+"""Seeds for `tuned`, which do not depend on the seeds given for other recipes. Seeds 0 to 2 are
+excluded, because the recipe's settings were chosen by dev accuracy on these seeds."""
 NOTES = {
     "comparison": (
-        "Reranking uses the paper's classifier, trained on the warm-up model's 20 samples per "
-        "question. With more than 8 samples to choose from, its choices get "
+        "Reranking uses the paper's classifier, trained on 20 samples per question from the "
+        "warm-up model. With more than 8 samples to choose from, its choices get "
         "[worse](experiments/reranking.md), because it overrates some unlikely mistakes. [Our "
-        "reward model](algorithms.md#loss) also uses the solution's likelihood. With it, in [five "
-        "other runs](experiments/reranking.md#five-seeds-on-test), reranking SFT's samples beats "
-        "greedy decoding by 10.5 points [6.1, 14.9] and voting by 6.1 points [2.4, 10.1]; for "
-        "ReFT, neither difference is significant."
+        "reward model](algorithms.md#loss) also uses the solution's likelihood. In [five other "
+        "runs](experiments/reranking.md#five-seeds-on-test), reranking SFT's samples with our "
+        "reward model beats greedy decoding by 10.5 points [6.1, 14.9] and voting by 6.1 points "
+        "[2.4, 10.1]; for ReFT, neither difference is significant."
     ),
     "modern": (
         "*ReFT* is PPO with the coefficients and value head of the authors' code. *ReFT modern* "
@@ -73,50 +74,53 @@ NOTES = {
     ),
     "tuned": (
         "*ReFT* is PPO with the coefficients and value head of the authors' code. *ReFT tuned* "
-        "uses smaller rollouts and makes four passes over each instead of two. It starts the value "
-        "head at zero, fits it before PPO starts, gives it less weight in the loss, and doubles "
-        "the KL coefficient. *ReFT tuned, two updates* makes only two passes. The tuned settings "
-        "were chosen on other seeds. All three methods sample the same number of solutions."
+        "uses smaller rollouts, and makes four passes over each rollout instead of two. It starts "
+        "the value head at zero, fits it before PPO starts, gives it less weight in the loss, and "
+        "doubles the KL coefficient. *ReFT tuned, two updates* makes only two passes. The tuned "
+        "settings were chosen on other seeds. All three methods sample the same number of "
+        "solutions."
     ),
     "comparison-nl": (
         "All methods except offline self-training start from the same warm-up: 20 epochs over "
-        "3,000 questions, or 60,000 gradient passes, each over one solution. By then, dev accuracy "
-        "has [levelled off](handover.md). SFT, ReFT and online self-training then take 11,192 to "
-        "11,600 more passes. For ReFT and online self-training, the first 3,000 of these are a "
-        "supervised [cooldown](handover.md#what-was-compared); the row *Warm-up* shows the model "
-        "after this cooldown. Offline self-training starts from the base model, as in the paper. "
-        "It takes 54,000 passes, a quarter fewer than the warm-up and SFT together.\n\n"
+        "3,000 questions, or 60,000 gradient passes, each over one solution. By the end of the "
+        "warm-up, dev accuracy has [levelled off](handover.md). SFT, ReFT and online "
+        "self-training then take 11,192 to 11,600 more passes. For ReFT and online self-training, "
+        "the first 3,000 of these are a supervised [cooldown](handover.md#what-was-compared); the "
+        "row *Warm-up* shows the model after this cooldown. Offline self-training starts from the "
+        "base model, as in the paper. It takes 54,000 passes, a quarter fewer than the warm-up "
+        "and SFT together.\n\n"
         "Voting adds 7.3 points to SFT but none to ReFT, probably because ReFT's samples vary "
         "less. When training started from an [unfinished "
         "warm-up](experiments/handover.md#first-attempts), no method beat SFT.\n\n"
         "In [five other runs](experiments/reranking.md#five-seeds-on-test-in-words), reranking "
         "with our reward model beats greedy decoding by 8.8 points [6.2, 11.5] for SFT. For ReFT, "
-        "the gain is not significant, and ReFT no longer leads SFT. The paper's classifier is "
-        "worse than greedy decoding, by 11.5 points [7.5, 15.8] for SFT and by 25.1 points [21.9, "
-        "28.5] for ReFT."
+        "the gain is not significant, and ReFT is no longer better than SFT. Reranking with the "
+        "paper's classifier is worse than greedy decoding, by 11.5 points [7.5, 15.8] for SFT and "
+        "by 25.1 points [21.9, 28.5] for ReFT."
     ),
 }
 """Recipe → text above its table."""
 OPEN = [
     "**The only pretrained model** trained to the end is SmolLM2-135M-Instruct, on generated "
-    "questions that need one step. Over three seeds, GRPO gains 9.9 points [6.2, 13.4] over a "
-    "short warm-up, but as many gradient passes of further SFT gain 12.1 points [8.6, 16.1] more "
-    "([log](experiments/smollm2-instruct.md)).",
+    "questions that need one arithmetic step. Over three seeds, GRPO gains 9.9 points [6.2, 13.4] "
+    "over a short warm-up, but as many gradient passes of further SFT gain 12.1 points [8.6, 16.1] "
+    "more than GRPO ([log](experiments/smollm2-instruct.md)).",
     "**No run on real data** is complete. [SmolLM2 on SVAMP](experiments/smollm2-svamp.md) "
     "reports 28 RL steps on two CPU cores, and three warm-ups on a GPU, where time ran out before "
     "RL began.",
     "**With solutions of 66 tokens on average**, the value head explains hardly any of the "
-    "reward's variance. Over five seeds from finished warm-ups, RLOO is 1.1 points [0.1, 2.3] "
-    "better than PPO, and no method differs significantly from further SFT. Neither four variants "
-    "of the critic nor samples that start from prefixes of the gold solution differ significantly "
-    "from PPO ([log](experiments/critic.md)).",
+    "reward's variance. Over five seeds, after finished warm-ups, RLOO is 1.1 points [0.1, 2.3] "
+    "better than PPO, and no method differs significantly from further SFT. We tried four changes "
+    "to how PPO fits the value head or computes advantages. We also started samples from prefixes "
+    "of the gold solution. None of this made a significant difference "
+    "([log](experiments/critic.md)).",
     "**PPO with changes from later papers** (`modern`) shows no gain over PPO, either on the "
     "[demo's questions](experiments/modern.md) (three seeds) or with [longer "
-    "solutions](experiments/critic.md#what-the-parts-of-modern-contribute) (five seeds). Neither "
-    "does any single change.",
+    "solutions](experiments/critic.md#what-the-parts-of-modern-contribute) (five seeds). No "
+    "single change shows a gain either.",
     "**Skipping [questions that are solved every "
     "time](experiments/demo-search.md#solved-questions-that-rest)** brought no gain on three "
-    "tuning seeds and was not run on others.",
+    "tuning seeds and was not tried on other seeds.",
 ]
 FINDINGS = [
     ("ReFT beats supervised fine-tuning (SFT)", "reft", "sft"),
@@ -151,7 +155,8 @@ def folder_of(recipe: str, seed: str) -> Path:
 
 
 def write_tables(recipes: Sequence[str], seeds: Sequence[str], results: Path) -> None:
-    """Write a JSON file per recipe: the output of `reftune table --json`, and the commit in use."""
+    """Write a JSON file per recipe, with the output of `reftune table --json` and the current
+    commit."""
     results.mkdir(parents=True, exist_ok=True)
     git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
@@ -183,11 +188,12 @@ def page(tables: Mapping[str, Mapping[str, Any]]) -> str:
         "# Results\n\n"
         "This page reports which findings of the ReFT paper (arXiv:2401.08967) hold on small "
         "generated tasks. `make reproduce` trains all models, which takes roughly seven hours on "
-        "two CPU cores, and overwrites this page, [modern](experiments/modern.md) and their tables "
-        "in `docs/results/`. Without `--publish`, `benchmarks/reproduce.py` writes to "
-        "`runs/reproduce` instead. Accuracies are in percent. Differences are in percentage points "
-        "and paired by problem. Brackets contain 95% confidence intervals over seeds and problems, "
-        "and n.s. means not significant. Models are chosen on dev and scored once on test. "
+        "two CPU cores. It then overwrites this page, [the log on "
+        "`modern`](experiments/modern.md) and the tables of both pages in `docs/results/`. To "
+        "write to `runs/reproduce` instead, run `python benchmarks/reproduce.py 0 1 2 3 4`. "
+        "Accuracies are in percent. Differences are in percentage points and paired by problem. "
+        "Brackets contain 95% confidence intervals over seeds and problems, and n.s. means not "
+        "significant. Models are chosen on dev and scored once on test. "
         "[Metrics](metrics.md#results) defines the columns.",
         "## Which of the paper's findings hold here\n\n" + findings_table(tables),
         "Limits and negative results:\n\n" + "\n".join(f"- {line}" for line in OPEN),
@@ -214,7 +220,7 @@ def modern_page(table: Mapping[str, Any]) -> str:
 
 
 def section(recipe: str, table: Mapping[str, Any]) -> list[str]:
-    """A recipe's text, if there is one, the source of its table, and the table."""
+    """The text of a recipe, if it has one, then the source of its table, then the table."""
     measured = (
         f"Over {table['seeds']} seed{'s' * (table['seeds'] != 1)} of"
         f" `recipes/demo/{recipe}.yaml` at commit {table['commit']}:"

@@ -1,5 +1,5 @@
 """Times one step of reftune, of a plain rewrite of the ReFT authors' code (step_plain.py) and of
-TRL's GRPO (step_trl.py), by default in this machine's fastest dtype. It also times the demo.
+TRL's GRPO (step_trl.py), by default in this machine's fastest dtype. Also times the demo.
 
     python -m benchmarks.step [--samples 16] [--repeats N] [--trl PYTHON] [--only "reftune;plain"]
     [--dtype float32|bfloat16] [--write-baseline]
@@ -7,8 +7,8 @@ TRL's GRPO (step_trl.py), by default in this machine's fastest dtype. It also ti
 
 Every contestant samples answers of the same lengths with SmolLM2-135M, scores them and makes two
 updates. TRL answers half of the prompts twice, because GRPO compares answers to the same prompt.
-The contestants run one after the other, each in its own process. The command prints a table, the
-figures that are worse than the baseline for this kind of CPU and, as its last line, one JSON
+The contestants run one after the other, each in its own process. The command prints a table, then
+the figures that are worse than the baseline for this kind of CPU and, as its last line, one JSON
 document. PYTHON is an interpreter that has TRL. With the default repeats, the command takes 10
 minutes if bf16 is native and 20 if not. `--growth` times only reftune, for each of the given
 numbers of samples.
@@ -40,11 +40,11 @@ from reftune.runs.auto import Dtype, fastest_dtype
 
 ROOT = Path(__file__).parent.parent
 MODEL = {"layers": 30, "hidden": 576, "vocabulary": 49152, "body": 106_203_456}
-"""SmolLM2-135M; `body` counts all weights but the embedding, which is also the output head."""
+"""SmolLM2-135M. `body` counts all weights except the embedding, which is also the output head."""
 UPDATES = 2
 BASELINES = ROOT / "benchmarks" / "baselines"
 TOLERANCE = 0.15
-"""Share by which a figure may be worse than its baseline; two runs on one machine differ by up to a
+"""Share by which a figure may be worse than its baseline. Two runs on one machine differ by up to a
 tenth."""
 LOWER_IS_BETTER = ("step_to_arithmetic", "bookkeeping_share", "memory_to_trl", "demo_s")
 REPEATS: dict[Dtype, int] = {"bfloat16": 3, "float32": 2}
@@ -52,7 +52,7 @@ CONTESTANTS: dict[Dtype, tuple[str, ...]] = {
     "bfloat16": ("reftune", "reftune, recompute", "plain", "plain fp32", "trl", "trl, recompute"),
     "float32": ("reftune", "reftune, recompute", "plain", "trl", "trl, recompute"),
 }
-"""Dtype → contestants; `recompute` means gradient checkpointing."""
+"""Dtype → contestants. `recompute` means gradient checkpointing."""
 TARGETS: dict[Dtype, dict[str, float]] = {
     "bfloat16": {
         "ratio_to_trl": 4.0,
@@ -123,8 +123,8 @@ def run_reftune(
     dtype: Dtype,
     recompute: bool = False,
 ) -> dict[str, Any]:
-    """Time `repeats` steps after a first step, which compiles blocks in bf16 and does not count.
-    With 0 repeats, time the first step."""
+    """Time `repeats` steps after a first step. The first step does not count, because in bf16 it
+    compiles blocks. If `repeats` is 0, time the first step."""
     run = Path(tempfile.mkdtemp(dir=folder)) / "run"
     described = recipe(workload, samples, repeats + 1, run, dtype=dtype, recompute=recompute)
     path = run.with_suffix(".yaml")
@@ -141,8 +141,8 @@ def demo_seconds(folder: Path) -> float:
 
 
 def step_seconds(run: Path) -> list[dict[str, float]]:
-    """Seconds of each step but the first, and of its phases, from a run's metrics. For a run of one
-    step: seconds of its phases, and their sum."""
+    """Seconds of each step except the first, and of the step's phases, from a run's metrics. If the
+    run has only one step: seconds of that step's phases, and their sum."""
     rows = [
         json.loads(line)
         for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -161,9 +161,9 @@ def step_seconds(run: Path) -> list[dict[str, float]]:
 
 
 def measured(command: list[str], **variables: str) -> dict[str, Any]:
-    """Run a command at the root, with `variables` added to its environment. Returns: its last line,
-    if that is JSON, and its peak memory, which reads as at least that of this process. Raises:
-    CalledProcessError."""
+    """Run a command at the root, with `variables` added to its environment. Returns: the content of
+    its last line, if that is JSON, and its peak memory in KiB, which is never less than this
+    process's memory. Raises: CalledProcessError."""
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
@@ -195,7 +195,7 @@ def matmul_peak(dtype: Dtype) -> float:
 
 
 def bandwidth(dtype: Dtype) -> float:
-    """Bytes per second that a product limited by memory reads: a matrix of 256 MiB times one
+    """Bytes read per second by a product that is limited by memory: a matrix of 256 MiB times one
     vector."""
     columns = 2**28 // 2**13 // torch.finfo(getattr(torch, dtype)).bits * 8
     matrix = torch.randn(2**13, columns).to(getattr(torch, dtype))
@@ -209,9 +209,9 @@ def seconds(work: Any) -> float:
 
 
 def step_flops(lengths: Sequence[int], prompts: Sequence[int], dtype: Dtype) -> float:
-    """FLOPs of sampling, scoring and updates. An update counts as three forward passes. In fp32,
-    only the reference scores, because the policy's scores come from sampling; in bf16, both
-    score."""
+    """FLOPs of sampling, scoring and updates. An update counts as three forward passes. In bf16,
+    scoring takes a forward pass of the policy and one of the reference. In fp32, it takes only that
+    of the reference, because the policy's scores come from sampling."""
     scores = 1 if dtype == "float32" else 2
     return (1 + scores + 3 * UPDATES) * smollm2_flops(lengths, prompts)
 
@@ -225,8 +225,8 @@ def smollm2_flops(lengths: Sequence[int], prompts: Sequence[int]) -> float:
 def forward_flops(
     trunk: int, head: int, layers: int, hidden: int, lengths: Sequence[int], prompts: Sequence[int]
 ) -> float:
-    """FLOPs of a forward pass: 2 per `trunk` weight and token, 2 per `head` weight and response
-    token, plus causal attention."""
+    """FLOPs of a forward pass: 2 per `trunk` weight and token, plus 2 per `head` weight and
+    response token, plus causal attention."""
     attention = sum(
         2 * layers * hidden * (p + n) ** 2 for p, n in zip(prompts, lengths, strict=True)
     )
@@ -236,8 +236,8 @@ def forward_flops(
 def decode_floor(
     lengths: list[int], prompts: list[int], peak: float, bytes_s: float, weight_bytes: int
 ) -> float:
-    """The least time of sampling, in seconds: each token takes the time to read all weights or the
-    time of its matmuls, whichever is longer."""
+    """A lower bound on the time of sampling, in seconds: each token takes the time to read all
+    weights or the time of its matmuls, whichever is longer."""
     weights = MODEL["body"] + MODEL["vocabulary"] * MODEL["hidden"]
     total = 2 * MODEL["body"] * sum(prompts) / peak
     for step in range(max(lengths)):
@@ -252,8 +252,8 @@ def decode_floor(
 def summary(
     results: Mapping[str, Any], workload: Workload, prompts: list[int], machine: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Medians, ratios and shares. For TRL, the better setting counts: the faster one for time, the
-    leaner one for memory."""
+    """Medians, ratios and shares. TRL's time is taken from its faster setting, and TRL's memory
+    from the setting that needs less."""
     medians = {
         name: {k: statistics.median(s[k] for s in r["steps"]) for k in r["steps"][0]}
         for name, r in results.items()
@@ -311,8 +311,8 @@ def print_table(document: Mapping[str, Any], machine: Mapping[str, Any]) -> None
 
 
 def processor(dtype: Dtype) -> str:
-    """What the figures depend on: the CPU's widest matmul instruction for `dtype`, and the number
-    of threads, as in `amx_bf16-2`."""
+    """What the figures depend on, such as `amx_bf16-2`: the CPU's widest matmul instruction for
+    `dtype`, and the number of threads."""
     found = torch.cpu.get_capabilities()
     widest = torch.backends.cpu.get_cpu_capability().lower()
     if dtype == "bfloat16":
@@ -354,8 +354,8 @@ def against_baseline(document: Mapping[str, Any], path: Path, *, write: bool) ->
 
 
 def growth(sizes: Sequence[int], dtype: Dtype) -> dict[str, Any]:
-    """Seconds of a step's phases and its peak memory, by number of samples. In bf16, the second
-    step is timed, because the first compiles; in fp32, the first is.
+    """Seconds of a step's phases and its peak memory, by number of samples. In fp32, the first step
+    is timed. In bf16, the second step is timed, because the first step compiles.
 
     Answers are a quarter as long as in the contest, so that the largest number of samples does not
     take an hour.

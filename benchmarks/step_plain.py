@@ -1,9 +1,9 @@
-"""A ReFT step in plain transformers, rewritten from the code of Luong et al. (ACL 2024); see
-docs/deviations.md.
+"""A ReFT step in plain transformers, rewritten from the code of Luong et al. (ACL 2024).
+docs/performance.md compares its speed with reftune's.
 
-The step pads prompts on the left, calls `generate` until the longest row ends, runs one forward
-pass each of policy and reference over prompt and answer, and makes two updates. Logits are computed
-for every position.
+The step pads prompts on the left, and calls `generate` until the longest row ends. The policy and
+the reference then each make one forward pass over prompt and answer. Two updates follow. Logits are
+computed for every position.
 
     python -m benchmarks.step_plain WORKLOAD float32|bfloat16 REPEATS
 """
@@ -120,7 +120,7 @@ class PlainStep:
     def credit(
         self, old: Tensor, reference: Tensor, values: Tensor, response: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Whitened advantages and returns, (B, L - 1): γ = 1, λ = 0.95, β = 0.01."""
+        """Whitened advantages and returns, (B, L - 1), with γ = 1, λ = 0.95 and β = 0.01."""
         rewards = -0.01 * (old - reference) * response
         for row, reward in enumerate(self.workload.rewards):
             rewards[row, int(response[row].nonzero()[-1])] += reward

@@ -2,7 +2,8 @@
 
 python -m benchmarks.step_trl WORKLOAD REPEATS [float32|bfloat16] [recompute|keep]
 
-TRL samples answers of the workload's lengths, two to each prompt in the first half of the prompts.
+TRL samples answers of the workload's lengths. It uses only the first half of the prompts, and
+samples two answers to each.
 `recompute`, TRL's default, is gradient checkpointing; `keep` keeps all activations.
 """
 
@@ -21,7 +22,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer, LogitsProcessorList, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-SAMPLES_OF_A_PROMPT = 2  # GRPO compares samples of a prompt, so it needs two
+SAMPLES_OF_A_PROMPT = 2  # GRPO compares samples of the same prompt, so it needs at least two
 
 
 class Clock(TrainerCallback):

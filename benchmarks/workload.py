@@ -1,8 +1,8 @@
-"""The work of each contestant of the step benchmark: prompts, and answers of given lengths.
+"""The work of each contestant of the step benchmark (docs/performance.md): prompts, and the lengths
+of their answers.
 
-The lengths are 16 quantiles of the lengths of SVAMP's compact programs in SmolLM2 tokens
-(docs/performance.md). Their order is shuffled once and for all, so that short and long solutions
-share a batch, as in a run.
+The lengths are 16 quantiles of the lengths of SVAMP's compact programs in SmolLM2 tokens. Their
+order is random but fixed, so that short and long solutions share a batch, as in a run.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Workload:
     rewards: list[float]
     max_new: int = MAX_NEW
     device: str = "cpu"
-    """Device of all contestants but reftune, whose recipe sets it."""
+    """Device of all contestants except reftune, whose recipe sets the device."""
 
 
 def make_workload(model: Path, questions: list[str], samples: int, *, shorter: int = 1) -> Workload:

@@ -30,14 +30,15 @@ HEAD = """\
 # Recipe reference
 
 A *recipe* is the YAML file that describes a run. This page lists all recipe keys. The command line
-can set any of them (`stages.reft.steps=100`). With `extends: other.yaml`, a recipe inherits that
-file's keys: tables are merged unless their kinds differ, and `null` removes an inherited key. A
-*kind* is a built-in name or your own class (`my_file.py:Name`). Write it alone (`engine: kv`) or in
-a table (`engine: {kind: kv, refill: 0.5}`).
+can set any of them (`stages.reft.steps=100`). A nested mapping is a *table*. Some tables have a
+*kind*, which names a built-in component or your own class (`my_file.py:Name`). Write the kind alone
+(`engine: kv`) or with other keys (`engine: {kind: kv, refill: 0.5}`). With `extends: other.yaml`, a
+recipe inherits that file's keys: tables are merged unless their kinds differ, and `null` removes an
+inherited key.
 
-If a key allows only certain values, parentheses after the default list the others. A dash means
-unset. [Notation](algorithms.md#notation) explains terms such as *method*. "The paper" is the ReFT
-paper, and "the authors" are its authors.
+If a key allows only certain values, the other values follow the default in parentheses. A dash
+means that the key is unset by default. [Notation](algorithms.md#notation) explains terms such as
+*method* and *rollout*. "The paper" is the ReFT paper, and "the authors" are its authors.
 """
 Rows = dict[str, tuple[str, str]]
 """Key → its default and meaning."""
@@ -84,7 +85,7 @@ def _defaults(of: Mapping[str, str]) -> str:
     kinds = {value: [kind for kind in of if of[kind] == value] for value in of.values()}
     if len(kinds) == 1:
         return next(iter(kinds))
-    return "; ".join(f"{_and(names)}: {value}" for value, names in kinds.items())
+    return "; ".join(f"{value} for {_and(names)}" for value, names in kinds.items())
 
 
 def _section(title: str, model: type[BaseModel], rows: Rows, level: int = 2) -> Iterator[str]:

@@ -1,7 +1,7 @@
-"""An algorithm of your own. This one is REINFORCE with the rollout's mean reward as the baseline;
-the training loop around it does not change.
+"""An algorithm of your own. This one is REINFORCE, with the mean reward of the rollout as the
+baseline. The training loop around it does not change.
 
-In a recipe's stage of kind `rl`: `algorithm: {kind: examples/algorithm.py:Reinforce}`.
+To use it, set `algorithm: {kind: examples/algorithm.py:Reinforce}` in a stage of kind `rl`.
 """
 
 from dataclasses import replace
@@ -13,7 +13,7 @@ from reftune.model.policy import TokenScores
 
 class Reinforce(Algorithm):
     baseline: bool = True
-    """Whether the mean reward is subtracted."""
+    """Whether the mean reward is subtracted from each reward."""
 
     def credit(self, batch: RolloutBatch) -> RolloutBatch:
         """A = r − mean r, the same for every token of a solution."""

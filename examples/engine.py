@@ -1,7 +1,7 @@
-"""An engine of your own. This one calls transformers' `generate` for one prompt at a time, which is
-slow, but short enough to show an engine's contract.
+"""An engine of your own. This one calls transformers' `generate` for one prompt at a time. It is
+slow, but short enough to show what an engine must do.
 
-In a recipe: `engine: examples/engine.py:OneByOne`.
+To use it, set `engine: examples/engine.py:OneByOne` in the recipe.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class OneByOne(Component):
     def generate(
         self, policy: Policy, prompts: Sequence[Sequence[int]], params: SamplingParams
     ) -> list[Completion]:
-        """One completion per prompt, in order. Each depends only on the weights, the prompt, the
-        prompt's position and `params`."""
+        """One completion per prompt, in the same order. Each completion depends only on the
+        weights, the prompt, the prompt's position and `params`."""
         was_training = policy.training
         policy.eval()
         try:

@@ -1,7 +1,7 @@
-"""A format of your own defines how a problem is put to the model, and how the completion is graded.
-Here, the answer stands in a tag: `<answer> 5 </answer>`.
+"""A format of your own defines how a problem is put to the model and how the completion is graded.
+Here, the answer stands between two tags: `<answer> 5 </answer>`.
 
-In a recipe: `format: examples/format.py:Tagged`.
+To use it, set `format: examples/format.py:Tagged` in the recipe.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ class Tagged(Component):
         return f"{problem.question}\n"
 
     def target(self, problem: Problem) -> str:
-        """The text that follows the prompt; the two are tokenised separately."""
+        """The text that follows the prompt. The prompt and this text are tokenised separately."""
         if problem.rationale is None:
             raise DataError(f"problem {problem.id}: no rationale to train on")
         return f"{problem.rationale} <{self.tag}> {problem.answer} </{self.tag}>"
 
     def grade(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Graded]:
-        """A verdict with a reason for each completion; no text may cause an error."""
+        """One grade per completion, in the same order. No completion may cause an error."""
         return [
             self._grade(problem, text) for problem, text in zip(problems, completions, strict=True)
         ]
@@ -39,6 +39,5 @@ class Tagged(Component):
             return Graded(
                 verdict=Verdict.NO_ANSWER, value=None, reason=f"no <{self.tag}> … </{self.tag}>"
             )
-        return grade_answer(
-            found[-1].strip(), problem
-        )  # reads numbers, letters and words as elsewhere
+        # reads numbers, letters and words as the built-in formats do
+        return grade_answer(found[-1].strip(), problem)

@@ -1,8 +1,8 @@
 """A grader of your own decides which answers are right. Here, answers are lengths in km, m or cm.
 
-In a recipe: `format: {kind: nl, grading: examples/grader.py:same_length}` and, so that "2.5 km" is
-not read as a number, `answer_kind: text` in `dataset`. The reward, the choice of a model on dev,
-votes and the evaluation all use the grader.
+To use it, set `format: {kind: nl, grading: examples/grader.py:same_length}` in the recipe. Also set
+`answer_kind: text` in `dataset`, so that "2.5 km" is not read as a number. The default reward,
+model selection on dev, voting and the evaluation all use the grader.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ LENGTH = re.compile(r"\s*([\d.]+) ?(km|cm|m)\b")
 
 
 def same_length(completion: str, problem: Problem) -> Graded:
-    """A verdict with a reason, whatever the text. Votes compare `value`, so equal answers must have
-    the same spelling."""
+    """A verdict with a reason for any text. Voting compares the `value` of samples, so equal
+    answers must have the same spelling."""
     answer, gold = metres(answer_text(completion) or ""), metres(str(problem.answer))
     if answer is None or gold is None:
         return Graded(verdict=Verdict.NO_ANSWER, value=None, reason="no length like 2.5 km")
@@ -28,6 +28,7 @@ def same_length(completion: str, problem: Problem) -> Graded:
 
 
 def metres(text: str) -> float | None:
-    """The length at the start of `text`, in metres; None if there is none."""
+    """The length at the start of `text`, in metres; None if the text does not begin with a
+    length."""
     found = LENGTH.match(text)
     return None if found is None else float(found[1]) * METRES[found[2]]

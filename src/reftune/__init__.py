@@ -30,7 +30,7 @@ _HOMES = {
     "Problem": "types",
     "Verdict": "types",
 }
-"""Public name → its module, imported only on first use, which keeps `import reftune` fast."""
+"""Public name → its module. A module is imported only on first use, so `import reftune` is fast."""
 
 
 def __getattr__(name: str) -> Any:

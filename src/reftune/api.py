@@ -32,11 +32,12 @@ def run(
     recipe: Recipe | Mapping[str, Any] | str | Path, *overrides: str, quiet: bool = True
 ) -> dict[str, Any]:
     """Train all stages of a recipe and evaluate their models, as `reftune run` does. `recipe` is
-    the path of a recipe file, a mapping of recipe keys without `extends`, or a `Recipe`. An
-    unfinished run is resumed. If a launcher starts several processes, all must call this function.
+    the path of a recipe file, a mapping from recipe keys (except `extends`) to values, or a
+    `Recipe`. An unfinished run is resumed. If a launcher such as torchrun starts several processes,
+    all of them must call this function.
 
-    `overrides` are `key=value` strings, which are allowed only if `recipe` is a path. If not
-    `quiet`, progress is shown on stderr. Returns: the content of the run's `summary.json`. Raises:
+    `overrides` are `key=value` strings, which are allowed only if `recipe` is a path. If `quiet` is
+    false, progress is shown on stderr. Returns: the content of the run's `summary.json`. Raises:
     ReftuneError if the run cannot start or continue; `reftune.stages.loop.Interrupted` if SIGINT or
     SIGTERM stops the training.
     """
@@ -82,8 +83,9 @@ def grade(
         >>> grade("so 3 · 7 = 21. The answer is 21", 21).verdict
         <Verdict.CORRECT: 'correct'>
 
-    Raises: DataError for any other answer; RecipeError for an unusable format; ReftuneError if a
-    package or sandbox that grading needs is missing. The completion never causes an error.
+    Raises: DataError if `answer` cannot be read as a gold answer; RecipeError if the format is
+    unusable; ReftuneError if a package or sandbox that grading needs is missing. The completion
+    never causes an error.
     """
     row = {
         "id": "1",
@@ -97,7 +99,7 @@ def grade(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
-    """A model's greedy answers to problems, and their grades."""
+    """A model's greedy solutions to problems, and their grades."""
 
     problems: tuple[Problem, ...]
     completions: tuple[Completion, ...]
@@ -109,7 +111,7 @@ class Evaluation:
 
     @property
     def accuracy(self) -> float:
-        """Share of right answers."""
+        """Share of problems that the model solved correctly."""
         return self._num_correct / self.n
 
     @property
@@ -129,14 +131,14 @@ def evaluate(
     format: FormatSpec | None = None,
     max_new: int | None = None,
 ) -> Evaluation:
-    """Let a model answer problems greedily, and grade the answers.
+    """Let a model solve problems with greedy decoding, and grade its solutions.
 
-    `model` is a run's folder `stages/NAME`, any other model folder in Hugging Face format, a Hub
-    id, `smollm2-135m` or a loaded `Policy`. `problems` are `Problem`s, or mappings with the keys
-    `question`, `answer` and, optionally, `id`, `choices` and `answer_kind`. For a stage folder,
-    `format` and `max_new` (the maximum number of tokens per answer) default to those of its run;
-    for any other model, they default to `nl` and 256. Raises: ReftuneError if the model, a problem
-    or the format cannot be used.
+    `model` is the folder `stages/NAME` of a run, any other model folder in Hugging Face format, a
+    Hub id, `smollm2-135m` or a loaded `Policy`. `problems` are `Problem`s, or mappings with the
+    keys `question`, `answer` and, optionally, `id`, `choices` and `answer_kind`. `max_new` is the
+    maximum number of tokens per solution. For a folder `stages/NAME`, `format` and `max_new`
+    default to the run's settings. For any other model, they default to `nl` and 256. Raises:
+    ReftuneError if the model, a problem or the format cannot be used.
     """
     from reftune.grading.rewards.outcome import Outcome
     from reftune.model.encoder import Encoder, stop_texts
@@ -195,7 +197,7 @@ def _policy(model: str | Path | Policy) -> Policy:
 
 
 def _recipe_of(model: str | Path | Policy) -> Mapping[str, Any]:
-    """The recipe of a stage folder's run; empty if `model` is not a stage folder."""
+    """If `model` is the folder `stages/NAME` of a run, the run's recipe; otherwise empty."""
     if not isinstance(model, str | Path) or Path(model).parent.name != "stages":
         return {}
     path = StageFolder(Path(model)).run.recipe

@@ -3,8 +3,8 @@ and what was expected."""
 
 
 class ReftuneError(Exception):
-    """The base class of the errors in this module. The command line prints the message on one
-    line."""
+    """The base class of the errors in this module. The command line prints an error's message on
+    one line."""
 
 
 class RecipeError(ReftuneError):
@@ -27,7 +27,7 @@ class CheckpointError(ReftuneError):
 
 
 class RewardError(ReftuneError):
-    """A reward function that failed, or returned something other than rewards."""
+    """A reward function that failed or that returned something other than rewards."""
 
 
 class EngineError(ReftuneError):

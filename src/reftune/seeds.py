@@ -22,9 +22,9 @@ def generator(*parts: int | str) -> np.random.Generator:
 
 
 def endless_indices(num_items: int, *, start: int, count: int, seed: int) -> list[int]:
-    """The item indices at positions `start` to `start + count - 1`, counted from 0, of an endless
-    sequence of epochs. Each epoch contains the indices of all `num_items` items in a new random
-    order."""
+    """A part of an endless sequence of item indices: the indices at positions `start` to
+    `start + count - 1`, counted from 0. The sequence consists of epochs. Each epoch contains the
+    indices of all `num_items` items in a new random order."""
     return [index for index, _ in zip(_endless(num_items, start, seed), range(count), strict=False)]
 
 

@@ -1,4 +1,4 @@
-"""How numbers and text are shown to the user."""
+"""Formats numbers and text for the user."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def did_you_mean(name: object, known: Iterable[str]) -> str:
 
 
 def clock(seconds: float) -> str:
-    """A duration in minutes and seconds, `0:31`, or in hours, minutes and seconds, `1:02:03`."""
+    """A duration, such as `0:31` (minutes and seconds) or `1:02:03` (with hours)."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

@@ -1,4 +1,4 @@
-"""The data types of reftune. They do not need torch."""
+"""The data types of reftune. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ class Verdict(enum.Enum):
     CORRECT = "correct"
     WRONG = "wrong"
     NO_ANSWER = "no_answer"
+    """No unambiguous answer could be read."""
     ERROR = "error"
+    """The program, the comparison of answers, the grader or the scorer failed."""
     TIMEOUT = "timeout"
     MEMORY = "memory"
     FORBIDDEN = "forbidden"
+    """The program tried to reach outside the sandbox."""
 
     def __bool__(self) -> bool:
         raise TypeError(f"{self} has no truth value; compare it with Verdict.CORRECT")
@@ -36,13 +39,13 @@ class Answer:
     value: Fraction | str
     """A Fraction for a number, a lower-case letter for a choice, and text for any other kind."""
     decimals: float | None = field(default=None, compare=False)
-    """Number of digits after a number's decimal point, as written in the data; inf for a number
-    written as a fraction. None means as many as its exact value needs."""
+    """How many digits the data writes after the decimal point of a number; inf if the number is
+    written as a fraction. None means as many digits as the exact value needs."""
     percent: bool = False
     """Whether the answer is a number written with a percent sign."""
     items: tuple[str, ...] = ()
-    """The accepted spellings (`any_of`) or the parts (`list`, `set`) of the answer; empty for other
-    kinds."""
+    """For `any_of`, the accepted spellings of the answer. For `list` and `set`, its parts. Empty
+    for other kinds."""
 
     def __str__(self) -> str:
         if isinstance(self.value, Fraction):
@@ -63,8 +66,8 @@ def spell(value: Fraction) -> str:
 
 
 def spell_decimal(value: Fraction) -> str:
-    """A number in a spelling that `float()` accepts: as in `spell`, but a fraction is rounded to a
-    decimal."""
+    """Like `spell`, but a fraction such as `1/3` is rounded to a decimal, so that `float()` accepts
+    the result."""
     text = spell(value)
     return repr(float(value)) if "/" in text else text
 
@@ -91,7 +94,8 @@ class Conversation:
 
 
 ANY_ANSWER = Answer(kind="text", value="(any answer that the scorer accepts)")
-"""Stands in for a gold answer if the data has none and the problem's scorer judges answers."""
+"""Takes the place of a problem's gold answer if the data has none. The problem's scorer then judges
+the answers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,7 +118,7 @@ class Problem:
     answer that was read from it."""
     messages: tuple[Message, ...] = ()
     """If the question is a conversation, the turns before the assistant's answer; empty otherwise.
-    Their text, without the system message, is also in `question`."""
+    `question` contains the text of these turns, except the system message."""
     scorer: Callable[[str], float] | None = None
     """The task's own scorer, which maps an answer's text to a score from 0 to 1. If None, answers
     are compared with the gold answer."""
@@ -135,11 +139,11 @@ class SamplingParams:
     """Sample only from the `top_k` most likely tokens; 0 means from the whole vocabulary."""
     top_p: float = 1.0
     seed: int = 0
-    """Every random number of a request is a function of this seed and of the request's position in
-    the batch, counted from 0."""
+    """The random numbers used to complete a prompt depend only on this seed and on the prompt's
+    position in the batch, counted from 0."""
     first_position: int = 0
-    """Position in the batch of the call's first request; above 0 if the call handles a later part
-    of the batch."""
+    """Position in the batch of the first prompt that a call of `generate` receives. It is above 0
+    if the call handles a later part of the batch."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,13 +155,13 @@ class Completion:
     text: str
     """The decoded text, without special tokens. It ends before the stop string, if any."""
     logprobs: tuple[float, ...]
-    """Log-probability of each token, in nats, under the distribution from which it was drawn; for
-    greedy decoding, under the distribution at temperature 1."""
+    """Log-probability of each token, in nats, under the distribution from which the token was
+    drawn. In greedy decoding, the distribution at temperature 1 is used instead."""
     finish_reason: Literal["eos", "stop", "length"]
     """What ended the completion: an end token, a stop string or the length limit."""
     values: tuple[float, ...] = ()
-    """The value head's output before each token. Empty unless the engine computes both these values
-    and `logprobs` as `Policy.score` does."""
+    """The value head's output just before each token. Empty unless the engine computes `values` and
+    `logprobs` in the same way as `Policy.score`."""
     entropies: tuple[float, ...] = ()
     """The entropy of each token's distribution, in nats; empty if `values` is empty."""
 
@@ -197,8 +201,8 @@ class Attempt:
         return self.graded.verdict is Verdict.CORRECT
 
     def to_row(self) -> dict[str, Any]:
-        """The attempt as a JSON object. Fields that are not set are omitted, except `value`, which
-        is null."""
+        """The attempt as a JSON object. Unset fields are omitted, except `value`, which becomes
+        null."""
         seconds = self.graded.program_s
         optional = {
             "reason": self.graded.reason or None,
@@ -237,7 +241,7 @@ class Attempt:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rollout:
-    """A graded and rewarded solution to a problem: sampled from the policy, or the gold
+    """A graded and rewarded solution to a problem. It was sampled from the policy or is the gold
     solution."""
 
     problem: Problem

@@ -260,7 +260,7 @@ LIMITS: dict[str, tuple[list[str], dict[str, str], str, str]] = {
         ["lengths.max_new=2"],
         {},
         (
-            r"no training row is left of 6: 6 have a rationale, and none .* fits in"
+            r"no training row can be used: 6 of 6 have a rationale, and none .* fits in"
             r" lengths\.max_new=2 "
         ),
         (
@@ -271,7 +271,7 @@ LIMITS: dict[str, tuple[list[str], dict[str, str], str, str]] = {
     "no training row left: no rationales": (
         [],
         {"train.jsonl": UNSOLVED},
-        r"no training row is left of 6: 0 have a rationale",
+        r"no training row can be used: 0 of 6 have a rationale",
         r"splits: .* 0 train rows with a rationale.*; supervised stages need rationales",
     ),
     "no test problems": (

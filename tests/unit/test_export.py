@@ -63,7 +63,7 @@ def test_the_card_states_accuracy_choice_and_recipe(run_folder: Path, tmp_path: 
     assert (
         "Its greedy accuracy on 100 test problems is 50.0% (95% interval 40.0% to 60.0%)." in card
     )
-    assert "step 40, chosen as the best of 3 dev evaluations. They solve\n62.5% of 8" in card
+    assert "step 40, chosen as the best of 3 dev evaluations. The model solves\n62.5% of 8" in card
     assert "name: tiny\nseed: 7" in card
     assert "trained on\n`mine.csv` (`jsonl`)" in card
 
@@ -83,7 +83,7 @@ def test_the_card_of_a_snapshot_does_not_claim_a_choice_on_dev(run_folder: Path,
     info = run_folder / "stages" / "reft" / "stage.json"
     info.write_text(json.dumps(json.loads(info.read_text()) | {"snapshot_of": "sft"}))
     card = (export_model(run_folder, "reft", tmp_path / "model") / "README.md").read_text()
-    assert "The weights are those of step 40. They solve\n62.5% of 8 dev problems." in card
+    assert "The weights are those of step 40. The model solves\n62.5% of 8 dev problems." in card
 
 
 def test_the_card_holds_nothing_that_the_model_wrote(run_folder: Path, tmp_path: Path):

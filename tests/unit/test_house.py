@@ -31,7 +31,7 @@ def test_the_page_on_design_names_every_file_of_a_room(house) -> None:
     files = (path.relative_to(house.SOURCE).with_suffix("").parts for path in house.python_files())
     named = [parts for parts in files if len(parts) < 3 or parts[1] in OPEN]
     missing = {parts[-1] for parts in named if not parts[-1].startswith("_")} - words
-    assert not missing, f"docs/design.md, The house: add {missing}"
+    assert not missing, f"docs/design.md, The package: add {missing}"
 
 
 def test_rooms_import_only_from_rooms_above_them(house) -> None:

@@ -143,7 +143,7 @@ def test_test_questions_are_scored_if_there_are_any_and_dev_if_not(here: Path):
         (["--data", "odd.csv", "--question", "fo"], "odd.csv:2: no column 'fo'"),
         (
             ["--data", "bare.csv", "--model", "scratch"],
-            "learns from rationales, but the data has none; set --model",
+            "learns from rationales, but the data has none; choose another --model",
         ),
         (
             ["--data", "bare.csv", "--model", "./nowhere"],

@@ -214,7 +214,8 @@ def test_rows_without_a_rationale_or_too_long_are_left_out(tokenizer):
 
 def test_no_training_row_at_all_is_refused(tokenizer):
     with pytest.raises(
-        DataError, match="no training row is left of 1: 1 have a rationale, and none of them fits"
+        DataError,
+        match="no training row can be used: 1 of 1 have a rationale, and none of these fits",
     ):
         gold_examples(
             (problem(1, "1 2 3"),), collector(tokenizer, max_new=2), SimpleNamespace(context=None)
@@ -507,7 +508,7 @@ def test_a_rollout_without_a_reward_is_reported(trainer):
     trainer.context = replace(trainer.context, progress=progress, collector=collector)
     rollouts, _ = trainer.sample(3, "rollout")
     assert rollouts == []
-    assert notes == ["reft rollout 3: every reward is None, so nothing is trained on"]
+    assert notes == ["reft rollout 3: every reward is None, so there is nothing to train on"]
 
 
 def test_a_rollout_whose_loss_is_not_finite_is_saved_and_named(trainer, monkeypatch):

@@ -1,4 +1,5 @@
-"""The kinds of gold answer in the data, shown so that the user can notice a misreading."""
+"""Shows the kinds of gold answer in the data, so that the user can notice answers that were read
+wrongly."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ MOST_CHARS = 40
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GoldExample:
-    """A gold answer as spelled in the data and as read."""
+    """A gold answer, as spelled in the data (`raw`) and as reftune reads it (`read`)."""
 
     raw: str
     read: str
@@ -44,7 +45,8 @@ def gold_kinds(splits: Splits) -> tuple[GoldKind, ...]:
 
 
 def golds_text(kinds: Sequence[GoldKind]) -> str:
-    """One line per kind, with its number of answers: `golds number 36: 1,234 → 1234, …`."""
+    """One line per kind, with the number of answers of this kind and some examples, such as
+    `golds  number 36: 1,234 → 1234, …`."""
     return printable("\n".join(f"golds  {_line(kind)}" for kind in kinds))
 
 

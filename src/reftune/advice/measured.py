@@ -19,10 +19,11 @@ from reftune.stages.stage import Pace
 from reftune.types import SamplingParams
 
 WARM_TOKENS = 256
-"""Tokens trained on before the clock starts, because the first pass chooses kernels, casts weights
-and allocates memory."""
+"""Before training is timed, an untimed pass reads up to this many tokens, because the first pass
+chooses kernels, casts weights and allocates memory."""
 WARM_NEW_TOKENS, FEWEST_NEW_TOKENS = 2, 12
-"""Number of tokens sampled per row before the clock starts, and the minimum while it runs."""
+"""Number of tokens sampled per row to warm up, and minimum number of tokens sampled per row to
+measure the speed."""
 BUDGET_S = 8.0
 """Target duration of a timed pass, in seconds."""
 STEADY_S = 0.5
@@ -34,9 +35,9 @@ SCORING_COST = 1 / 3
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Speed:
     train: float
-    """Tokens of prompts and responses per second, in forward and backward passes."""
+    """Prompt and response tokens per second, in forward and backward passes."""
     sample: float
-    """Tokens of responses per second, over all rows."""
+    """Response tokens per second, over all rows."""
 
     def pace(self, *, prompt: float, response: float) -> Pace:
         """Seconds per sequence, for prompts and responses of these mean lengths in tokens."""
@@ -53,9 +54,9 @@ def measure_speed(
     rows: int,
     max_tokens: int,
 ) -> Speed:
-    """Measure the speed of training on `rows` sequences and of sampling as many solutions, each
-    after an untimed pass. A training pass reads at most `max_tokens` tokens and takes no optimizer
-    step."""
+    """Measure the speed of training on `rows` sequences and the speed of sampling the same number
+    of solutions. An untimed pass precedes each measurement. A training pass reads at most
+    `max_tokens` tokens and takes no optimizer step."""
     batch = token_batch(prompts[:rows], targets[:rows], device=policy.device)
     length = math.ceil(sum(map(len, targets)) / len(targets))
     return Speed(
@@ -73,7 +74,8 @@ def _train_speed(policy: Policy, batch: TokenBatch, max_tokens: int) -> float:
 
 
 def _rows_within(batch: TokenBatch, max_tokens: float) -> TokenBatch:
-    """The first rows whose padded size stays within `max_tokens`; at least one."""
+    """The batch's first rows: as many as fit in `max_tokens` with their padding, but at least
+    one."""
     count = max(1, int(max_tokens // int(batch.lengths.max())))
     return batch.rows(torch.arange(min(count, len(batch.lengths))))
 
@@ -88,8 +90,8 @@ def _training_pass(policy: Policy, batch: TokenBatch) -> None:
 def _sample_speed(
     policy: Policy, engine: Engine, prompts: Sequence[list[int]], num_tokens: int
 ) -> float:
-    """Tokens sampled per second, over all rows, in solutions of `num_tokens` tokens; extrapolated
-    if there is only time to sample the beginnings of solutions."""
+    """Tokens sampled per second, over all rows, if solutions have `num_tokens` tokens. If there is
+    only time to sample the beginnings of solutions, the speed is extrapolated."""
 
     def sample(length: int) -> int:
         completions = engine.generate(policy, prompts, SamplingParams(max_new_tokens=length))
@@ -114,8 +116,8 @@ def _seconds(act: Callable[[], object]) -> float:
 
 
 def available_bytes(device: torch.device) -> float:
-    """The device's free memory in bytes. On a CPU, it is at most this process's share of the
-    machine's or container's memory."""
+    """The device's free memory in bytes. On a CPU, the result is at most this process's share of
+    the memory of the machine or container."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     meminfo = Path("/proc/meminfo")

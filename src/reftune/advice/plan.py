@@ -19,19 +19,19 @@ from reftune.text import counted
 
 GB = 10**9
 NODE = 8
-"""Number of GPUs in a machine, joined by fast links."""
+"""Number of GPUs in a machine. Fast links join them."""
 NETWORK = 50 * GB
 """Bytes per second from a GPU to other machines: one 400 Gbit/s adapter per GPU, as in NVIDIA's DGX
 H100."""
 DECODE_EFFICIENCY = 0.5
-"""Share of the roofline's speed that decoding is assumed to reach: the target in
-benchmarks/step.py."""
+"""Share of the roofline's speed that decoding is assumed to reach. The target in benchmarks/step.py
+is the same share."""
 ARITHMETIC = "arithmetic"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gpu:
-    """A GPU's peak rates, without sparsity, for the SXM version. Source: NVIDIA's data sheets."""
+    """The peak rates of a GPU's SXM version, without sparsity. Source: NVIDIA's data sheets."""
 
     bfloat16: float
     """FLOP/s."""
@@ -122,17 +122,17 @@ class Plan:
     prompt: int
     response: int
     sizes: Mapping[Sharding, Sizes]
-    """Sharding → the sizes of passes that the recipe sets or, for `auto`, the largest that fit."""
+    """Sharding → the sizes that the recipe sets or, for `auto`, the largest sizes that fit."""
     memory: Mapping[Sharding, Share]
     topology: str
     sharding: Sharding | None
-    """The simplest sharding that uses all GPUs and fits; None if none does."""
+    """The simplest sharding that uses all GPUs and fits. None if no such sharding fits."""
     split: Mapping[str, Mapping[str, Any]]
-    """Stage → the best division of the GPUs between sampling and training, and the step's
-    seconds."""
+    """Stage → the best division of the GPUs between sampling and training, and the seconds that a
+    step then takes."""
     steps: Mapping[str, Step]
-    """Sampling stage → its step under `sharding` or, if that is None, under whichever
-    sharding of all GPUs needs the least memory."""
+    """Sampling stage → its step under `sharding`. If `sharding` is None, the step is computed for
+    the sharding over all GPUs that needs the least memory."""
     assumed: Mapping[str, Any]
 
 
@@ -145,10 +145,10 @@ def make_plan(
     only: str | None = None,
 ) -> Plan:
     """The plan for all stages, or for the stage `only`. `prompt` and `response` are lengths in
-    tokens, by default `lengths.max_prompt` and `lengths.max_new`; an unset `max_prompt` means 256.
+    tokens. Their defaults are `lengths.max_prompt` (256 if unset) and `lengths.max_new`.
 
     Raises: RecipeError if none of these stages states its cost; ModelError if the configuration
-    cannot be read; DataError as `load_splits`.
+    cannot be read; DataError as in `load_splits`.
     """
     if recipe.model.dtype == "auto":  # every GPU in `GPUS` supports bf16
         table = recipe.model.model_copy(update={"dtype": "bfloat16"})
@@ -227,7 +227,8 @@ class Planner:
         return self.hardware.rate(self.estimate.recipe.model.dtype)
 
     def flops(self, *, backward: bool) -> float:
-        """FLOPs of a pass over one sequence, counted in a trace and doubled for a value model."""
+        """FLOPs of a pass over one sequence. They are counted in a trace, and doubled if the value
+        model is separate."""
         made = self.estimate
         update = made.outline.update(made.prompt, made.response, 2)
         models = 2 if made.cost.value_model else 1
@@ -300,8 +301,8 @@ class Planner:
         return Phase(seconds=seconds, bound=bound)
 
     def communication(self, gpus: int) -> float:
-        """Seconds spent moving data in one pass over the batch. DDP sums gradients once; FSDP2, for
-        each micro-batch, gathers weights twice and scatters gradients once."""
+        """Seconds spent moving data in one pass over the batch. DDP sums gradients once. For each
+        micro-batch, FSDP2 gathers weights twice and scatters gradients once."""
         made, share = self.estimate, (gpus - 1) / gpus
         gradients = FP32 * made.outline.trained
         if made.sharding != "fsdp2":
@@ -311,8 +312,9 @@ class Planner:
         return micro_batches * share * (2 * made.outline.weights + gradients) / self.hardware.link
 
     def best_split(self) -> dict[str, Any]:
-        """The division of the GPUs into sampling and training ones with the shortest step. The two
-        groups take turns, because samples come from the newest weights."""
+        """The time of the shortest possible step if some GPUs only sample and the others only
+        train, and the number of GPUs in each group. The two groups take turns, because samples come
+        from the newest weights."""
         seconds = {n: self.step(samplers=n).seconds for n in range(1, self.hardware.gpus)}
         best = min(seconds, key=seconds.__getitem__)
         train = self.hardware.gpus - best
@@ -366,7 +368,7 @@ def _memory_text(plan: Plan) -> str:
 
 
 def _step_text(plan: Plan, name: str, step: Step) -> str:
-    way = "fits nowhere; computed as if it did" if plan.sharding is None else WAYS[plan.sharding]
+    way = "does not fit; computed as if it did" if plan.sharding is None else WAYS[plan.sharding]
     rows = [(phase, f"{found.seconds:.3g} s", found.bound) for phase, found in step.phases.items()]
     rows.append(("all", f"{step.seconds:.3g} s", f"bottleneck: {step.bottleneck}"))
     if name in plan.split:

@@ -1,5 +1,5 @@
-"""Turns rewards and values into advantages and returns. Masks are True on the response tokens to
-include, and False on all others, such as padding."""
+"""Turns rewards and values into advantages and returns. A mask is True at the response tokens to
+include, and False at all other positions, such as padding."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ def token_rewards(
     *,
     kl_coef: float,
 ) -> Tensor:
-    """Reward of each token: its negative KL penalty, plus the task's reward on the last token.
+    """Reward of each token. A KL penalty is subtracted at every token, and the task's reward is
+    added at the last token.
 
         r_t = -β (log π(a_t) - log π_ref(a_t)) + [t is last] · reward
 
-    β is `kl_coef`; without `ref_logprobs`, there is no penalty. Shapes: rewards (B,), all others
-    (B, R); the result is 0 where the mask is False. Source: ReFT (arXiv:2401.08967), §3.1. Differs:
+    β is `kl_coef`. Without `ref_logprobs`, there is no penalty. Shapes: rewards (B,), all others
+    (B, R). The result is 0 where the mask is False. Source: ReFT (arXiv:2401.08967), §3.1. Differs:
     none.
     """
     last = response_mask.sum(1) - 1
@@ -45,9 +46,10 @@ def gae(
         δ_t = r_t + γ V_{t+1} - V_t        A_t = δ_t + γλ A_{t+1}        G_t = A_t + V_t
 
     V is 0 after the last sampled token, whether the response ended there or was cut off at the
-    length limit. Both results are 0 where the mask is False. Shapes (B, R); λ is a number, or (B,)
-    with one per response. Source: PPO (arXiv:1707.06347), §5; ReFT (arXiv:2401.08967), §3.1.
-    Differs: γ and λ are named as in ReFT's code; the ReFT paper swaps the two symbols.
+    length limit. Both results are 0 where the mask is False. Shapes (B, R). λ is a number, or a
+    tensor (B,) with one number per response. Source: PPO (arXiv:1707.06347), §5; ReFT
+    (arXiv:2401.08967), §3.1. Differs: γ and λ are named as in ReFT's code; the ReFT paper swaps the
+    two symbols.
     """
     values = values * response_mask
     next_values = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
@@ -63,7 +65,8 @@ def gae(
 
 
 def whiten(values: Tensor, mask: Tensor) -> Tensor:
-    """`values` standardized to zero mean and unit variance where the mask is True; 0 elsewhere.
+    """`values`, standardized to zero mean and unit variance where the mask is True. The result is 0
+    elsewhere.
 
         (x - mean) / sqrt(unbiased variance + 1e-8)
 
@@ -79,8 +82,8 @@ def whiten(values: Tensor, mask: Tensor) -> Tensor:
 def truncated_importance(
     logprobs: Tensor, sampling_logprobs: Tensor, mask: Tensor, *, cap: float
 ) -> Tensor:
-    """Importance weights (B, R) that correct for a sampler that differs from the policy; 1 where
-    the mask is False.
+    """Importance weights (B, R) that correct for differences between the sampler and the policy.
+    They are 1 where the mask is False.
 
         w = min(π_train / π_sample, cap)
 
@@ -106,16 +109,16 @@ def group_sizes(groups: Tensor) -> Tensor:
 
 
 def group_stds(rewards: Tensor, groups: Tensor) -> Tensor:
-    """Standard deviation of the rewards in each sample's group, (B,), from the unbiased variance; 0
-    for a group of one."""
+    """Standard deviation of the rewards in each sample's group, (B,). It is the square root of the
+    unbiased variance. For a group of one sample, it is 0."""
     squares = group_means((rewards - group_means(rewards, groups)) ** 2, groups)
     sizes = group_sizes(groups)
     return (squares * sizes / (sizes - 1).clamp(min=1)).sqrt()
 
 
 def leave_one_out(rewards: Tensor, groups: Tensor) -> Tensor:
-    """Each sample's reward minus the mean reward of its group's other samples, (B,); 0 for a group
-    of size K = 1.
+    """Each sample's reward minus the mean reward of its group's other samples, (B,). If the group
+    has only one sample (K = 1), the result is 0.
 
         A_i = r_i - 1/(K-1) Σ_{j≠i} r_j = K/(K-1) · (r_i - mean)
 
@@ -127,7 +130,7 @@ def leave_one_out(rewards: Tensor, groups: Tensor) -> Tensor:
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     """Share of the returns' variance that the values explain: 1 for perfect values, 0 for constant
-    ones, and below 0 if the errors vary more than the returns.
+    values, and below 0 if the errors vary more than the returns.
 
         1 - Var(G - V) / Var(G)
 

@@ -2,7 +2,8 @@
 loss terms as pure functions of per-token tensors.
 
 Every loss is a weighted sum over tokens. The weights are computed once for a whole minibatch, so
-splitting it into micro-batches or over processes does not change the gradient.
+splitting the minibatch into micro-batches, or dividing it among processes, does not change the
+gradient.
 """
 
 from __future__ import annotations
@@ -29,16 +30,16 @@ Reduction = Literal["sequence", "token"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossTerms:
-    """A micro-batch's part of the loss, and its metrics. Both are summed over micro-batches, except
-    that metrics named `…_max` keep their largest value."""
+    """A micro-batch's part of the loss, and the micro-batch's metrics. Both are summed over
+    micro-batches, except that for metrics named `…_max`, the largest value is kept."""
 
     total: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Algorithm(Component, ABC):
-    """The base class of algorithms. A subclass defines the hooks `credit` and `loss`, and overrides
-    others if needed."""
+    """The base class of algorithms. A subclass defines the hooks `credit` and `loss`, and may
+    override the other hooks."""
 
     needs_values: ClassVar[bool] = False
     """Whether `credit` reads the batch's `values` and `loss` trains the value head."""
@@ -55,13 +56,13 @@ class Algorithm(Component, ABC):
 
     @property
     def discount(self) -> float:
-        """The discount γ of the returns to which the value head is fitted before the stage's first
-        step."""
+        """The discount factor γ of the returns that the value head learns before the stage's first
+        step (`value_prefit`)."""
         return 1.0
 
     @property
     def trains_with_dropout(self) -> bool:
-        """Whether dropout is active in the update."""
+        """Whether dropout is active during updates."""
         return False
 
     def select(self, rollouts: Sequence[Rollout], encoder: Encoder) -> list[Rollout]:
@@ -71,16 +72,18 @@ class Algorithm(Component, ABC):
 
     @abstractmethod
     def credit(self, batch: RolloutBatch) -> RolloutBatch:
-        """A copy of `batch` with the fields that `weights` and `loss` read, such as advantages and
-        returns. `batch` contains all selected samples of a step. Must be pure."""
+        """A copy of `batch` to which fields such as advantages and returns are added, for `weights`
+        and `loss` to read. `batch` contains all selected samples of a step. This method must be
+        pure."""
 
     def weights(self, batch: RolloutBatch) -> Tensor:
-        """The weight of each token in the loss of a minibatch, (B, R). Must be pure."""
+        """The weight of each token in the loss of a minibatch, (B, R). This method must be pure."""
         return token_weights(batch.response_mask, "token")
 
     @abstractmethod
     def loss(self, scores: TokenScores, batch: RolloutBatch) -> LossTerms:
-        """A micro-batch's part of the loss, weighted by `batch.weights`. Must be pure."""
+        """A micro-batch's part of the loss, weighted by `batch.weights`. This method must be
+        pure."""
 
 
 class Clipped(Algorithm, ABC):
@@ -134,8 +137,8 @@ def with_contrast(rollouts: Sequence[Rollout]) -> list[Rollout]:
 
 
 def token_weights(response_mask: Tensor, reduction: Reduction) -> Tensor:
-    """Weights (B, R) that turn a weighted sum into the mean that `reduction` names; 0 where the
-    mask is False.
+    """Weights (B, R) with which a weighted sum over tokens is the mean that `reduction` names. They
+    are 0 where the mask is False.
 
     `sequence` averages over the tokens of each response, then over responses, as in ReFT's code.
     `token` averages over all tokens.
@@ -147,7 +150,7 @@ def token_weights(response_mask: Tensor, reduction: Reduction) -> Tensor:
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of the values where the mask is True; 0 if there are none."""
+    """Mean of the values where the mask is True; 0 if the mask is False everywhere."""
     return (values * mask).sum() / mask.sum().clamp(min=1)
 
 
@@ -168,8 +171,8 @@ def ppo_policy_terms(
 
 
 def kl_terms(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Estimate of KL(π ‖ π_ref) from each sampled token, (B, R): never negative, and unbiased for
-    tokens sampled from π.
+    """Estimate of KL(π ‖ π_ref) from each sampled token, (B, R). The estimate is never negative,
+    and it is unbiased if the tokens were sampled from π.
 
         k3 = π_ref/π - log(π_ref/π) - 1
 
@@ -185,7 +188,7 @@ def value_terms(values: Tensor, old_values: Tensor, returns: Tensor, *, clip: fl
 
         L = ½ max((V - G)², (clip(V, V_old ± ε) - G)²)
 
-    Source: ReFT (arXiv:2401.08967), §3.1, as in its code. Differs: none.
+    Source: ReFT (arXiv:2401.08967), §3.1, as implemented in ReFT's code. Differs: none.
     """
     clipped = old_values + (values - old_values).clamp(-clip, clip)
     return 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
@@ -194,8 +197,9 @@ def value_terms(values: Tensor, old_values: Tensor, returns: Tensor, *, clip: fl
 def policy_metrics(
     logprobs: Tensor, old_logprobs: Tensor, *, clip_low: float, clip_high: float, weights: Tensor
 ) -> dict[str, Tensor]:
-    """Metrics of how far the policy has moved from the one that drew the samples: means over
-    tokens, weighted by `weights`, and, for `policy/ratio_max`, a maximum."""
+    """Metrics that measure how far the policy has moved from the policy that drew the samples.
+    `policy/ratio_max` is the maximum over tokens. The other metrics are means over tokens, weighted
+    by `weights`."""
     log_ratio = (logprobs - old_logprobs).detach().clamp(-20, 20)
     ratio = log_ratio.exp()
     clipped = ((ratio < 1 - clip_low) | (ratio > 1 + clip_high)).float()

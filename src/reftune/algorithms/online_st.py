@@ -34,8 +34,8 @@ class OnlineSt(Algorithm):
         return self.dropout
 
     def select(self, rollouts: Sequence[Rollout], encoder: Encoder) -> list[Rollout]:
-        """The correct samples, then the gold solutions to all problems that have one, even if none
-        of a problem's samples is correct."""
+        """The correct samples, followed by the gold solutions of all sampled problems that have
+        one. Problems without a correct sample are included."""
         correct = [rollout for rollout in rollouts if rollout.graded.verdict is Verdict.CORRECT]
         sampled = {rollout.problem.id: rollout for rollout in rollouts}.values()
         gold = [
@@ -49,8 +49,8 @@ class OnlineSt(Algorithm):
         return batch
 
     def weights(self, batch: RolloutBatch) -> Tensor:
-        """The correct samples and the gold solutions each get half of the weight, spread evenly
-        over their tokens."""
+        """The tokens of the correct samples share half of the weight equally. The tokens of the
+        gold solutions share the other half equally."""
         assert batch.gold is not None
         mask, gold = batch.response_mask, batch.gold[:, None]
         return 0.5 * token_weights(mask & ~gold, "token") + 0.5 * token_weights(

@@ -1,6 +1,6 @@
 """Proximal policy optimization with a value head: ReFT's own algorithm.
 
-The defaults are those of ReFT's code; docs/deviations.md lists where the paper and the code
+The defaults are taken from ReFT's code. docs/deviations.md lists where the paper and the code
 disagree.
 """
 
@@ -27,8 +27,8 @@ class Ppo(Clipped):
     lam: float = Field(0.95, ge=0, le=1)
     """GAE's λ."""
     value_clip: float = Field(0.2, gt=0)
-    """In the value loss, a token's value is clipped to at most this far from its value when the
-    token was sampled."""
+    """In the value loss, a token's value is clipped so that it differs by at most this much from
+    its value before the updates."""
     value_coef: float = Field(5.0, ge=0)
     """Weight of the value loss."""
 

@@ -19,9 +19,9 @@ class Dataset(Protocol):
     """The interface of every dataset."""
 
     def load(self, *, seed: int) -> Splits:
-        """The train, dev and test splits. Random choices, such as which questions become dev,
-        depend on `seed`. Raises: DataError for unusable data, with its source and, if possible, the
-        line."""
+        """The train, dev and test splits. Random choices, such as which questions are drawn for
+        dev, depend on `seed`. Raises: DataError if the data is unusable. The message names the
+        source and, if possible, the line."""
 
 
 def load_dataset(dataset: Dataset, *, seed: int) -> Splits:
@@ -32,14 +32,14 @@ def load_dataset(dataset: Dataset, *, seed: int) -> Splits:
     """
     splits = dataset.load(seed=seed)
     is_ours = type(dataset).__module__.startswith("reftune.")
-    if is_ours or isinstance(dataset, FileDataset):  # these drop such problems themselves
+    if is_ours or isinstance(dataset, FileDataset):  # its `load` drops such problems
         return splits
     return drop_contradictions(splits)
 
 
 def load_splits(recipe: Recipe) -> Splits:
-    """The splits of the recipe's dataset. Raises: DataError if there is no training row or no dev
-    problem."""
+    """The splits of the recipe's dataset. Raises: as `Dataset.load`; also DataError if there is no
+    training row or no dev problem."""
     splits = load_dataset(recipe.dataset, seed=derive_seed(recipe.seed, "data"))
     if not splits.train:
         dropped = (

@@ -37,8 +37,8 @@ class Gsm8k(PaperDataset):
     authors_name: ClassVar[str] = "gsm8k"
 
     def published_problem(self, row: Row) -> Problem:
-        """The problem in a row whose `answer` is an annotated solution with a last line like
-        `#### 72`."""
+        """The problem in a row of the published files. The row's `answer` is an annotated solution
+        that ends with a line like `#### 72`."""
         solution, marker, gold_text = row.text("answer").rpartition("####")
         gold = number_gold(gold_text.strip())
         if not marker or gold is None:
@@ -67,12 +67,13 @@ class Gsm8k(PaperDataset):
 
 
 def program_of(solution: str) -> str | None:
-    """A program that computes the annotated steps of a solution; None if no step computes anything,
-    or if a step is not plain arithmetic.
+    """A program that computes the annotated steps of a solution. None if no step contains an
+    operator, or if any step is not plain arithmetic.
 
-    Each step assigns a variable, which is named after the words that follow the step's annotation.
-    A number that equals the result of an earlier step is replaced by that step's variable, the
-    latest one if there are several.
+    Each step assigns its result to a variable, which is named after the words that follow the
+    step's annotation. A number that equals the result of an earlier step is replaced by that step's
+    variable. If several earlier steps have this result, the variable of the last of these steps is
+    used.
     """
     steps: dict[str, str] = {}
     names: dict[float, str] = {}
@@ -92,8 +93,8 @@ def program_of(solution: str) -> str | None:
 
 
 def _name(after: str) -> str:
-    """A variable name formed from the text after a step: `24 clips in May.` becomes `clips_may`;
-    text without a usable word becomes `step`."""
+    """A variable name formed from the text after a step's annotation. For example,
+    `24 clips in May.` becomes `clips_may`. If the text has no usable word, the name is `step`."""
     words = re.match(r"\s*[-$]?[\d.,/]*\s*((?:[A-Za-z]+\b\s*)*)", after)
     assert words is not None
     telling = [word for word in words[1].lower().split() if word not in NOT_NAMES][:MAX_NAME_WORDS]

@@ -23,7 +23,7 @@ from reftune.text import shown
 from reftune.types import Answer, AnswerKind, Message, Problem
 
 _MISSING = re.compile(r"nan|#(?:div/0!|n/a|name\?|null!|num!|ref!|value!)", re.IGNORECASE)
-"""Matches what pandas shows for a missing cell, and what Excel shows for a failed formula."""
+"""Matches what pandas writes for a missing cell, and what Excel writes for a failed formula."""
 MOST_WORDS = 30
 """Maximum number of words in a gold text if `answer_kind` is `auto`. A longer text is rejected,
 because it is probably a solution rather than an answer."""
@@ -33,12 +33,12 @@ class Jsonl(FileDataset):
     """Reads [your own data](datasets.md#jsonl-your-own-data)."""
 
     columns: Columns | None = None
-    """Names of your columns, unless they are the default names below or [other common
+    """Names of your columns, if they are neither the default names below nor [other common
     names](datasets.md#row-shapes)."""
     answer_kind: Literal["auto", AnswerKind] = "auto"
     """How answers are compared; see [answer kinds](datasets.md#answer-kinds)."""
     positions_from: Literal[0, 1] | None = None
-    """The first option's number, if gold answers are positions among the options."""
+    """Position of the first option, if gold answers are positions in the list of options."""
 
     decimal: Literal[".", ","] = "."
     """Decimal separator of the gold answers."""
@@ -48,9 +48,10 @@ class Jsonl(FileDataset):
     def all_problems(
         self, rows: Mapping[Split, Sequence[Row]], counts: Mapping[Split, Counter[str]]
     ) -> dict[Split, list[Problem]]:
-        """The problems of each split. A gold answer that is one option's label and another's text
-        is read as most other gold answers of the dataset are. Raises: DataError if a column is
-        missing or a row invalid."""
+        """The problems of each split. If a gold answer is both one option's label and another
+        option's text, it is read as a text if most of the dataset's unambiguous gold answers are
+        texts, and as a label otherwise. Raises: DataError if a column is missing or a row is
+        invalid."""
         read = {split: self._read(rows[split], is_train=split == "train") for split in rows}
         votes = sum(each.votes for of_split in read.values() for each in of_split)
         are_texts = votes > 0 and self.positions_from is None
@@ -77,9 +78,9 @@ class Jsonl(FileDataset):
         return [self._read_row(row, columns) for row in rows]
 
     def _columns(self, rows: Sequence[Row], *, is_train: bool) -> Columns:
-        """The columns that the user named and, for the other fields, the recognised ones. Raises:
-        DataError if the training rows lack a named column, or if no column is recognised for the
-        question or the answer."""
+        """The columns that the user named and, for the other fields, the columns recognised by
+        their names. Raises: DataError if the training rows lack a named column, or if no column is
+        recognised for the question or the answer."""
         named = {} if self.columns is None else self.columns.model_dump(exclude_unset=True)
         for value in named.values() if is_train else ():
             for name in [value] if isinstance(value, str) else value or ():
@@ -88,8 +89,9 @@ class Jsonl(FileDataset):
         return recognise(rows, named).columns
 
     def _options(self, row: Row, columns: Columns) -> Options | None:
-        """The row's options; None if it has none, or if the answer kind needs none. Raises:
-        DataError if the answer kind needs options, or if they cannot be read."""
+        """The row's options; None if the row has no options, or if the answer kind does not use
+        them. Raises: DataError if the answer kind needs options and the row has none, or if the
+        options cannot be read."""
         if self.answer_kind in ("choice", "auto") and has_options(row, columns.choices):
             return read_options(row, columns.choices or "")
         if self.answer_kind == "choice":
@@ -124,8 +126,8 @@ class Jsonl(FileDataset):
         return _Read(problem=problem, gold=_spelled(stated), options=options, where=row.where)
 
     def _gold(self, cell: object, options: Options | None) -> tuple[Answer, object]:
-        """The answer in a cell, and what states it. Raises: DataError if the cell contains no
-        answer of the expected kind."""
+        """The answer in a cell, and the part of the cell that states it. Raises: DataError if the
+        cell contains no answer of the expected kind."""
         kind, reading = self.answer_kind, Reading(decimal=self.decimal)
         if kind in ("any_of", "list", "set", "regex"):
             return read_gold(cell, kind, reading=reading), cell
@@ -164,24 +166,26 @@ class Jsonl(FileDataset):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Read:
-    """A row's problem, whose gold answer is read as an option's label if it is one."""
+    """A row's problem. If the gold answer is an option's label, `problem` reads it as the label,
+    even if it is also an option's text."""
 
     problem: Problem
     gold: str
-    """The gold answer as a label is spelled."""
+    """The gold answer as `_spelled` writes it."""
     options: Options | None
     where: str
 
     @property
     def votes(self) -> int:
-        """1 if the gold answer is only an option's text, −1 if it is only a label; otherwise 0."""
+        """1 if the gold answer is an option's text but not a label, −1 if it is a label but not a
+        text, and 0 otherwise."""
         if self.options is None or not self.options.labels:
             return 0
         return self.options.has_text(self.gold) - self.options.has_label(self.gold)
 
     def as_text(self) -> Problem:
-        """The problem with a gold answer that is read as an option's text if it is one. Raises:
-        DataError if several options have this text."""
+        """The row's problem. If the gold answer is the text of an option, it is read as this text.
+        Raises: DataError if several options have this text."""
         if self.options is None or not self.options.has_text(self.gold):
             return self.problem
         letter = self.options.letter_of_text(self.gold)
@@ -191,7 +195,8 @@ class _Read:
 
 
 def _spelled(gold: object) -> str:
-    """A gold answer as a label or position is spelled; a whole float, such as 2.0, as `2`."""
+    """A gold answer as text that can be compared with labels and positions. A whole float such as
+    2.0 becomes `2`."""
     is_whole = isinstance(gold, float) and gold.is_integer()
     return f"{gold:.0f}" if is_whole else str(gold)
 

@@ -26,8 +26,8 @@ from reftune.types import Answer, Problem, spell
 
 LETTERS = "abcde"
 FORMULA_TOLERANCE = Fraction(1, 100)
-"""Largest allowed relative difference between a formula's value and the gold option, which may be
-rounded."""
+"""Largest allowed relative difference between a formula's value and the gold option. The two may
+differ because options may be rounded."""
 
 OPTION_BREAK = re.compile(r"\s*,\s*(?=[b-e]\s*\)\s)")
 OPTION_LETTER = re.compile(r"\s*(?P<letter>[a-e])\s*\)\s*")
@@ -54,7 +54,8 @@ MOJIBAKE = re.compile(r"ã ?(\S)|â ?(\S)(?: ?(\S))?")
 
 
 def stem_key(problem: Problem) -> str:
-    """The normalised question without its options: other options do not make a question new."""
+    """The normalised question without its options. Thus two problems that differ only in their
+    options count as the same question."""
     return normalised(problem.question.rpartition("\n")[0] if problem.choices else problem.question)
 
 
@@ -70,13 +71,13 @@ class Mathqa(PaperDataset):
 
     @property
     def authors_name(self) -> str:  # type: ignore[override]
-        """Prefix of the authors' file names. Numeric answers have files of their own."""
+        """The prefix of the authors' file names. It depends on the kind of answers."""
         return "mathqa" if self.answer == "choice" else "mathqa-numeric"
 
     def trainable(self, splits: Splits) -> Splits:
         """As in `PaperDataset`, with two exceptions for `nl`: problems without a rationale are also
-        removed, and a multiple-choice rationale contradicts the gold answer only if its end names
-        another letter."""
+        removed, and the rationale of a multiple-choice problem contradicts the gold answer only if
+        it ends by naming another letter."""
         if self.rationale == "program":
             return super().trainable(splits)
         splits = drop_untrainable(splits, "no_rationale", lambda problem: not problem.rationale)
@@ -85,10 +86,10 @@ class Mathqa(PaperDataset):
         return drop_untrainable(splits, "rationale_disagrees", _ends_in_another_letter)
 
     def problems(self, rows: Sequence[Row], split: Split, counts: Counter[str]) -> list[Problem]:
-        """The rows of a split as problems. In train and dev of the published files, the value of a
-        row's formula must be within 1% of the gold option. If it is not, a numeric problem is
-        dropped, and a multiple-choice problem is kept without its program. Multiple choice with
-        `nl` is exempt."""
+        """The problems in the rows of a split. In train and dev of the published files, the value
+        of a row's formula must be within 1% of the gold option. Otherwise, a numeric problem is
+        dropped, and a multiple-choice problem is kept without its program. Multiple-choice problems
+        with `nl` rationales are not checked."""
         if split == "test":
             unread = Counter[str]()
             problems = super().problems(rows, split, unread)
@@ -167,8 +168,8 @@ class Mathqa(PaperDataset):
 
 
 def choice_program(row: Row, options: Sequence[str]) -> str | None:
-    """A program that computes the formula's value and returns the letter of the nearest option;
-    None if there is no readable formula, or if no option states a number."""
+    """A program that computes the value of the row's formula and returns the letter of the nearest
+    option. None if the row has no readable formula, or if none of its options states a number."""
     steps = _steps(row)
     values = {
         letter: option_value(option) for letter, option in zip(LETTERS, options, strict=False)
@@ -193,8 +194,8 @@ def _steps(row: Row) -> list[tuple[str, str]] | None:
 
 
 def _formulas_agree(rows: Sequence[Row]) -> list[bool]:
-    """For each row, whether its formula's value is within 1% of the gold option; rows of ReFT's
-    authors are assumed to agree."""
+    """For each row, whether its formula's value is within 1% of the gold option. Rows from the
+    files of ReFT's authors are not checked: for them, the result is True."""
     results = run_programs(["" if is_authors(row) else _formula_program(row) or "" for row in rows])
     return [
         is_authors(row) or _is_near_gold(row, result.value)
@@ -230,8 +231,9 @@ def _literal(value: Fraction) -> str:
 
 
 def read_options(text: str) -> tuple[str, ...] | None:
-    """The texts of the options, beginning with option a. `text` is written like
-    `a ) 38 , b ) 27.675 , …` or as a Python list like `["a ) 38", …]`. None if it is neither."""
+    """The texts of the options, beginning with option a. `text` looks like
+    `a ) 38 , b ) 27.675 , …` or like the Python list `["a ) 38", …]`. For any other text, the
+    result is None."""
     pieces = literal(text) if text.startswith("[") else OPTION_BREAK.split(text)
     if not isinstance(pieces, list) or not all(isinstance(piece, str) for piece in pieces):
         return None
@@ -256,7 +258,8 @@ def option_value(text: str) -> Fraction | None:
 
 
 def option_answer(text: str) -> Answer | None:
-    """The number that an option consists of; None for any other option, such as `3 : 4`."""
+    """The number in an option such as `500 cm 2`. None for options that are not a single number,
+    such as `3 : 4`."""
     for pattern, replacement in SPELLINGS:
         text = pattern.sub(replacement, text)
     return None if set(text) & set("([∏") else number_gold(text)
@@ -288,8 +291,8 @@ def _letter(row: Row, column: str, options: Sequence[str]) -> Answer:
 
 
 def _with_options(stem: str, options: Sequence[str]) -> str:
-    """The question and, on a line of their own, its options as ReFT's authors write them:
-    `a ) 38 , b ) 27 , …`."""
+    """The question, followed by a line with its options, which are written in the style of ReFT's
+    authors: `a ) 38 , b ) 27 , …`."""
     lettered = zip(LETTERS, options, strict=False)
     return f"{stem}\n" + " , ".join(f"{letter} ) {option}" for letter, option in lettered)
 
@@ -299,7 +302,7 @@ def _with_options(stem: str, options: Sequence[str]) -> str:
 
 def repaired(text: str) -> str:
     """`text` without mojibake. The mojibake is UTF-8 that was decoded as cp1252, lower-cased and
-    spaced out, sometimes more than once: `ã —` stands for `×`."""
+    spaced out, sometimes more than once. For example, `ã —` stands for `×`."""
     for _ in range(3):
         text = MOJIBAKE.sub(_decoded, text)
     return text

@@ -22,8 +22,8 @@ class Part(Table):
     dataset: component_field("datasets")  # type: ignore[valid-type]
     """A table like the recipe's `dataset`."""
     share: float | None = Field(None, gt=0, le=1)
-    """Share of the mixture's training questions that come from this dataset. Set it for all
-    datasets, with a sum of 1, or for none. Default: all training questions are used."""
+    """This dataset's share of the mixture's training questions. Set it either for every dataset, so
+    that the shares add up to 1, or for none. By default, all training questions are used."""
 
 
 class Mixture(Component):
@@ -73,8 +73,8 @@ class Mixture(Component):
         )
 
     def _drawn(self, train: Sequence[Problem], seed: int) -> tuple[Problem, ...]:
-        """The largest part of `train` in which each dataset has its share, drawn with `seed`; all
-        of `train` if no shares are set."""
+        """The largest selection from `train` in which each dataset has its share. The problems are
+        drawn with `seed`. If no shares are set, all of `train` is returned."""
         of = {
             name: [problem for problem in train if problem.id.startswith(f"{name}/")]
             for name in self.parts

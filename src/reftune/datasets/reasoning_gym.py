@@ -18,10 +18,10 @@ from reftune.text import counted, did_you_mean
 from reftune.types import ANY_ANSWER, Answer, Problem
 
 SEED_RANGE = 100_000_000
-"""Each `data_seed` has this many seeds for test, and as many for train and dev together. Question n
-of either range is generated with the range's first seed plus n."""
+"""Each `data_seed` has two ranges of this many seeds: one for test, and one for train and dev
+together. Question n of a range is generated with the range's first seed plus n."""
 PATIENCE = 20
-"""The search for different questions gives up after this many draws per requested question."""
+"""The search for different questions gives up after this many attempts per requested question."""
 
 
 class ReasoningGym(Component):
@@ -36,7 +36,8 @@ class ReasoningGym(Component):
     test_size: int = Field(500, ge=0)
     """The test questions do not depend on the other sizes."""
     data_seed: int = Field(0, ge=0, le=20)
-    """Determines which questions are generated. The run's seed chooses those used for dev."""
+    """Determines which questions are generated. Which of them become dev questions depends on the
+    run's seed."""
 
     def load(self, *, seed: int) -> Splits:
         """Generate all splits. Raises: RecipeError if the package is missing, or if it rejects the
@@ -47,8 +48,8 @@ class ReasoningGym(Component):
         return drop_contradictions(splits)
 
     def _draw(self, split: str, count: int, *, without: list[Problem]) -> list[Problem]:
-        """The first `count` different questions from the split's seeds, skipping the questions in
-        `without`."""
+        """The first `count` different questions that the split's seeds generate, apart from the
+        questions in `without`."""
         first_seed = (2 * self.data_seed + (split == "train")) * SEED_RANGE
         drawn: dict[str, Problem] = {}
         asked = {question_key(problem) for problem in without}

@@ -42,8 +42,8 @@ class Svamp(PaperDataset):
         return super().trainable(splits)
 
     def published_problem(self, row: Row) -> Problem:
-        """The problem in a row of the published dataset. The rationale, if any, is a program
-        generated from the equation."""
+        """The problem in a row of the published files. If rationales are programs, the program is
+        generated from the row's equation."""
         body = row.text("Body")  # a third of the bodies lack a final period
         return Problem(
             id=row.text("ID"),
@@ -66,6 +66,7 @@ class Svamp(PaperDataset):
 
 
 def program_of(equation: str) -> str | None:
-    """An equation, such as `( 76.0 - 25.0 )`, as a program; None if it is not plain arithmetic."""
+    """A program that computes an equation such as `( 76.0 - 25.0 )`; None if the equation is not
+    plain arithmetic."""
     expression = arithmetic(equation, {})
     return None if expression is None else program([("result", expression)])

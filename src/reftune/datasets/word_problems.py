@@ -6,8 +6,8 @@ trained from scratch.
 
 A story is a list of sentences together with a graph of quantities. Every amount, update and
 relation is a node that points to the nodes it was computed from. The rationale is written from the
-part of the graph that the answer needs. Distractors are not in the graph. Sentences are short, and
-every word and number is meant to be one token.
+part of the graph that the answer needs. Irrelevant sentences add nothing to the graph. Sentences
+are short, and every word and number is meant to be one token.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from reftune.types import Answer, Problem
 NAMES = ("Ann", "Ben", "Eva", "Ivy", "Leo", "Mia", "Noa", "Sam", "Tom", "Zoe")
 OBJECTS = ("drums", "geese", "hats", "kites", "pies", "snails")
 FACTORS = range(2, 10)
-"""Factors in "times as many", and prices. Larger numbers would not make sensible stories."""
+"""Possible prices, and possible factors in "times as many". Larger numbers would not make sensible
+stories."""
 NUM_OPTIONS = 4
 MAX_DRAWS = 10_000
 """Number of stories tried before the search for a new question gives up."""
@@ -61,7 +62,7 @@ class WordProblems(Component):
     """Upper limit for answers and intermediate results."""
     rationale: Literal["program", "nl"] = "program"
     styles: int = Field(4, ge=1, le=24)
-    """Number of ways in which rationales are written: at most 24, or 8 for `nl`."""
+    """Number of ways in which rationales are written: at most 24 for programs or 8 for `nl`."""
     answer: Literal["number", "choice"] = "number"
     """`choice` gives each question four options."""
 
@@ -98,8 +99,8 @@ class WordProblems(Component):
             yield story
 
     def _new_story(self, rng: random.Random, seen: set[str]) -> _Story:
-        """A story that is not in `seen`. Every number of operations is equally likely. Raises:
-        DataError if no such story is found."""
+        """A story that is not in `seen`. All numbers of operations that the settings allow are
+        equally likely. Raises: DataError if no such story is found."""
         num_operations = rng.randint(*self.operations)
         for _ in range(MAX_DRAWS):
             story = self._story(num_operations, rng)
@@ -127,14 +128,15 @@ class WordProblems(Component):
         )
 
     def _solution(self, story: _Story, rng: random.Random) -> tuple[str, str]:
-        """The index of a style drawn with `rng`, as text, and the worked solution in this style."""
+        """Draw a style with `rng`. Returns the style's index, as text, and the worked solution in
+        this style."""
         style = rng.randrange(self.styles)
         write = _write_program if self.rationale == "program" else _write_prose
         return str(style), write(story, style)
 
     def _story(self, num_operations: int, rng: random.Random) -> _Story | None:
-        """A random story; None if a result is out of range, or if the answer leaves a quantity
-        unused."""
+        """A random story. None if a result is out of range, or if the answer does not depend on all
+        quantities of the story."""
         asks = ["count"]
         if num_operations >= 1:
             asks += ["coins", "together", "more"] if self.people >= 2 else ["coins"]
@@ -173,9 +175,10 @@ class _Quantity:
 
     value: int
     owner: str = ""
-    """The person who has it; empty for a bare number, and for answers about two people or coins."""
+    """The person who has the things. Empty for a bare number, and for an answer about coins or
+    about two people."""
     symbol: str = ""
-    """The operation that computes it; empty for a number stated in the story."""
+    """The operation that computes this quantity; empty for a number stated in the story."""
     operands: tuple[_Quantity, ...] = ()
 
 
@@ -184,7 +187,7 @@ def _combine(left: _Quantity, symbol: str, right: _Quantity, owner: str = "") ->
 
 
 def _ancestors(quantity: _Quantity) -> set[_Quantity]:
-    """The quantity and everything it was computed from."""
+    """The quantity, and all quantities that it was computed from."""
     return {quantity}.union(*(_ancestors(operand) for operand in quantity.operands))
 
 
@@ -193,7 +196,7 @@ class _Story:
     text: str
     """All sentences; the last is the question."""
     quantities: list[_Quantity]
-    """The people's quantities that the answer needs, in the order of the story."""
+    """The people's quantities from which the answer is computed, in the order of the story."""
     answer: _Quantity
 
     @property
@@ -208,7 +211,8 @@ class _Teller:
     rng: random.Random
     numbers: tuple[int, int]
     people: list[str]
-    """Everyone who may appear. Those who already have something are in `holdings`."""
+    """Everyone who may appear in the story. People who already have something are also in
+    `holdings`."""
     thing: str
     holdings: dict[str, _Quantity] = field(default_factory=dict)
     """Each person's current amount."""
@@ -226,7 +230,8 @@ class _Teller:
         self._tell(f"{person} has {number.value} {self.thing}.", _Quantity(number.value, person))
 
     def update(self) -> None:
-        """Let someone gain or lose things: mostly the person mentioned last, as in real stories."""
+        """Let someone gain or lose things. This is usually the person mentioned last, as in real
+        stories."""
         person = self.latest if self.rng.random() < 0.7 else self.rng.choice(list(self.holdings))
         number = self._number()
         symbol, verb = self.rng.choice(
@@ -236,8 +241,8 @@ class _Teller:
         self._tell(f"{person} {verb} {number.value} {self.thing}.", quantity)
 
     def relate(self) -> None:
-        """Introduce a new person, who has some number more or fewer things than the last person
-        mentioned, or a multiple of that person's."""
+        """Introduce a new person, who has more or fewer things than the last person mentioned, or
+        several times as many."""
         person, base = self._someone_new(), self.latest
         symbol = self.rng.choice("+-*")
         number = self._factor() if symbol == "*" else self._number()
@@ -344,7 +349,7 @@ class _Spelling:
     """How arithmetic is written down."""
 
     names: Mapping[_Quantity, str] = field(default_factory=dict)
-    """The names of quantities. A quantity without a name is written out."""
+    """Quantity → its name. A quantity without a name is written as a number or expression."""
     swap: bool = False
     """Whether to swap the operands of `+` and `*`: `3 * 12` instead of `12 * 3`."""
 
@@ -369,8 +374,8 @@ class _Spelling:
 
 
 def _write_program(story: _Story, style: int) -> str:
-    """A program that assigns each quantity that the style names to a variable, and returns the
-    answer."""
+    """A program that returns the answer. The style determines which quantities are assigned to
+    variables, and what the variables are called."""
     naming, swap, ending = _PROGRAM_STYLES[style]
     spelling = _Spelling(names=naming(story), swap=swap)
     assignments = [
@@ -382,22 +387,23 @@ def _write_program(story: _Story, style: int) -> str:
 
 
 def _people(story: _Story) -> dict[_Quantity, str]:
-    """The people's names: `ben = 12`, `ben = ben - 4`, `ann = ben * 3`, `return ann`."""
+    """Quantities are named after their owners: `ben = 12`, `ben = ben - 4`, `ann = ben * 3`,
+    `return ann`."""
     return {quantity: quantity.owner.lower() for quantity in story.quantities}
 
 
 def _steps(story: _Story, letters: str) -> dict[_Quantity, str]:
-    """Letters for all quantities: `a = 12`, `b = a - 4`, `c = b * 3`, `return c`."""
+    """Each quantity is named by a letter: `a = 12`, `b = a - 4`, `c = b * 3`, `return c`."""
     return dict(zip(story.quantities, letters, strict=False))
 
 
 def _nothing(story: _Story) -> dict[_Quantity, str]:
-    """No names: `return (12 - 4) * 3`."""
+    """No quantity has a name: `return (12 - 4) * 3`."""
     return {}
 
 
 def _told_numbers(story: _Story, letters: str) -> dict[_Quantity, str]:
-    """Letters for stated numbers: `a = 12`, `b = 4`, `c = 3`, `return (a - b) * c`."""
+    """Each stated number is named by a letter: `a = 12`, `b = 4`, `c = 3`, `return (a - b) * c`."""
     sources = [
         source
         for quantity in (*story.quantities, story.answer)

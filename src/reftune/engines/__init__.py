@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 
 traffic: Counter[str] = Counter()
-"""Requests and bytes that this process's engine sent in its latest call, logged as `engine/…`."""
+"""The numbers of requests and bytes that this process's engine sent in its latest call. They are
+logged as `engine/…`."""
 
 
 class Engine(Protocol):

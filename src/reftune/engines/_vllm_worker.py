@@ -1,5 +1,5 @@
-"""The class whose methods vLLM adds to its workers. vLLM imports this module in the worker
-processes; nothing in reftune does."""
+"""Defines the class whose methods vLLM adds to its workers. Only vLLM's worker processes import
+this module."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import Any
 
 
 class Repacking:
-    """The extension of vLLM's workers that the engine requests as `worker_extension_cls`."""
+    """An extension of vLLM's workers, which the engine passes to vLLM as `worker_extension_cls`."""
 
     model_runner: Any
 
     def repack(self) -> None:
-        """Repack the weights for a CPU's matmuls, because a reload does not repack an output head
+        """Repack the weights for matmuls on a CPU, because a reload does not repack an output head
         that is tied to the embedding.
 
-        Layers that vLLM itself has repacked are skipped; their `weight` is empty. On a GPU, nothing
-        is repacked.
+        Layers that vLLM itself has repacked have an empty `weight` and are skipped. On a GPU,
+        nothing is repacked.
         """
         for module in self.model_runner.get_model().modules():
             if "cpu_linear" in vars(module) and module.weight.numel():

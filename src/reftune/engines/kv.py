@@ -1,9 +1,9 @@
 """The default engine, which decodes in the training process with a key-value cache.
 
 Finished rows leave the batch and waiting prompts take their places, so one long solution does not
-hold up the others. Equal prompts that join at the same time are read once. New keys and values go
-into reserved space, so the cache is copied only when rows leave or join, or when this space is
-full.
+hold up the others. Equal prompts that join at the same time are prefilled only once. New keys and
+values go into reserved space, so the cache is copied only when rows leave or join, or when this
+space is full.
 """
 
 from __future__ import annotations
@@ -27,24 +27,23 @@ from reftune.seeds import generator
 from reftune.types import Completion, SamplingParams
 
 DROP_SHARE = 1 / 8
-"""Share of the rows that must have finished before finished rows are dropped. Dropping rows copies
-the cache of the others."""
+"""Finished rows are dropped once they make up this share of all rows. Dropping them earlier would
+copy the cache of the other rows more often."""
 ROOM = 64
-"""Number of further tokens per row for which space is reserved whenever a cache is created or
-copied."""
+"""Whenever a cache is created or copied, space is reserved for this many new tokens per row."""
 BLOCK = 256
 """Number of vocabulary entries in a block of `_invert`."""
 
 
 class Reader(NamedTuple):
-    """The functions through which a policy decodes."""
+    """The functions that decoding needs from a policy."""
 
     forward: Callable[[Tensor, Tensor, Any], Tensor]
-    """Takes new tokens (B, S), the mask (B, T) of cached and new tokens, both left-padded, and the
-    cache, to which it adds the new tokens' keys and values. Returns the hidden states (B, H) of
-    each row's last token."""
+    """Takes new tokens (B, S), the mask (B, T) of cached and new tokens, and the cache. Tokens and
+    mask are padded on the left. Adds the new tokens' keys and values to the cache. Returns the
+    hidden state of each row's last token, (B, H)."""
     head: Callable[[Tensor], Tensor]
-    """Takes hidden states (B, H), and returns fp32 logits (B, V)."""
+    """Takes hidden states (B, H) and returns fp32 logits (B, V)."""
 
 
 class Kv(Component):
@@ -56,7 +55,7 @@ class Kv(Component):
 
     @property
     def rows(self) -> int:
-        """Number of rows decoded at once; 128 if `batch_size` is still `auto`."""
+        """Number of rows decoded at once. If `batch_size` is still `auto`, this is 128."""
         return 128 if self.batch_size == "auto" else self.batch_size
 
     @torch.no_grad()
@@ -68,7 +67,7 @@ class Kv(Component):
             _Request(position=i, prompt=tuple(prompt))
             for i, prompt in enumerate(prompts, params.first_position)
         ]
-        # prompts of similar length share a batch
+        # sorted, so that prompts of similar length share a batch
         waiting = sorted(requests, key=lambda request: len(request.prompt))
         with reader(policy) as reads:
             decoder = _Decoder(policy, params, reads)
@@ -83,8 +82,8 @@ class Kv(Component):
 
 @contextmanager
 def reader(policy: Policy, *, pack: bool = True) -> Iterator[Reader]:
-    """A `Reader` of `policy`. It uses `model.speed.llama` if that supports the model, and
-    transformers if not. `pack` allows speed-ups that do not work with fake tensors: reordered
+    """A `Reader` for `policy`. It uses `model.speed.llama` if that module supports the model, and
+    transformers otherwise. `pack` allows speed-ups that do not work with fake tensors: reordered
     weights and, in `model.speed.llama`, prefilling without padding."""
     if llama.is_written_out(policy.model):
         decoder = llama.Decoder(policy.model, policy.compute_dtype, pack=pack)
@@ -114,7 +113,7 @@ class _Request:
     prompt: tuple[int, ...]
     token_ids: list[int] = field(default_factory=list)
     scores: list[list[float]] = field(default_factory=list)
-    """(K, tokens) This request's part of `_Rows.scores`."""
+    """(K, tokens) This request's scores, copied from `_Rows.scores`."""
 
 
 class _Decoder:
@@ -126,12 +125,12 @@ class _Decoder:
         self.device = policy.device
         self.scores_as_trained = (
             policy.compute_dtype == torch.float32
-            and policy.packs  # families that score the same with a cache as without
+            and policy.packs  # other models may score differently with a cache
             and policy.value_backbone is None
             and (params.temperature > 0 and params.top_k == 0 and params.top_p == 1)
         )
-        """Whether the scores computed here are those of `Policy.score` up to rounding, so that the
-        trainer need not compute them again."""
+        """Whether the scores computed here equal the scores of `Policy.score` up to rounding. If
+        so, the trainer need not compute them again."""
         self.eos_ids = torch.tensor(sorted(policy.eos_ids), device=self.device)
         self.active: list[_Request] = []
         self.cache: Any = None
@@ -167,13 +166,14 @@ class _Decoder:
         )
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
         mask = (torch.arange(longest, device=self.device) >= longest - lengths[:, None]).long()
-        # every layer keeps all columns, even one with a sliding window
+        # every layer keeps all columns, even if its attention has a sliding window
         cache = Cache(layer_class_to_replicate=_RoomyLayer)
         return cache, mask, self.reads.forward(tokens, mask, cache)
 
     def _draw_uniforms(self, requests: list[_Request]) -> Tensor:
         """Random numbers (B, M) in [0, 1), one per row and token. A row's numbers depend only on
-        the seed and its request's position. Greedy decoding uses none."""
+        the seed and its request's position. Greedy decoding needs no random numbers, so they are
+        0."""
         shape = (len(requests), self.params.max_new_tokens)
         if self.params.temperature == 0:
             return torch.zeros(shape, dtype=widest(self.device), device=self.device)
@@ -266,7 +266,7 @@ class _Rows(NamedTuple):
 
 
 class _RoomyLayer(DynamicLayer):
-    """A layer's cache. Its tensors are views of larger ones, so that new tokens are written in
+    """A layer's cache. Its tensors are views of larger tensors, so that new tokens are written in
     place."""
 
     seen: Tensor | None = None
@@ -307,7 +307,7 @@ class Drawn(NamedTuple):
     logprobs: Tensor
     """Log-probabilities of the tokens under the distributions that they were drawn from."""
     entropies: Tensor
-    """Entropies of these distributions, in nats."""
+    """Entropies, in nats, of the distributions that the tokens were drawn from."""
 
 
 def draw_tokens(
@@ -317,8 +317,8 @@ def draw_tokens(
 
     `logits` are (B, V) in fp32. Sampling inverts the cumulative distribution at `uniforms`, which
     has shape (B,) and values in [0, 1). A row's token therefore depends only on the row's logits
-    and uniform number. For greedy tokens, the log-probability is the one at temperature 1, and the
-    entropy is 0. Without `with_entropy`, the entropies of sampled tokens are NaN.
+    and uniform number. In greedy decoding, log-probabilities are computed at temperature 1, and
+    entropies are 0. Otherwise, entropies are NaN if `with_entropy` is false.
     """
     if params.temperature == 0:
         largest, tokens = logits.max(1)
@@ -336,9 +336,10 @@ def draw_tokens(
 
 
 def _invert(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-    """The first token (B,) of each row at which the running sum of `weights` (B, V) exceeds the
-    share `uniforms` (B,) of the total, and the totals (B,). The search finds the block and then the
-    token in the block, so it passes over the vocabulary only once.
+    """For each row, the first token at which the running sum of `weights` (B, V) exceeds the row's
+    entry in `uniforms` (B,) times the row's total. Returns these tokens (B,) and the totals (B,).
+    The search finds first the block and then the token in the block, so it passes over the
+    vocabulary only once.
     """
     blocks = functional.pad(weights, (0, -weights.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
     sums = blocks.sum(2).to(widest(weights.device))
@@ -358,22 +359,23 @@ def widest(device: torch.device) -> torch.dtype:
 
 
 def _first_past(cumulative: Tensor, threshold: Tensor) -> Tensor:
-    """The first column (B,) at which each row of the non-decreasing `cumulative` (B, N) exceeds
-    `threshold` (B,). If rounding leaves no such column, this is the last column at which the
-    row increases."""
+    """For each row of the non-decreasing `cumulative` (B, N), the first column whose entry exceeds
+    the row's `threshold` (B,). If rounding leaves no such column, this is the last column at which
+    the row increases."""
     found = torch.searchsorted(cumulative, threshold[:, None], right=True).squeeze(1)
     return found.minimum((cumulative < cumulative[:, -1:]).sum(1))
 
 
 def _restrict(scores: Tensor, params: SamplingParams) -> Tensor:
-    """The scores, with -inf for every token outside the `top_k` likeliest and, of these, for
-    every token outside the smallest set with at least `top_p` of their probability."""
+    """`scores`, with -inf for all tokens that must not be drawn. `top_k` keeps only the `top_k`
+    likeliest tokens. Of these, `top_p` keeps the smallest set that has at least the share `top_p`
+    of their total probability."""
     if 0 < params.top_k < scores.shape[1]:
         kth = scores.topk(params.top_k, dim=1).values[:, -1:]
         scores = scores.masked_fill(scores < kth, -torch.inf)
     if params.top_p < 1:
         ordered, order = scores.softmax(1).sort(dim=1, descending=True)
-        # the token that crosses the bound is kept
+        # the token with which the sum reaches `top_p` is kept
         outside = ordered.cumsum(1) - ordered >= params.top_p
         outside = torch.zeros_like(outside).scatter(1, order, outside)
         scores = scores.masked_fill(outside, -torch.inf)
@@ -381,7 +383,7 @@ def _restrict(scores: Tensor, params: SamplingParams) -> Tensor:
 
 
 def _stack(cache: Any, joining: Any, length: int) -> None:
-    """Append the rows of `joining` to `cache`, with both left-padded to `length`."""
+    """Append the rows of `joining` to `cache`. Both are padded on the left to `length`."""
     for layer, new in zip(cache.layers, joining.layers, strict=True):
         for name in ("keys", "values"):
             parts = [_pad_left(getattr(part, name), length, dim=-2) for part in (layer, new)]

@@ -16,7 +16,8 @@ class Scripted(Component):
     kind: str = "scripted"
     device_share: ClassVar[float] = 0.0
     texts: list[str] = Field(min_length=1)
-    """The completions, assigned to the prompts in turn, starting over after the last."""
+    """Completions, assigned to the prompts in turn. After the last completion, the list starts
+    again."""
 
     def generate(
         self, policy: Policy, prompts: Sequence[Sequence[int]], params: SamplingParams

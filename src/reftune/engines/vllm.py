@@ -2,9 +2,9 @@
 start.
 
 Each call of `generate` first passes the policy's current weights to vLLM through a folder, by
-default in memory. With LoRA, servers that already have the base get only the adapter, while a
-colocated engine gets merged weights. vLLM's log-probabilities differ slightly from the trainer's;
-an RL stage's `mismatch_cap` can correct for the difference.
+default in memory. With LoRA, servers that already have the base model get only the adapter. A
+colocated engine always gets the merged weights. vLLM's log-probabilities differ slightly from the
+trainer's. An RL stage's `mismatch_cap` can correct for the difference.
 """
 
 from __future__ import annotations
@@ -52,22 +52,23 @@ Sampled = tuple[list[int], list[float]]
 class Vllm(Component):
     kind: str = "vllm"
     server: str | Annotated[tuple[str, ...], Field(min_length=1)] | None = None
-    """URL of a [running server](engines.md#vllm-as-servers), or a list of URLs. Default:
-    colocated."""
+    """URL of a [running server](engines.md#vllm-as-servers), or a list of such URLs. By default,
+    vLLM is colocated."""
     weights_dir: str | None = None
     """Folder through which weights are passed to vLLM. Default: `/dev/shm` (in memory) if it
     exists, otherwise the system's temporary folder."""
     batch_size: int = Field(256, gt=0)
-    """Maximum number of solutions decoded at once. With servers, this key limits each training
-    process's simultaneous requests, and the solutions per request."""
+    """Maximum number of solutions decoded at once. With servers, each training process sends at
+    most this many requests at once, each for at most this many solutions."""
     memory: float = Field(0.3, gt=0, le=1)
     """Share of the device's memory that colocated vLLM uses."""
     eager: bool = False
-    """Skip compilation, so that colocated vLLM starts sooner but runs slower."""
+    """Skip compilation. Colocated vLLM then starts sooner but runs slower."""
 
     @property
     def device_share(self) -> float:
-        """Share of the device's memory for vLLM's copy of the weights and cache; 0 with servers."""
+        """Share of the device's memory that vLLM uses for its copy of the weights and its cache.
+        With servers, this is 0."""
         return 0.0 if self.server else self.memory
 
     @property
@@ -78,9 +79,9 @@ class Vllm(Component):
     def generate(
         self, policy: Policy, prompts: Sequence[Sequence[int]], params: SamplingParams
     ) -> list[Completion]:
-        """See `reftune.engines.Engine`. Raises: EngineError if vLLM, a server or writing the
-        weights fails; RecipeError if a colocated vLLM is not installed or several processes
-        train."""
+        """See `reftune.engines.Engine`. Raises: EngineError if vLLM or a server fails, or if the
+        weights cannot be written; RecipeError if the engine is colocated and either vLLM is not
+        installed or several processes train."""
         if not any(world.any_of(len(prompts) > 0)):
             return []
         sample = self._by_servers if self.servers else self._colocated
@@ -107,10 +108,10 @@ class Vllm(Component):
             return [sampled for answer in answers for sampled in answer]
 
     def _hand_over(self, policy: Policy) -> str | None:
-        """Send the weights, which the main process writes once, to every server. Returns the name
-        of the adapter to request, if there is one.
+        """Let the main process save the weights once and load them on every server. Returns: the
+        name of the adapter to request if LoRA is used; None otherwise.
 
-        Raises: EngineError in all processes if a server or writing the weights fails.
+        Raises: EngineError in all processes if a server fails or the weights cannot be written.
         """
         adapter = None
         with world.together(EngineError):
@@ -124,7 +125,7 @@ class Vllm(Component):
 
     def _send_adapter(self, policy: Policy, before: _Served | None) -> str:
         """Send the adapter and return its name, which is new each time because vLLM caches adapters
-        by name. The base is sent first if a server does not have it."""
+        by name. If a server does not have the base model, the base model is sent first."""
         if not self._have_base(policy, before):
             self._send(policy, save_base, Server.load)
         adapter = self._send(policy, save_adapter, Server.load_adapter)
@@ -132,9 +133,9 @@ class Vllm(Component):
         return adapter
 
     def _have_base(self, policy: Policy, before: _Served | None) -> bool:
-        """Whether all servers still have the base of `policy`. To find out, this method unloads the
-        adapter of `before`. A server without this adapter was restarted, so it has lost the base
-        too."""
+        """Whether all servers still have the base model of `policy`. To find out, this method
+        unloads the adapter named in `before`. A server without this adapter was restarted, so it
+        has lost the base model too."""
         if before is None or before.policy() is not policy:
             return False
         name = before.adapter
@@ -146,7 +147,8 @@ class Vllm(Component):
         save: Callable[[Policy, Path], None],
         load: Callable[[Server, Path], None],
     ) -> str:
-        """Save the weights in a folder, load them on every server, and return the folder's name."""
+        """Call `save` to write the weights to a new folder, and `load` to load them on every
+        server. Returns: the folder's name."""
         with self._folder(policy, save) as folder:
             _of_each(self.servers, lambda server: load(server, folder))
         return folder.name
@@ -198,8 +200,8 @@ class Vllm(Component):
 
 
 _running: dict[Any, Colocated] = {}
-"""Settings, dtype and model configuration → colocated engine; at most one, because each reserves
-device memory."""
+"""Settings, dtype and model configuration → the colocated engine that has them. There is at most
+one engine, because each reserves device memory."""
 
 
 @atexit.register
@@ -289,8 +291,8 @@ class Server:
         return True
 
     def complete(self, prompts: Sequence[list[int]], body: dict[str, Any]) -> list[Sampled]:
-        """One response per prompt, in the order of the prompts. When sampling, all prompts must be
-        equal; see `requests`."""
+        """One completion per prompt, in the order of the prompts. If the temperature is above 0,
+        all prompts must be equal; see `requests`."""
         asked = (
             {"prompt": prompts[0], "n": len(prompts)}
             if body["temperature"] > 0
@@ -349,32 +351,33 @@ HINTS = {
         "expected VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in the server's environment, and --enable-lora"
     ),
 }
-"""For each path, a hint on how to start a server that supports it."""
+"""Path of a request → a hint on how to start a server that supports such requests."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Served:
-    """The LoRA policy whose base some servers have loaded, and the name of its adapter there."""
+    """What some servers have loaded: the base model of a LoRA policy, and the policy's adapter
+    under the name `adapter`."""
 
     policy: weakref.ref[Policy]
     adapter: str
 
 
 _served: dict[Any, _Served] = {}
-"""Maps a value of `engine.server` to what its servers have loaded; filled only in the main
-process."""
+"""Value of `engine.server` → what these servers have loaded. Only the main process fills this."""
 
 
 def own_servers(servers: Sequence[Server]) -> list[Server]:
-    """The servers that this process uses: one, or perhaps several if there are more servers than
-    processes."""
+    """The servers that this process uses. This is one server, or possibly several if there are more
+    servers than processes."""
     return list(servers[world.rank() % len(servers) :: world.world_size()])
 
 
 def requests(prompts: Sequence[Any], params: SamplingParams, at_most: int) -> list[slice]:
     """Slices of up to `at_most` consecutive prompts, one slice per request. A greedy request may
-    contain any prompts. A request that samples contains only equal prompts, because vLLM accepts
-    one seed per request and gives the samples of a prompt consecutive seeds."""
+    contain any prompts. A sampling request contains only equal prompts, because it has only one
+    seed: vLLM uses this seed for the first sample of a prompt, and the following seeds for the
+    other samples."""
     if not prompts:
         return []
     starts = [0]
@@ -401,8 +404,8 @@ def _vllm() -> Any:
 
 def request(policy: Policy, params: SamplingParams, position: int) -> dict[str, Any]:
     """vLLM's sampling parameters for the prompt at `position`, including every field that a model's
-    generation config could change. Consecutive positions get consecutive seeds, as the samples of a
-    prompt do in vLLM."""
+    generation config could change. Consecutive positions get consecutive seeds, just as vLLM gives
+    consecutive seeds to the samples of a prompt."""
     return {
         "max_tokens": params.max_new_tokens,
         "temperature": params.temperature,
@@ -412,18 +415,19 @@ def request(policy: Policy, params: SamplingParams, position: int) -> dict[str, 
         "repetition_penalty": 1.0,
         "seed": derive_seed(params.seed) // 2 + position,
         "logprobs": 0,  # for the sampled token only
-        "ignore_eos": True,  # the model's own end tokens; the policy's are on the next line
+        "ignore_eos": True,  # ignores the model's own end tokens; the next line has the policy's
         "stop_token_ids": sorted(policy.eos_ids),
     }
 
 
 def save_whole(policy: Policy, folder: Path) -> None:
-    """Save the policy for `from_pretrained`, in its compute dtype and with LoRA merged in fp32."""
+    """Save the policy in its compute dtype, in a form that `from_pretrained` can load. LoRA
+    adapters are merged in fp32."""
     _save(policy, plain_state(policy.model, policy.compute_dtype), folder)
 
 
 def save_base(policy: Policy, folder: Path) -> None:
-    """Save the policy as `save_whole` does, but without the adapter."""
+    """Save the policy as `save_whole` does, but without its LoRA adapter."""
     _save(policy, plain_state(policy.model, policy.compute_dtype, merged=False), folder)
 
 

@@ -1,11 +1,11 @@
 """Compares expressions for `mathematics.py`. This file runs as a script and imports nothing from
 reftune.
 
-The only argument is the descriptor of a connection to the parent. Each request is a JSON object
-with the keys `gold` and `answer`. The reply is a JSON object with the keys `equal`, a boolean, and
-`read`, the parsed answer; `read` is null if the answer is not an expression. If the comparison
-fails, the reply has only the key `error`. The parent kills this process if a comparison takes too
-long.
+The script's only argument is the file descriptor of a connection to the parent process. Each
+request is a JSON object with the keys `gold` and `answer`. The reply is a JSON object with two
+keys: `equal` is a boolean, and `read` is the parsed answer, or null if the answer is not an
+expression. If the comparison fails, the reply has only the key `error`. The parent kills this
+process if a comparison takes too long.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from typing import Any
 
 MEMORY = 4 << 30
 MAX_S = 60
-"""Seconds after which an alarm ends a comparison and this process, in case the parent has died."""
+"""If a comparison takes this many seconds, an alarm ends this process. This matters only if the
+parent has died, because then it cannot kill this process."""
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """Reads the gold answers of the data, strictly: a gold answer is a number only if its whole text is
-one number, with or without a currency or unit. The module `sentences`, which reads completions, is
-lenient: it would read the gold answer "5 pm" as 5, and training would then reward wrong answers."""
+one number, with or without a currency or unit. The module `sentences` reads completions more
+leniently. It would read the gold answer "5 pm" as 5, and training would then reward wrong
+answers."""
 
 from __future__ import annotations
 
@@ -36,8 +37,8 @@ GoldKind = Literal["auto", AnswerKind]
 MAX_GOLD_CHARS = 2_000
 """Text with more characters than this does not count as a number."""
 MOST_BETWEEN = 100
-"""Two answers count as side by side only if neither the earlier one nor the text between them has
-more characters than this."""
+"""Two answers count as side by side (see `_stated`) only if neither the earlier answer nor the text
+between the two answers has more characters than this."""
 SEVERAL = "any_of (accepted spellings), list (all, in order) or set (all, in any order)"
 
 
@@ -47,11 +48,12 @@ def read_gold(
     """The gold answer in a cell of the data, with its kind.
 
     For the kind `auto`, the answer is a choice if there are `choices`. Otherwise, it is a number if
-    the whole cell is a number. Failing both, it is an expression, a list in brackets or text. If
-    the cell marks its answer ("#### 78", "\\boxed{78}", "The answer is 78"), only the marked part
-    is read, except for the kind `regex`.
+    the whole cell is a number. If it is neither a choice nor a number, it is an expression, a list
+    in brackets or text. If the cell marks its answer ("#### 78", "\\boxed{78}", "The answer is
+    78"), only the marked part is read, except for the kind `regex`.
 
-    Raises: DataError if the cell has no such answer; the caller adds the location to the message.
+    Raises: DataError if the cell has no answer of this kind. The caller adds the cell's location to
+    the message.
     """
     if kind == "regex":
         return _pattern(raw)
@@ -97,11 +99,12 @@ def number_in_gold(raw: object, reading: Reading = DEFAULT) -> Number | None:
 
 
 def stated_gold(raw: object, reading: Reading = DEFAULT) -> object:
-    """The answer after the last marker that announces one. If there is no marker, the whole cell
-    after any `</think>`.
+    """The answer after the last marker in a cell. Markers that announce no answer are ignored. If
+    there is no marker, the answer is the whole cell or, if the cell contains `</think>`, the text
+    after this tag.
 
-    Raises: DataError for different answers side by side, such as "\\boxed{3} or \\boxed{4}", and
-    for markers without an answer.
+    Raises: DataError if different answers stand side by side, as in "\\boxed{3} or \\boxed{4}", or
+    if there are markers but none announces an answer.
     """
     if not isinstance(raw, str):
         return raw
@@ -119,9 +122,9 @@ def stated_gold(raw: object, reading: Reading = DEFAULT) -> object:
 
 
 def _stated(text: str, reading: Reading) -> list[str]:
-    """The last marked answer and any marked answers side by side with it, in the order of the text.
-    Two answers are side by side if little more than "or", "and", symbols and a marker stands
-    between them."""
+    """The last marked answer, preceded by any marked answers that stand side by side with it, in
+    the order of the text. Two answers are side by side if little more than "or", "and", symbols or
+    a marker stands between them."""
     found = [each for each in statements(text, reading) if each.text is not None]
     following = [each.start for each in found[1:]] + [len(text)] * bool(found)
     pairs = zip(found, following, strict=True)
@@ -196,8 +199,8 @@ _LISTED = re.compile(r"\[\s*(.+?)\s*\]", re.DOTALL)
 
 def worded_gold(text: str) -> Answer:
     """The answer in a gold text that is neither an option nor a number. Text in square brackets is
-    a list if it has at least three items, or two that are words. Any other text is an expression
-    (`latex`) or plain `text`."""
+    a list if it has at least three items, or two items that are words. Any other text is an
+    expression (`latex`) or plain `text`."""
     text = text.strip()
     listed = _LISTED.fullmatch(text)
     parts = split_items(text) if listed is not None else ()
@@ -209,8 +212,9 @@ def worded_gold(text: str) -> Answer:
 def _several(raw: object, kind: Literal["any_of", "list", "set"], reading: Reading) -> Answer:
     """A gold answer with parts: accepted spellings (`any_of`), an ordered `list` or a `set`.
 
-    The cell may be a list, text that spells a list ("[1, 2]"), or text with one marker per part.
-    For a `list` or `set`, the cell may also be text such as "1, 2", which `split_items` splits.
+    The cell may be a list, text that spells a list ("[1, 2]"), or text that marks each part with a
+    marker of its own. For a `list` or `set`, the cell may also be text such as "1, 2", which
+    `split_items` splits.
     """
     values = list(_values(raw, kind, reading))
     parts = tuple(dict.fromkeys(values) if kind in ("any_of", "set") else values)
@@ -255,9 +259,9 @@ def _pattern(raw: object) -> Answer:
 
 def split_items(text: str) -> tuple[str, ...]:
     """The items of a written list, with or without brackets. Commas, semicolons, line breaks and
-    "and" separate items, except inside inner brackets. If any comma is followed by a space, commas
-    without a space do not separate items. Otherwise, if there are other separators, commas that may
-    group thousands do not."""
+    "and" separate items, except inside inner brackets. If some commas are followed by a space, the
+    other commas do not separate items. If no comma is followed by a space but there are other
+    separators, commas that may group thousands do not separate items."""
     text = re.sub(r"\\(?:left|right)\b|\\(?=[{}])", "", text.strip().strip("$")).strip()
     if _BRACKETED.fullmatch(text):
         text = text.rstrip(".")[1:-1]
@@ -325,8 +329,9 @@ _LETTER = re.compile(
 
 
 def _letter(stated: object, choices: Sequence[str]) -> str:
-    """The letter of the option that a gold answer names: by the letter, by letter and text, or by
-    text or a number that only this option has. Without `choices`, any letter is accepted."""
+    """The letter of the option that a gold answer names. The gold answer may be the letter, the
+    letter with the option's text, or a text or number that only this option has. Without `choices`,
+    any letter is accepted."""
     text = str(stated)
     match = _LETTER.fullmatch(" ".join(plain(text).split()))
     if match is not None:
@@ -347,7 +352,7 @@ def _letter(stated: object, choices: Sequence[str]) -> str:
 
 
 def same_option(text: str, choice: str) -> bool:
-    """Whether a gold answer matches an option, as text or as an equal number."""
+    """Whether a gold answer equals an option, either as text or as a number."""
     if same_text(text, choice):
         return True
     said = number_in_gold(text)

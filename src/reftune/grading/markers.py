@@ -1,4 +1,4 @@
-"""Finds where a completion states its answer: after a marker, such as "the answer is"."""
+"""Finds the answer in a completion: the text after a marker, such as "the answer is"."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Reading:
     """How to read completions: settings that depend on the language and the model."""
 
     stop_at: tuple[str, ...] = ("\nQuestion:", "\nQ:", "\nProblem:")
-    """Strings that begin run-on text, in which a model goes on to ask itself another question."""
+    """Strings that mark the start of run-on text, in which a model asks itself another question."""
     markers: tuple[str, ...] = ()
     """Phrases that announce an answer, in addition to the built-in markers."""
     decimal: Literal[".", ","] = "."
-    """The decimal separator: a point or a comma. The other one groups thousands."""
+    """The decimal separator: a point or a comma. The other of the two groups thousands."""
 
 
 DEFAULT = Reading()
@@ -34,18 +34,19 @@ class Statement:
     """The text that a marker announces."""
 
     text: str | None
-    """None if the marker opens a box that is never closed."""
+    """None if the marker opens a LaTeX box (`\\boxed{`) that is never closed."""
     is_closed: bool = False
     """Whether the text is the content of a closed box or tag."""
     start: int = 0
     """Index in the completion at which the marker begins."""
     end: int = 0
-    """Index in the completion at which the statement ends: after the closing brace or tag or, if
-    there is none, at the end of the text that counts (see `statements`)."""
+    """Index in the completion at which the statement ends. If the statement has a closing brace or
+    tag, this is the index after it. Otherwise, it is the end of the text that counts (see
+    `statements`)."""
 
 
 TAG = re.compile(r"</?(?:think(?:ing)?|answer)>", re.IGNORECASE)
-"""Matches a tag that `statements` reads."""
+"""Matches the tags that `statements` handles."""
 UP_TO_LAST_TAG = re.compile(r".*(?P<tag><(?P<closes>/?)think(?:ing)?>)", re.IGNORECASE | re.DOTALL)
 """Matches a text up to its last `<think>` or `</think>`."""
 _PHRASES = (
@@ -62,7 +63,7 @@ _PHRASES = (
 
 
 def statements(completion: str, reading: Reading = DEFAULT) -> list[Statement]:
-    """The statements announced by the last `MAX_STATEMENTS` markers of a completion, first to last.
+    """The statements announced by the last `MAX_STATEMENTS` markers of a completion, in order.
     Markers include "the answer is", "answer:", "####", `\\boxed{…}`, `<answer>…</answer>` and
     `reading.markers`.
 
@@ -82,7 +83,7 @@ SIDE_BY_SIDE = re.compile(
     rf"{_SIGNS}{_NOUN}{_SIGNS}(?:\b(?:or|and)\b{_SIGNS})?(?:[^\W\d]\w?\s{{0,3}}=)?{_SIGNS}",
     re.IGNORECASE,
 )
-"""Matches the text between two boxes that are parts of one answer."""
+"""Matches the text between two LaTeX boxes or tags that contain parts of one answer."""
 
 
 def is_alternative(completion: str, before: Statement, after: Statement) -> bool:
@@ -97,8 +98,9 @@ def is_alternative(completion: str, before: Statement, after: Statement) -> bool
 
 
 def alternative_behind(completion: str, statement: Statement) -> str | None:
-    """The rest of the line after a closed box and "or", as in "\\boxed{3} or 4". None unless it
-    begins with a number."""
+    """The rest of the line after a closed box or tag and the word "or". In "\\boxed{3} or 4", for
+    example, this is "4". None if no "or" follows the box or tag, or if no number follows the
+    "or"."""
     found = _OR_NUMBER.match(completion, statement.end) if statement.is_closed else None
     return None if found is None else completion[found.end() :].partition("\n")[0]
 
@@ -114,7 +116,8 @@ def answer_text(completion: str, reading: Reading = DEFAULT) -> str | None:
 
 
 def open_thought(text: str) -> str:
-    """The end of a text from the last `<think>` on, if it is not closed; otherwise empty."""
+    """The part of a text from its last `<think>` on; empty if this `<think>` is closed, or if the
+    text contains no `<think>`."""
     last = UP_TO_LAST_TAG.match(text)
     return "" if last is None or last["closes"] else text[last.start("tag") :]
 
@@ -127,8 +130,7 @@ def reasoning_text(completion: str) -> str:
 
 
 def _answering_part(completion: str, reading: Reading) -> tuple[int, int]:
-    """The start and end index of the part of a completion that counts, as defined in
-    `statements`."""
+    """The start and end index of the part of a completion that counts (see `statements`)."""
     last = UP_TO_LAST_TAG.match(completion)
     if last is not None and not last["closes"]:
         return len(completion), len(completion)
@@ -168,9 +170,9 @@ _OPENS_BOX = re.compile(r"\s{0,9}\{")
 
 
 def _box(text: str, start: int) -> tuple[str | None, int]:
-    """The content of the braces at `start`, with any percent sign right after them, and the index
-    right after the braces or sign. The content is None unless the braces are closed within
-    `MAX_BOX_CHARS`."""
+    """The content of the braces at `start`, and the index right after the braces. If a percent sign
+    follows the braces, the sign is added to the content, and the index is right after the sign. The
+    content is None unless the braces are closed within `MAX_BOX_CHARS` characters."""
     opening, depth = text.index("{", start), 0
     for index in range(opening, min(len(text), start + MAX_BOX_CHARS)):
         depth += (text[index] == "{") - (text[index] == "}")

@@ -1,7 +1,8 @@
 """Compares expressions, equations, intervals, tuples and matrices with math-verify.
 
 A comparison might never end, so it runs in a worker process, which is killed if the time runs out.
-Workers start when first needed and keep running. Each worker serves one thread at a time.
+Workers start when they are first needed, and then keep running. Each worker serves one thread at a
+time.
 """
 
 from __future__ import annotations
@@ -68,8 +69,9 @@ class Comparison:
 
 
 def looks_like_math(text: str) -> bool:
-    """Whether the text is an expression, such as an equation, an interval or LaTeX, and not just a
-    number. Text with words is not, unless the expression stands between math delimiters."""
+    """Whether the text is a mathematical expression, such as an equation, an interval or LaTeX, and
+    not just a number. Text with words does not count, unless the expression is between math
+    delimiters."""
     bare, is_price = expression_in(text), text.count("$") == 1
     if is_price or _words_in(bare) or _NOT_MATH.search(text.strip()):
         return False
@@ -79,8 +81,8 @@ def looks_like_math(text: str) -> bool:
 
 def expression_in(text: str) -> str:
     """The expression in `text`, with symbols such as π spelled in LaTeX. If there is exactly one
-    pair of math delimiters, the expression is the text between them; otherwise, it is the text up
-    to an aside, such as a reason. Final punctuation is removed."""
+    pair of math delimiters, the expression is the text between them. Otherwise, it is the text
+    before any aside, such as a reason. Final punctuation is removed."""
     text = "".join(_SIGNS.get(char, char) for char in text.strip()[: 2 * MAX_EXPRESSION_CHARS])
     parts: list[str] = [next(filter(None, each.groups())) for each in _DELIMITED.finditer(text)]
     if len(parts) == 1:
@@ -135,8 +137,8 @@ def _verified(gold: str, answer: str) -> Comparison:
 
 
 def _words_in(expression: str) -> bool:
-    """Whether an expression contains a word: three or more letters that are neither a function's
-    name nor LaTeX, or a common two-letter word."""
+    """Whether an expression contains a word. Three or more letters in a row are a word unless they
+    are the name of a function or belong to LaTeX. Common two-letter words count too."""
     bare = _COMMAND.sub(" ", _TEXT.sub(" ", _ENVIRONMENT.sub(" ", expression)))
     words = [word.lower() for word in re.findall(r"[^\W\d_]{2,}", bare)]
     return any(word in _SHORT_WORDS or (len(word) > 2 and word not in FUNCTIONS) for word in words)
@@ -148,8 +150,8 @@ def _spelling(expression: str) -> str:
 
 
 def _brackets(expression: str) -> str:
-    """The kind of an expression with several parts in brackets: `set` for braces, `point` (a tuple
-    or interval) for round or square brackets; empty for any other expression."""
+    """`set` if an expression consists of several parts in braces, and `point` (a tuple or interval)
+    if it consists of several parts in round or square brackets. Empty for any other expression."""
     text = _spelling(expression).replace("\\{", "{").replace("\\}", "}")
     if not re.search(r"[,;]", text):
         return ""
@@ -169,7 +171,7 @@ class _Worker:
 
     def ask(self, request: bytes) -> bytes | None:
         """The reply to `request`; empty if the process died twice, None if time ran out."""
-        for _ in range(2):  # twice, because this request may not be the cause
+        for _ in range(2):  # twice, because the request may not be why the process died
             if self._process is None:
                 self._start()
             reply = self._exchange(request, TIMEOUT_S)
@@ -222,7 +224,7 @@ def _asked(request: bytes) -> bytes | None:
 
 
 def _forget() -> None:
-    """Set up new workers, because a forked process must not use those of its parent."""
+    """Set up new workers, because a forked process must not use its parent's workers."""
     global _IDLE
     _IDLE = queue.LifoQueue()
     for _ in range(NUM_WORKERS):
@@ -236,7 +238,7 @@ def _end() -> None:
 
 _KNOWN: dict[tuple[str, str], Comparison] = {}
 MAX_KNOWN = 100_000
-"""Maximum number of comparisons kept for reuse: samples of a problem often repeat an answer."""
+"""Maximum number of comparisons kept for reuse. Samples of a problem often repeat an answer."""
 _forget()
 atexit.register(_end)
 if hasattr(os, "register_at_fork"):

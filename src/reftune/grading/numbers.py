@@ -1,5 +1,5 @@
-"""Numbers as people write them: how numerals are read, and when two numbers are equal. Numbers in
-sentences are found by the module `sentences`."""
+"""Reads numbers as people write them, and decides whether two numbers are equal. The module
+`sentences` finds numbers in sentences."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Number:
     decimals: float = inf
     """Number of digits after the decimal point, as written; inf for a fraction, which is exact."""
     percent: bool = False
-    """Whether a percent sign or word follows the number, so that the number may stand for a
+    """Whether "%" or a word such as "percent" follows the number. If so, the number may stand for a
     hundredth of `value`."""
 
     def __str__(self) -> str:
@@ -44,9 +44,9 @@ class Number:
 
 def numeral_at(line: str, start: int) -> tuple[Number, int] | None:
     """The number at index `start` of a plain line, and the index after the number; None if there is
-    no number. Any sign, currency, percent sign or word such as "million" is part of the number. The
-    caller must check whether the text after it makes it part of something larger, such as a
-    range."""
+    no number. A minus or plus sign, a currency, a percent sign and a word such as "million" are
+    part of the number. The caller must check whether the text after the number makes the number
+    part of something larger, such as a range."""
     match = _NUMBER.match(line, start)
     number = None if match is None else _number(match)
     if match is None or number is None:
@@ -67,14 +67,14 @@ def numeral_at(line: str, start: int) -> tuple[Number, int] | None:
 
 
 def last_number(text: str) -> str | None:
-    """The last number in `text`, in its canonical spelling; None if there is none."""
+    """The last number in `text`, in its canonical spelling; None if `text` contains no number."""
     numbers = [_number(match) for match in _NUMBER.finditer(plain(text[-MAX_SEGMENT_CHARS:]))]
     return next((spell(number.value) for number in reversed(numbers) if number is not None), None)
 
 
 def _number(match: re.Match[str]) -> Number | None:
     """The number in a match of `_NUMBER`; None if the number is too long or invalid, like 1/0."""
-    written = match.groups()[match.lastindex :]  # the groups inside those of the form
+    written = match.groups()[match.lastindex :]  # the groups inside the matching form's group
     parts = [part.replace(",", "") for part in written if part is not None]
     if any(len(part) > MAX_DIGITS for part in parts):
         return None
@@ -102,8 +102,8 @@ def _decimal(digits: str, power: str = "0") -> Number | None:
 
 
 def _repeating(head: str, period: str) -> Number:
-    """A decimal such as 0.1(6), which is 1/6. A repeating block of n digits, after d decimal digits
-    that do not repeat, adds block / ((10^n − 1)·10^d) to the value."""
+    """The value of a decimal such as 0.1(6), which is 1/6. If d decimal digits are followed by a
+    repeating block of n digits, this block adds block / ((10^n − 1)·10^d) to the value."""
     decimals = len(head.partition(".")[2])
     tail = Fraction(int(period), (10 ** len(period) - 1) * 10**decimals)
     return Number(tail + Fraction(head + "0"))
@@ -119,8 +119,8 @@ def _endless(decimal: str) -> Number | None:
 
 
 def _in_base(digits: str, word: str) -> Number | None:
-    """The digits before the `_`, read in base ten because MATH's graders read 52_8 as 52; None if
-    they are not digits of the stated base."""
+    """The digits before the `_`, read in base ten, because graders of the MATH benchmark read 52_8
+    as 52. None if a digit does not exist in the stated base."""
     base = int(word) if word.isdigit() else _BASES.get(word.lower(), 0)
     is_in_base = 2 <= base <= 36 and all(int(digit) < base for digit in digits)
     return Number(Fraction(digits), 0) if is_in_base else None
@@ -132,8 +132,9 @@ CURRENCY = (
 )
 _GROUPS = r"[1-9]\d{0,2}(?:,\d{3})+(?![\d,]*\d)|[1-9]\d{0,2}(?:_\d{3})+(?!\d)"
 _INDIAN = r"[1-9]\d?,(?=[\d,]*\b0\d)(?:\d\d,)*\d{3}(?![\d,]*\d)"
-"""Indian groups of two digits are read as one number only if some group begins with 0 or a rupee
-sign precedes the number; "36,36,108" alone is a list."""
+"""Digits in Indian groups of two, as in 1,05,000, are read as one number only if a group begins
+with 0 or if a sign for rupees precedes the number. Otherwise, text such as "36,36,108" is a
+list."""
 _LAKHS = r"[1-9]\d?(?:,\d\d)+,\d{3}(?:\.\d+)?(?![\d,]*\d)"
 _DECIMAL = rf"(?:(?:{_GROUPS}|{_INDIAN}|\d+)(?:\.\d+)?|\.\d+)"
 _TEN_TO = r"10 ?(?:\^|\*\*) ?[{(]?([-+]?\d+)[})]?"
@@ -147,8 +148,8 @@ _FORMS: dict[str, tuple[str, Callable[..., Number | None]]] = {
     "in_base": (r"(\d+)_(\d{1,2}(?!\d)|[a-z]+)", _in_base),  # 52_8
     "decimal": (rf"((?(rupees){_LAKHS}|(?!))|{_DECIMAL})(?:e([-+]?\d+))?", _decimal),  # 1,250; 2e-3
 }
-"""The forms of a number in the order in which they are tried: a pattern and the function that reads
-its groups."""
+"""Name of a form of numbers → the form's pattern, and the function that reads the pattern's groups.
+The forms are tried in this order."""
 _NUMBER = re.compile(
     r"(?P<sign>- ?|\+ ?|minus |negative )?"
     rf"(?:(?P<currency>(?P<rupees>rs ?\.?|inr\b|₹)|{CURRENCY}) ?(?P<inner_sign>- ?)?)?"
@@ -177,9 +178,10 @@ _BASES = dict(zip(ONE_TO_TWELVE.split("|"), range(1, 13), strict=True)) | {"sixt
 
 
 def same_number(predicted: Number, gold: Number) -> bool:
-    """Whether two numbers are equal by `numbers_equal`. If only one has a percent sign, the other
-    may also equal a hundredth of it, unless the other is a whole number above 1 in absolute value:
-    25% equals both 25 and 0.25, but 2500% does not equal 25."""
+    """Whether two numbers are equal according to `numbers_equal`. If only one of the two numbers
+    has a percent sign, they also count as equal if the number without the sign is a hundredth of
+    the other number. This second rule does not apply if the number without the sign is whole and
+    its absolute value is above 1. Thus 25% equals both 25 and 0.25, but 2500% does not equal 25."""
     if numbers_equal(predicted, gold):
         return True
     if predicted.percent == gold.percent:
@@ -195,21 +197,22 @@ def same_number(predicted: Number, gold: Number) -> bool:
 
 
 MIN_DECIMALS = 2
-"""Numbers are compared to at least this many decimals, even if written with fewer."""
+"""Numbers are compared to at least this many decimals, even if they are written with fewer."""
 FLOAT_DIGITS, PRINTED_FLOAT_DIGITS = 12, 15
 """A decimal with at least `PRINTED_FLOAT_DIGITS` digits is read as a printed float and rounded to
 `FLOAT_DIGITS` significant digits, so that 0.8333333333333334 equals 5/6."""
 
 
 def numbers_equal(predicted: Number, gold: Number) -> bool:
-    """Whether `predicted` (p) equals `gold` (g) at the precision of their spellings. If `gold` is
-    whole, the values must be equal. Otherwise, both conditions must hold in exact arithmetic:
+    """Whether `predicted` (p) equals `gold` (g), at the precision to which they are written. If
+    `gold` is whole, the values must be exactly equal. Otherwise, both of the following conditions
+    must hold in exact arithmetic:
 
         |p − g| < 10^−d   and   |p − g| ≤ 0.01·|g|
 
-    Here, d is the number of decimals of the less precise number, but at least 2. If one number is a
-    fraction, d comes from the other; two fractions must be equal. Printed floats are rounded first
-    (see `FLOAT_DIGITS`).
+    Here, d is the number of decimals of the less precise number, but at least 2. If only one number
+    is written as a fraction, the other number determines d. Two fractions must be exactly equal.
+    Printed floats are rounded first (see `FLOAT_DIGITS`).
     """
     predicted, gold = _without_float_noise(predicted), _without_float_noise(gold)
     gap = abs(predicted.value - gold.value)
@@ -239,7 +242,7 @@ def number_of(answer: Answer) -> Number:
 
 
 def num_decimals(value: Fraction) -> float:
-    """Number of digits after the decimal point needed to spell `value` exactly; inf if they never
+    """Number of decimal digits that are needed to spell `value` exactly; inf if the digits never
     end."""
     rest, count = value.denominator, 0
     while rest > 1 and count < MAX_EXPONENT + MAX_DIGITS:

@@ -1,4 +1,4 @@
-"""Reads the option that an answer chooses in a multiple-choice question."""
+"""Finds the option that an answer to a multiple-choice question chooses."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _SECOND_CHOICE = re.compile(
 _NEGATED = re.compile(
     r"^[ :]*(?:it is )?(?:neither|not) [^.;]{0,200}?\b(?:but|rather) ", re.IGNORECASE
 )
-"""Matches words that reject options, such as those before C in "neither A nor B but C"."""
+"""Matches words that reject options, such as "neither A nor B but" in "neither A nor B but C"."""
 _LETTERED = re.compile(
     r"\s*[(\[]?(?P<letter>[a-z])(?:\s*[)\]]\s*|\s*[.:]\s+|\s+[-–—]\s+)(?P<text>\S.*)", re.I | re.S
 )
@@ -45,11 +45,11 @@ def unlettered(choices: Sequence[str]) -> tuple[str, ...]:
 
 
 def read_choice(text: str, choices: Sequence[str]) -> str | None:
-    """The letter of the option that `text` chooses among `choices`, either by its letter or by a
-    value or text that equals exactly one option.
+    """The letter of the option that `text` chooses. `text` may state this letter, or a value or
+    text that equals exactly one of the `choices`.
 
-    Without `choices`, any letter is accepted. None if `text` does not choose a single option, for
-    example if it names two letters.
+    If `choices` is empty, any letter is accepted. None if `text` does not choose a single option,
+    for example if it names two letters.
     """
     line, choices = _NEGATED.sub("", first_line(text)), unlettered(choices)
     line = re.sub(r"\b(?:i\. ?e|e\. ?g)\b\.?", "that is", line, flags=re.IGNORECASE)
@@ -63,8 +63,8 @@ def read_choice(text: str, choices: Sequence[str]) -> str | None:
 
 
 def _is_choice(letter: str, rest: str, choices: Sequence[str]) -> bool:
-    """Whether a leading letter is a choice, rather than a variable, as in "c = 5", or an article,
-    as in "a 5% rise"."""
+    """Whether the letter at the start of a line is a choice, given the rest of the line. A
+    variable, as in "c = 5", and an article, as in "a 5% rise", are not choices."""
     position = ord(letter) - ord("a")
     if choices and position >= len(choices):
         return False
@@ -84,14 +84,15 @@ def names_option(line: str, choices: Sequence[str]) -> bool:
 
 
 def _begins_with(line: str, choice: str) -> bool:
-    """Whether a line is an option's text, alone or followed by punctuation or a reason."""
+    """Whether a line is the text of an option, or begins with this text and goes on with
+    punctuation or a reason."""
     head = re.split(r"[,.;:] | \(|[.!]$| - | because\b", line, maxsplit=1)[0]
     return same_text(line, choice) or same_text(head, choice)
 
 
 def _names_another(said: str, choices: Sequence[str], chosen: int) -> bool:
-    """Whether another option is named beside the chosen one, as in "Paris, Rome", "Paris? No, Rome"
-    or, if Paris is option B, "Paris (C)" and "C) Paris"."""
+    """Whether `said` names another option in addition to the chosen one, as in "Paris, Rome" and
+    "Paris? No, Rome". If Paris is option B, "Paris (C)" and "C) Paris" also name two options."""
     if named := _named(said, choices):
         return chosen not in named
     parts = (_named(part, choices) for part in _SEPARATOR.split(said[:500]))
@@ -107,7 +108,7 @@ _SEPARATOR = re.compile(
 
 
 def _named(part: str, choices: Sequence[str]) -> list[int]:
-    """The options that a part of a line names by their text, letter, or both."""
+    """The positions of the options that a part of a line names by letter, by text, or by both."""
     bare = part.strip(" ).:,(")
     lettered = re.fullmatch(r"([a-z])(?:[ ).:]+(.*))?", bare, re.IGNORECASE)
     letter, text = ("", "") if lettered is None else (lettered[1].lower(), lettered[2] or "")

@@ -1,4 +1,4 @@
-"""Grades as the paper's authors did, including the oddities of their code."""
+"""Grades answers as the authors of the ReFT paper did, including the oddities of their code."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ PAPER_HEADER = "\nAnswer reasoning:\n"
 
 def grade_completion_paper(completion: str, problem: Problem) -> Graded:
     """The authors' rule for worked solutions: `grade_value_paper` grades the text after the last
-    `PAPER_TRIGGER`, or the whole text if there is none. If the gold answer is a number, nan and inf
-    count as wrong answers; otherwise, any text counts as an answer."""
+    `PAPER_TRIGGER`, or the whole text if there is none. If the gold answer is a number, the answers
+    nan and inf are wrong. If the gold answer is not a number, any text is accepted as an answer and
+    compared with the gold answer."""
     text = paper_response(completion).split(PAPER_TRIGGER)[-1].strip()
     return grade_value_paper(text, problem)
 
 
 def grade_value_paper(value: Any, problem: Problem) -> Graded:
-    """The authors' rule for a program's value: `float(value)` must be within 0.01 of a gold number.
-    Any other gold answer is compared with the value's text, ignoring case and quotation marks."""
+    """The authors' rule for a program's value. If the gold answer is a number, `float(value)` may
+    differ from this number by at most 0.01. Any other gold answer is compared with the value's
+    text, ignoring case and quotation marks."""
     gold = problem.answer
     if gold.kind != "number":
         return _grade_string_paper(value, str(gold.value))
@@ -42,6 +44,6 @@ def _grade_string_paper(value: Any, gold: str) -> Graded:
 
 
 def paper_response(completion: str) -> str:
-    """The part of a completion that the authors' code grades: the text after the last
-    `PAPER_HEADER`, which a model may repeat."""
+    """The part of a completion that the authors' code grades. If the model repeats `PAPER_HEADER`,
+    this part is the text after its last occurrence. Otherwise, it is the whole completion."""
     return (PAPER_HEADER + completion).split(PAPER_HEADER)[-1].strip()

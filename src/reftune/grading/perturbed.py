@@ -1,5 +1,5 @@
-"""Changes gold solutions so that their answers are certainly wrong or certainly still right, to
-test a reward."""
+"""Changes gold solutions to test a reward. Some changes certainly make the answer wrong, and others
+certainly leave it right."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from reftune.grading.markers import answer_text, reasoning_text
 from reftune.types import Problem, spell_decimal
 
 MAX_SIZE = 10**6
-"""Gold answers of at least this absolute value are not changed, because a change of 1 may be within
-the grader's tolerance."""
+"""Gold answers with at least this absolute value are not changed, because a change of 1 may be
+within the grader's tolerance."""
 PRINTED = "printed and not returned"
-"""The change that makes a program print its answer instead of returning it. Formats that read
-scripts may accept such a program."""
+"""The change that makes a program print its answer instead of returning it. A format with
+`scripts: read` may accept such a program."""
 _RETURN = re.compile(r"(?P<indent>[ \t]*)return[ \t]+(?P<value>\S.*)\s*\Z")
 _STATED = re.compile(r"[\s:]*(?P<answer>\S(?:.*\S)?)\s*", re.DOTALL)
 
@@ -32,7 +32,7 @@ class Perturbed:
 
 def wrong_solutions(problem: Problem, target: str) -> Iterator[Perturbed]:
     """Solutions that look like the gold solution `target` but state another answer, two answers or
-    none. Yields nothing if `target` is text whose answer cannot be found."""
+    none. Yields nothing if `target` is a solution in words and its answer cannot be found."""
     found = _RETURN.search(target)
     yield from _wrong_programs(problem, target, found) if found else _wrong_words(problem, target)
 
@@ -45,8 +45,8 @@ def right_solutions(problem: Problem, target: str) -> Iterator[Perturbed]:
 
 
 def other_answers(problem: Problem) -> dict[str, str]:
-    """Kind of change → the gold answer after that change; empty if no change makes it certainly
-    wrong."""
+    """Kind of change → the gold answer after this change. Empty if no change is certain to make the
+    answer wrong."""
     gold = problem.answer.value
     if problem.answer.kind == "choice" and len(problem.choices) > 1:
         position = (ord(str(gold)) - ord("a") + 1) % len(problem.choices)
@@ -93,7 +93,8 @@ def _right_programs(problem: Problem, target: str, end: re.Match[str]) -> Iterat
 
 
 def _parts(target: str) -> tuple[str, str] | None:
-    """The text before the answer, and the answer itself; None if no answer can be found."""
+    """The text before the answer in a solution in words, and the answer; None if no answer can be
+    found."""
     tail = answer_text(target)
     found = _STATED.fullmatch(tail) if tail else None
     if tail is None or found is None or not target.endswith(tail):

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 MAX_SEGMENT_CHARS = 2_000
-"""At most this many characters of an answer are searched for a number or choice, or compared as
-text."""
+"""Only this many characters at the start of an answer are searched for a number or choice, or
+compared as text."""
 
 _ASCII = str.maketrans(
     {
@@ -84,18 +84,19 @@ class Line:
 
     words: str
     is_item: bool
-    """Whether a bullet or number, which `words` omits, makes the line an item of a list."""
+    """Whether the line is an item of a list. The item's bullet or number is not part of `words`."""
 
 
 def first_line(text: str) -> str:
-    """The first of the `plain_lines`; empty if there is none."""
+    """The first line that `plain_lines` yields; empty if it yields none."""
     return next((line.words for line in plain_lines(text)), "")
 
 
 def plain_lines(text: str) -> Iterator[Line]:
-    """The lines that contain a letter or digit. A line cut off at `MAX_SEGMENT_CHARS` ends in a
-    backslash, so that no number that was cut off is read. The first line of the text is no item,
-    because its dash may be a minus sign."""
+    """The lines of `text` that contain a letter or digit, as plain text. If the text is longer than
+    `MAX_SEGMENT_CHARS`, the rest is cut off and replaced by a backslash, so that a number cut in
+    two is not read. The first line of the text is never a list item, because a dash at its start
+    may be a minus sign."""
     start, count = text.lstrip(), 0
     is_first = "\n" not in text[: len(text) - len(start)]
     segment = start[:MAX_SEGMENT_CHARS] + "\\" * (len(start) > MAX_SEGMENT_CHARS)
@@ -163,7 +164,8 @@ def _with_decimal_point(match: re.Match[str]) -> str:
 
 def same_text(first: str, second: str) -> bool:
     """Whether two strings are the same apart from case, spacing, quotation marks, formatting and
-    final punctuation. Strings that contain nothing else are never the same."""
+    final punctuation. Strings that consist only of spaces, punctuation and formatting are never the
+    same."""
     return _bare(first) == _bare(second) != ""
 
 

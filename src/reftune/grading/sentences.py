@@ -1,9 +1,10 @@
 """Finds the number that a line of a completion states.
 
-The part of the line that states the value is usually what follows its last `=`. If this part begins
-with a number, the words after the number decide whether it is the answer, or part of something
-larger, as in "5 or 6". If it does not, the number is read if it is the only one in the sentence and
-the words before it cannot change its meaning.
+The number is usually read from the part of the line after the last `=`, or from the whole line if
+there is no `=`. If this part begins with a number, the words after the number decide whether it is
+the answer or belongs to something larger, as in "5 or 6". If this part does not begin with a
+number, its first sentence must contain only one number, and the words before the number must not
+change its meaning.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from reftune.grading.words import (
 
 
 def parse_number(text: str) -> Number | None:
-    """The number that the first line of `text` states: at the start of the line, after its last
-    `=`, or as the only number in a sentence.
+    """The number that the first line of `text` states. It stands at the start of the line or after
+    the last `=`, or it is the only number in a sentence.
 
     Accepts, for example, thousands separators, exponents, `a/b`, `3 1/2`, `\\frac{a}{b}`, powers of
     ten, "2.5 million" and percentages. Ignores currencies, units, formatting, words like "about",
@@ -45,7 +46,8 @@ def parse_number(text: str) -> Number | None:
 
 
 def _is_listed_beside(number: Number, first: Line, second: Line) -> bool:
-    """Whether the first two lines are items of a list, or equations, that state two values."""
+    """Whether the first two lines state two different values, either as items of a list or in
+    equations."""
     if first.is_item and second.is_item:
         another = stated_number(second.words)
         return another is not None and another.value != number.value
@@ -60,10 +62,10 @@ def stated_number(line: str) -> Number | None:
 
 def _after_equals(line: str) -> str:
     """The part of a line that states the value, usually the text after the last `=` in the first
-    sentence. It is the whole line if there is no `=`, or if a number precedes an aside that
-    contains the `=`, as in "18, because 2 + 2 = 4" or "12 when n = 3". It is empty if the line
-    states different values, as in "x = 3 or x = 4", or only a multiple of an unknown, as in "2x =
-    6"."""
+    sentence. The result is the whole line if there is no `=`, or if a number precedes an aside that
+    contains the `=`, as in "18, because 2 + 2 = 4" or "12 when n = 3". The result is empty if the
+    line states different values, as in "x = 3 or x = 4", or if it states only a multiple of an
+    unknown, as in "2x = 6"."""
     line = _LEADING_CONDITION.sub("", line)
     sentence = _SENTENCE_END.split(line, maxsplit=1)[0]
     equals = list(_EQUALS.finditer(sentence))
@@ -100,7 +102,7 @@ def _after_equals(line: str) -> str:
 
 
 _SENTENCE_END = re.compile(r"(?<!\brs)(?<!\brs )(?:[.?;]|!(?! ?=))(?= |$)", re.IGNORECASE)
-"""The point in "Rs. 5" and the sign in "5! = 120" end no sentence."""
+"""Matches the end of a sentence, but not the point in "Rs. 5" or the factorial in "5! = 120"."""
 _IF = r"(?:when|if|given(?: that)?|assuming|provided)"
 _EQUALS = re.compile(r"(?<![<>!=])=+>?(?!=)|-+>")  # = == => ->
 _LEADING_CONDITION = re.compile(  # when n = 3, 12
@@ -114,7 +116,7 @@ _ASIDE = re.compile(  # because, at x =
     re.IGNORECASE,
 )
 MOST_WORDS = 4
-"""An aside only follows an answer with at most this many words, such as "x = 12 square feet"."""
+"""Text between an `=` and an aside is read as the answer only if it has at most this many words."""
 _LATER_ASIDE = re.compile(  # x = 12 (3 * 4 = 12), x = 12 if n = 3
     r" [(\[](?=[^()\[\]]*=[^()\[\]=]*[)\]][^=]*$)"
     rf"|\b(?:(?:{_REASON}|check)(?=[^()=]{{1,40}}=)"
@@ -143,8 +145,8 @@ def _assigned_values(line: str) -> Iterator[Fraction | None]:
 
 
 def _leading_number(line: str) -> Number | None:
-    """The number at the start of a plain line; None if there is none, or if the text after the
-    number makes it part of something larger, such as a range."""
+    """The number at the start of a plain line; None if there is no number, or if the text after the
+    number makes the number part of something larger, such as a range."""
     line = _IN_ANGLES.sub(r"\1\2", line, count=1)  # "<203>" is an answer, but "< 203" is not
     lead = _LEAD_IN.match(line)
     assert lead is not None  # pattern matches the empty string
@@ -169,8 +171,8 @@ _IN_ANGLES = re.compile(rf"^({_LEAD_IN.pattern})<([^ <>][^<>]*)>(?!\d)", re.IGNO
 
 def _only_number(line: str) -> Number | None:
     """The only number in the first sentence of a plain line, if it follows plain words, as in "each
-    child gets 12 sweets". None otherwise, or if the words may change the number's meaning, as in
-    "at least 12"."""
+    child gets 12 sweets". None if there is no such number, or if the words before it may change its
+    meaning, as in "at least 12"."""
     sentence = _SENTENCE_END.split(line, maxsplit=1)[0].lstrip(" :,*\"'")
     digit = _DIGIT.search(sentence)
     if digit is None:
@@ -209,8 +211,8 @@ _LOOKAHEAD_CHARS = 120
 
 
 def _is_part_of_more(rest: str) -> bool:
-    """Whether the text after a number makes the number part of something larger, judged by the
-    kinds of the next words and symbols."""
+    """Whether the text after a number makes the number part of something larger. The kinds of the
+    next words and symbols decide this (see `_KINDS`)."""
     shape = _KIND.sub(lambda match: _LETTERS[match.lastindex or 0], rest[:_LOOKAHEAD_CHARS])
     return (
         _CONTINUES.match(shape) is not None
@@ -256,8 +258,9 @@ _KINDS = {
     # any other word
     "w": r"[^\W\d_]+",
 }
-"""The kinds of words and symbols after a number, by the letter that stands for them in
-`_CONTINUES`. A word is of the first kind that it matches; other symbols stand for themselves."""
+"""Letter → pattern of a kind of words or symbols after a number. In `_CONTINUES`, the letter stands
+for any word or symbol of this kind. If a word matches several kinds, the first of them applies. A
+symbol that matches no kind stands for itself."""
 _KIND = re.compile("|".join(f"({pattern})" for pattern in _KINDS.values()), re.IGNORECASE)
 _LETTERS = ("", *_KINDS)
 _CONTINUES = re.compile(
@@ -278,7 +281,8 @@ _CONTINUES = re.compile(
     r"| ?, ?[(+p]*9[.9+]* ?(?:$|[,.)ot\]}])"  # 5, 6
     r"| ?u[., t]*9)"  # 5 feet 6 inches
 )
-"""Matches the kinds after a number that is part of more."""
+"""Matches a sequence of the letters in `_KINDS` if words and symbols of these kinds make the number
+before them part of something larger, such as a range."""
 _NOUN = r"(?: (?!(?:for|by|in|of|because|with|from|at|as|so|since|not|but|or)\b)[^\W\d_]+)?"
 _SO = r"(?:so|which means)(?: [^\W\d]+){0,3}"
 _CONTINUES_IN_WORDS = re.compile(

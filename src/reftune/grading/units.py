@@ -21,7 +21,7 @@ _NOT_UNITS = (FUNCTIONS - {"times"}) | frozenset(
     " over under above below remainder rem approx repeating recurring max maximum minimum nan"
     " approximately about roughly nearly almost ish fold ones tens hundreds thousands millions"
     " billions tau phi theta alpha beta lambda"
-    # words of a sentence
+    # words that occur in sentences
     " are was then else because since for with versus not true false none null unknown permille"
     # directions and times
     " north south east west ago past bce oclock noon midnight uhr heures utc est edt cet ist"
@@ -37,8 +37,9 @@ _NOT_UNIT = re.compile(
     r"|billion)th)s?"
 )
 _VARIABLES = re.compile(r"[a-z]{2}|[b-df-hj-np-tv-z]+|abc|xyz|uvw|(?P<attached>[a-z]{3})")
-"""Matches letters that may be a product, as in 2ab, rather than a unit: two letters, consonants,
-`abc`, `xyz`, `uvw` or, only directly after the number, any three letters."""
+"""Matches letters that may be a product, as in 2ab, rather than a unit. These are any two letters,
+any number of consonants, `abc`, `xyz` or `uvw`. Any other three letters match too, but they may be
+a product only if no space separates them from the number."""
 _KNOWN_WORD = re.compile(rf"{UNIT_NAMES}|units?|miles?|tons?")
 _POWER = r"(?: ?\^ ?\{? ?-?[1-4] ?\}?|(?<=[a-z])[23](?!\d))?"
 _UNIT = re.compile(
@@ -50,8 +51,8 @@ _UNIT = re.compile(
 
 
 def is_unit(rest: str) -> bool:
-    """Whether the text after a number is empty or one unit, such as " km/h", " apples per day" or
-    " (m^2)". A unit consists of symbols and lower-case words. A single letter is no unit by itself,
+    """Whether the text after a number is empty or a single unit, such as " km/h", " apples per day"
+    or " (m^2)". A unit consists of symbols and lower-case words. A single letter does not count,
     because "12 m" may be 12 times m."""
     unit = rest.strip()
     if unit[:1] == "(" and unit[-1:] == ")":
@@ -70,7 +71,8 @@ def is_unit(rest: str) -> bool:
 
 
 def _is_noun(word: str, rest: str) -> bool:
-    """Whether a word of the text `rest` after a number seems to be a noun in lower case."""
+    """Whether `word` seems to be a noun in lower case. `word` is a part of `rest`, the text after
+    the number."""
     variables = _VARIABLES.fullmatch(word)
     if variables is not None and (variables["attached"] is None or rest.startswith(word)):
         return False

@@ -1,5 +1,5 @@
-"""Grades completions and the values of programs. Every text gets a verdict; none causes an error
-unless math-verify is needed but not installed.
+"""Grades completions and the values of programs. Every text gets a verdict. No text causes an
+error, unless math-verify is needed but not installed.
 
 All functions are pure, except that expressions are compared in a worker process.
 """
@@ -39,7 +39,7 @@ from reftune.text import printable
 from reftune.types import Answer, AnswerKind, Graded, Problem, Verdict, spell
 
 MAX_VALUE_CHARS = 200
-"""Maximum number of characters in `Graded.value` or in a quotation in a reason."""
+"""Maximum number of characters in `Graded.value`, and in each quotation in a reason."""
 PATTERN_S = 0.5
 """Seconds allowed for matching an answer against a pattern."""
 
@@ -47,9 +47,9 @@ NO_MARKER = 'no marker: expected "the answer is", "answer:", "####" or \\boxed{�
 
 
 def grade_completion(completion: str, problem: Problem, reading: Reading = DEFAULT) -> Graded:
-    """Grade a worked solution by the answer after its last marker. Markers that announce no answer,
-    as in "Note on the answer: …", are ignored. If the last two markers announce alternatives, both
-    must be right."""
+    """Grade a worked solution by the answer after its last marker, such as "the answer is". Markers
+    that announce no answer, as in "Note on the answer: …", are ignored. If the last two markers
+    announce alternative answers, both answers must be right."""
     found = statements(completion, reading)
     if not found:
         return no_answer(NO_MARKER)
@@ -108,13 +108,15 @@ def grade_value(value: Any, problem: Problem) -> Graded:
 
 
 def grade_sentence(text: str, problem: Problem) -> Graded:
-    """Grade one line of a program's output: the bare answer, or a sentence such as "Total: 5"."""
+    """Grade one line of a program's output. The line contains only the answer, or is a sentence
+    such as "Total: 5"."""
     stated = answer_text(text)
     return grade_answer(text if stated is None else stated, problem)
 
 
 def value_text(value: Any) -> str | None:
-    """A program's value as text; None unless it is text or a finite number of limited length."""
+    """A program's value as text; None unless the value is a string or a finite number of limited
+    length."""
     if isinstance(value, bool):
         return None
     if isinstance(value, int):
@@ -143,7 +145,8 @@ def _other_value_text(value: Any, gold: Answer) -> str | None:
 
 
 def describe(value: Any) -> str:
-    """A phrase for a value that is not an answer, to be used in a reason."""
+    """A phrase that describes a value that does not count as an answer, for use in a grade's
+    reason."""
     if isinstance(value, bool | float | None):
         return str(value)
     if isinstance(value, int):
@@ -158,7 +161,7 @@ _NUMERIC: tuple[AnswerKind, ...] = ("number", "choice", "any_of", "list", "set")
 
 
 def grade_answer(text: str, problem: Problem, reading: Reading = DEFAULT) -> Graded:
-    """Grade an answer that may have units and prose around it."""
+    """Grade an answer. The text may contain units and prose around the answer."""
     if not text.strip():
         return no_answer("the answer is empty")
     if reading.decimal == "," and problem.answer.kind in _NUMERIC:
@@ -222,8 +225,8 @@ _PLAIN_NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:/\d+)?")
 
 
 def _grade_by_scorer(text: str, problem: Problem, scorer: Callable[[str], float]) -> Graded:
-    """Grade by the task's scorer, which expects the bare answer. It is tried on several versions of
-    the text; a score of 1 for any of them is enough."""
+    """Grade with the task's scorer, which expects the bare answer. The scorer is tried on several
+    versions of the text, and the answer is right if any version gets a score of 1."""
     words = text.strip()
     first = words.splitlines()[0].strip()
     candidates = [words, words.rstrip(".!"), first, first_line(words).rstrip(".!")]
@@ -246,7 +249,7 @@ def _grade_by_scorer(text: str, problem: Problem, scorer: Callable[[str], float]
 
 
 def _grade_spellings(text: str, problem: Problem) -> Graded:
-    """The best of the grades for the accepted spellings."""
+    """Grade an answer against each accepted spelling, and return the best of these grades."""
     best = _best([grade_answer(text, each) for each in _parts(problem)])
     if best.verdict is Verdict.CORRECT:  # all spellings stand for one answer
         return judge(True, str(problem.answer.value), str(problem.answer.value))
@@ -254,7 +257,8 @@ def _grade_spellings(text: str, problem: Problem) -> Graded:
 
 
 def _grade_list(text: str, problem: Problem) -> Graded:
-    """Grade an answer part by part: a list in the order of the gold answer, a set in any order."""
+    """Grade an answer part by part. The parts of a list must be in the order of the gold answer.
+    The parts of a set may be in any order."""
     parts, gold = _parts(problem), str(problem.answer.value)
     said = split_items(_listed_in(text, len(parts)))
     if not said:
@@ -289,8 +293,8 @@ def _whole_list(
 
 
 def _listed_in(text: str, num_parts: int) -> str:
-    """The first line, without any words after the list; the whole text if the first line is only
-    one of several parts."""
+    """The first line of `text`, without any words after the list. If the gold answer has several
+    parts but the first line only one, the result is the whole text."""
     text = text.strip()[:MAX_SEGMENT_CHARS]
     lines = text.splitlines()
     first = _AFTER_LIST.split(lines[0], maxsplit=1)[0] if lines else ""
@@ -303,7 +307,8 @@ _AFTER_LIST = re.compile(r",?\s+(?:because|since|as|so)\b|(?<=[^\d\s])\.\s|\.\s+
 
 
 def _parts(problem: Problem) -> list[Problem]:
-    """One copy of the problem per part of its gold answer, with that part as the answer."""
+    """Copies of the problem, one for each part of its gold answer. Each copy has this part as its
+    gold answer."""
     return [
         replace(problem, answer=part_answer(item), choices=(), scorer=None)
         for item in problem.answer.items
@@ -322,7 +327,8 @@ def needs_worker(gold: Answer) -> bool:
 
 
 _PRECEDENCE = "correct timeout error wrong no_answer memory forbidden".split()
-"""Verdicts, from best to worst. After a timeout or error, the answer may still be right."""
+"""Verdicts, from best to worst. A timeout or an error is better than a wrong answer, because the
+answer may still be right."""
 
 
 def _best(graded: Sequence[Graded]) -> Graded:
@@ -366,6 +372,6 @@ def quote(text: str) -> str:
 
 
 def clip(text: str) -> str:
-    """`text` as one line of limited length, with `�` for unprintable characters, because some of
-    these cannot be encoded."""
+    """`text` as one line of limited length. Unprintable characters become `�`, because some of them
+    cannot be encoded."""
     return printable(" ".join(text[: 2 * MAX_VALUE_CHARS].split())[:MAX_VALUE_CHARS])

@@ -1,9 +1,9 @@
 """Chooses one answer from several graded samples of a problem, by voting or reranking, and
 estimates pass@k.
 
-Only samples with a value vote, and votes for equal values are pooled: 0.5, 1/2 and 50% are equal,
-except under the paper's rules, which compare spellings. In a tie, the value seen first wins.
-Without any votes, the result is wrong.
+A sample votes for the answer that was read from it, if any. Votes for equal answers, such as 0.5,
+1/2 and 50%, are added up. Under the paper's rules, answers are equal only if they have the same
+spelling. In a tie, the answer seen first wins. If there are no votes, the result counts as wrong.
 """
 
 from __future__ import annotations
@@ -28,26 +28,29 @@ _NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[-+]?\d+)?(?:/\d+)?%?")
 
 
 def has_value(graded: Graded) -> bool:
-    """Whether an answer was read from a sample, so that it may vote."""
+    """Whether an answer was read from a sample, so that the sample may vote."""
     return graded.value is not None
 
 
 def has_letter(graded: Graded) -> bool:
-    """Whether a sample's value is a single letter: the paper's rule for multiple choice."""
+    """Whether a sample's value is a single letter. Under the paper's rules, only such samples vote
+    on multiple-choice questions."""
     return graded.value is not None and len(graded.value) == 1 and graded.value.isalpha()
 
 
 def voters(grading: str | None, *, is_choice: bool) -> Callable[[Graded], bool]:
-    """The function that decides whether a sample may vote under a format's grading: `has_letter`
-    for multiple choice under the paper's rules, otherwise `has_value`."""
+    """The function that decides whether a sample may vote. `grading` is the value of the format's
+    key `grading`. For multiple choice under the paper's rules, the function is `has_letter`;
+    otherwise, it is `has_value`."""
     return has_letter if grading == "paper" and is_choice else has_value
 
 
 def same_answer(first: str, second: str) -> bool:
-    """Whether two values that the grader read count as the same answer: equal numbers, or the same
-    words.
+    """Whether two values that the grader read are the same answer, that is, equal numbers or the
+    same words.
 
-    The grader usually gives equal expressions one spelling, so they are compared as words.
+    Expressions are compared as words, because the grader usually gives equal expressions the same
+    spelling.
     """
     if first == second:
         return True
@@ -58,8 +61,8 @@ def same_answer(first: str, second: str) -> bool:
 
 
 def equality(grading: str | None) -> Same:
-    """The function that decides whether two values count as the same answer under a format's
-    grading."""
+    """The function that decides whether two values are the same answer. `grading` is the value of
+    the format's key `grading`."""
     return operator.eq if grading == "paper" else same_answer
 
 
@@ -70,12 +73,13 @@ def majority_curve(
     valid: Callable[[Graded], bool] = has_value,
     same: Same = same_answer,
 ) -> list[Graded | None]:
-    """For each k from 1 to n, the first sample with the most frequent value among the first k
-    samples; None if none of these is valid. With `weights`, such as a reward model's scores, each
-    vote has its sample's weight (DiVeRSe, arXiv:2206.02336).
+    """For each k up to the number of samples, the winner of the vote among the first k samples. The
+    winner is the first sample with the value that gets the most votes; None if none of the k
+    samples is `valid`. `weights` are the weights of the votes, such as a reward model's scores
+    (DiVeRSe, arXiv:2206.02336).
 
-    The first k of n samples are themselves a draw of k samples, so the accuracy of the k-th entries
-    over problems is an unbiased estimate of maj@k.
+    The first k samples are k independent draws from the model. Therefore, the share of problems for
+    which the k-th winner is correct is an unbiased estimate of maj@k.
     """
     first: dict[str, Graded] = {}
     votes: dict[str, float] = defaultdict(float)
@@ -98,9 +102,10 @@ def rerank_curve(
     *,
     valid: Callable[[Graded], bool] = has_value,
 ) -> list[Graded | None]:
-    """For each k from 1 to n, the valid sample with the highest score among the first k samples;
-    None if none of these is valid. In a tie, the earlier sample wins. Repeats of an earlier
-    completion are ignored, though they still count towards k."""
+    """For each k up to the number of samples, the winner among the first k samples. The winner is
+    the `valid` sample with the highest score; None if none of the k samples is `valid`. In a tie,
+    the earlier sample wins. Repeats of an earlier completion are ignored, but they still count
+    towards k."""
     best: tuple[float, Graded] | None = None
     seen: set[str] = set()
     curve: list[Graded | None] = []

@@ -28,7 +28,8 @@ OTHER_MAGNITUDES = (
     r"quintillions?|grand|thou|mil|mila|mille|mill(?:ón|ones|ionen|iards?|iarden?|iardi)|milioni"
     r"|milh(?:ão|ões)|mio|mrd|tausend|hundert|dutzend"
 )
-"""Matches magnitudes that are not read, so that the number before them is not the answer."""
+"""Matches words for magnitudes that are not supported. A number before such a word is not read as
+the answer."""
 DOUBT = r"(?:oh|hmm+|oops|wait|no|but|well|actually|sorry)"
 SORRY = (
     r"(?:no|wait|sorry|actually|correction|alternatively|(?:or )?rather|i mean|oops|hmm+|wrong"
@@ -44,11 +45,11 @@ TAKEN_BACK = re.compile(
     rf"(?:{SORRY}\b\s*(?:[,.:;!)—–]|(?:wait|no)\b)|(?:i mean|actually|or rather)\b|{IS_WRONG})",
     re.IGNORECASE,
 )
-"""Matches phrases that withdraw an answer, such as "No, …", "Hmm, …" and "That is wrong."."""
+"""Matches phrases that withdraw an answer, such as "No, …", "Hmm, …" and "That is wrong"."""
 
 MAX_SHORT_WORDS, MAX_SHORT_CHARS = 6, 60
-"""Other text may follow the gold answer on its line only if the gold answer has at most this many
-words and characters."""
+"""In a completion, other text may follow the gold answer on the same line only if the gold answer
+has at most this many words and characters."""
 
 _ARTICLE = re.compile(r"\bthe\s+|\ban?\s+(?=\w)")
 _BOUNDARY = re.compile(r"[.,;:!](?=\s|$)|\s*[—–]\s*|\s-{1,2}\s|\s*\(|\s+because\b")
@@ -59,8 +60,8 @@ _ANOTHER = re.compile(
 _OR_ELSE = re.compile(r"\W*(?:or|maybe|perhaps|possibly|alternatively)\b")
 _NAME = r"[^\W\d_a-z][\w'’.-]*"
 _NAMES = re.compile(rf"\s*{_NAME}(?:[ ,;/&]+(?:and )?{_NAME})*\s*")
-"""Matches text that consists of names. After a gold answer that is a name, they may be further
-answers: "Paris, London"."""
+"""Matches text that consists of names. If the gold answer is a name, names that follow it may be
+further answers: "Paris, London"."""
 _LISTS = (",", ";", "-", "--", "–", "—")
 _OPPOSITE = {"yes": "no", "no": "yes", "true": "false", "false": "true"}
 _TIME = re.compile(r"(?<=\d)(?::00)?([ap])\.?m\b")  # 7:00p.m
@@ -70,8 +71,8 @@ _DATES = ("%d %B %Y", "%d %b %Y", "%B %d %Y", "%b %d %Y", "%Y-%m-%d")
 
 
 def same_words(first: str, second: str) -> bool:
-    """Whether two strings are the same apart from Unicode form, case, articles, spacing, formatting
-    and final punctuation, or are two spellings of one date."""
+    """Whether two strings are the same apart from Unicode normalisation, case, articles, spacing,
+    formatting and final punctuation. Two spellings of one date are the same too."""
     bare = bare_words(first)
     return bare != "" and (bare == bare_words(second) or _same_date(first, second))
 
@@ -86,9 +87,10 @@ def bare_words(text: str) -> str:
 
 
 def states_words(text: str, gold: str) -> Literal["yes", "no", "unclear"]:
-    """Whether the gold answer is the whole text, the text's first line or, if the gold answer is
-    short, the start of that line, up to punctuation or a reason ("Yes, they do."). The result is
-    `unclear` if the line then withdraws the gold answer or adds another one ("Yes and no")."""
+    """Whether a text states the gold answer. It does if the whole text or its first line is the
+    gold answer. If the gold answer is short, it is enough that the first line begins with the gold
+    answer, followed by punctuation or a reason ("Yes, they do."). The result is `unclear` if the
+    line then withdraws the gold answer or adds another answer ("Yes and no")."""
     answer = text.strip()
     first_line = answer.partition("\n")[0]
     if same_words(answer, gold) or same_words(first_line, gold):
@@ -109,7 +111,8 @@ def states_words(text: str, gold: str) -> Literal["yes", "no", "unclear"]:
 
 def _goes_on(boundary: str, rest: str, gold: str) -> Literal["yes", "no", "unclear"]:
     """The result of `states_words` if the text's first line begins with the gold answer. `boundary`
-    is the mark or word that follows the answer, and `rest` is what follows that."""
+    is the punctuation mark or word that follows the gold answer, and `rest` is the text after the
+    boundary."""
     first_word = re.match(r"\W*(\w*)", rest)
     assert first_word is not None  # pattern matches the empty string
     if first_word[1] == _OPPOSITE.get(gold.strip().casefold()):

@@ -1,4 +1,4 @@
-"""Exports a method's adapters in PEFT's format, and loads adapters from a folder."""
+"""Exports a trained model's LoRA adapters in PEFT's format, and loads adapters from a folder."""
 
 from __future__ import annotations
 
@@ -39,20 +39,20 @@ class Adapter(NamedTuple):
 
 
 Adapters = Mapping[str, Adapter]
-"""Adapters, keyed by the names of their matrices A in PEFT's files."""
+"""Adapters by name. An adapter's name is the name that its matrix A has in PEFT's files."""
 _A = re.compile(r"_A(?=(\.weight)?$)")
-"""Matches the part of the name of a matrix A in which that of B differs."""
+"""Matches the part of a matrix A's name that differs in the name of the matrix B."""
 
 
 def export_adapters(run: RunFolder, method: str, model: Mapping[str, Any], folder: Path) -> None:
-    """Write the adapters of `method` to `folder`, in PEFT's format. `model` is the recipe's table
-    of this name.
+    """Write the adapters of `method` to `folder`, in PEFT's format. `model` is the recipe's `model`
+    table.
 
-    Unless the base is quantized, each stage trains new adapters on the merged model that it starts
-    from, so the result is the sum of the adapters of all stages that lead to `method`. If the
-    stages were saved in fp32, adding it to the base gives the model of `method` up to rounding.
-    Raises: CheckpointError if a stage saved no adapters or is another run's; ModelError if the
-    adapters that the first stage starts from cannot be read.
+    If the base is not quantized, each stage trains new adapters on the merged model from which it
+    starts. The result is then the sum of the adapters of all stages that lead to `method`. If the
+    stages were saved in fp32, adding this sum to the base gives the model of `method`, up to
+    rounding. Raises: CheckpointError if a stage saved no adapters or belongs to another run;
+    ModelError if the adapters from which the first stage starts cannot be read.
     """
     from peft import LoraConfig
 
@@ -74,7 +74,7 @@ def export_adapters(run: RunFolder, method: str, model: Mapping[str, Any], folde
 
 
 def _base_of(path: str | None) -> str | None:
-    """`model.path` as adapters record it: a folder's absolute path, a Hub id, or None for a
+    """`model.path` as adapters record it: the absolute path of a folder, a Hub id, or None for a
     from-scratch model."""
     if path is None or path == SMOLLM2:
         return path and str(smollm2_folder())
@@ -85,8 +85,8 @@ def _base_of(path: str | None) -> str | None:
 def with_adapters(model: PreTrainedModel, folder: Path, *, base: str | None) -> PreTrainedModel:
     """The base model `model`, with the adapters in `folder` merged into it.
 
-    Raises: ModelError unless they are LoRA adapters of the model named `base`, stored as
-    safetensors.
+    Raises: ModelError if `folder` does not contain LoRA adapters of the model named `base`, or if
+    their tensors are not stored as safetensors.
     """
     from peft import PeftModel
 
@@ -105,16 +105,16 @@ def with_adapters(model: PreTrainedModel, folder: Path, *, base: str | None) -> 
 
 
 def read_adapters(folder: Path) -> Adapters:
-    """The LoRA adapters in a folder in PEFT's format. Raises: ModelError if they cannot be read, or
-    if they include other tensors than LoRA's matrices."""
+    """The LoRA adapters that `folder` contains in PEFT's format. Raises: ModelError if they cannot
+    be read, or if they contain tensors other than LoRA's matrices."""
     config, tensors = _read(folder)
     with _readable(folder):
         return _paired(tensors, partial(_scaling, config))
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The configuration and the tensors of LoRA adapters. Raises: ModelError if they cannot be
-    read."""
+    """The configuration and the tensors of the LoRA adapters in `folder`. Raises: ModelError if
+    they cannot be read."""
     with _readable(folder):
         config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         if config.get("peft_type") != "LORA":
@@ -143,9 +143,9 @@ def _scaling(config: Mapping[str, Any], name: str, rank: int) -> float:
 def _paired(
     tensors: Mapping[str, Tensor], scaling: Callable[[str, int], float]
 ) -> dict[str, Adapter]:
-    """Adapters from their tensors; `scaling(name, r)` is that of the adapter whose matrix A has
-    this name and rank. Raises: ValueError for a tensor that is no such matrix; KeyError if one is
-    missing."""
+    """The adapters to which `tensors` belong. `scaling(name, r)` returns the scaling of the adapter
+    with rank r whose matrix A is called `name`. Raises: ValueError for a tensor that is neither a
+    matrix A nor the B that belongs to an A; KeyError if a B is missing."""
     firsts = [name for name in tensors if _A.search(name)]
     strange = sorted(tensors.keys() - {*firsts, *(_A.sub("_B", name) for name in firsts)})
     if strange:
@@ -157,8 +157,9 @@ def _paired(
 
 
 def require_continuable(folder: Path, table: ModelTable) -> None:
-    """Check that a run can continue training the adapters in `folder`. Raises: ModelError if they
-    cannot be read, or if their base model or scaling differs from the run's."""
+    """Check that a run whose `model` table is `table` can continue training the adapters in
+    `folder`. Raises: ModelError if the adapters cannot be read, or if their base model or scaling
+    differs from the run's."""
     found = sorted({adapter.scaling for adapter in read_adapters(folder).values()})
     _require_base(folder, table.path)
     wanted = table.lora and table.lora.alpha / table.lora.rank
@@ -180,8 +181,8 @@ def _require_base(folder: Path, base: str | None) -> None:
 
 
 def side_by_side(chain: Sequence[Adapters]) -> dict[str, Adapter]:
-    """The sum of several sets of adapters, as one set with scaling 1 and the same rank in every
-    layer. A single set keeps its own scaling.
+    """One set of adapters that is the sum of the sets in `chain`. All adapters in the sum have
+    scaling 1 and the same rank. If `chain` contains a single set, that set is returned unchanged.
 
         Σ sᵢ Bᵢ Aᵢ = B A,    B = [s₁ B₁  s₂ B₂ …  0],    A = [A₁; A₂; …; 0]
     """
@@ -203,9 +204,9 @@ def _summed(parts: Sequence[Adapter], rank: int) -> Adapter:
 
 
 def _chain(run: RunFolder, method: str, model: Mapping[str, Any]) -> list[Adapters]:
-    """The sets of adapters whose sum turns the base into `method`, oldest first: the initial set,
-    if there is one, then one per stage. With a 4-bit base, a stage goes on training the set of the
-    stage from which it starts, so the last set is enough.
+    """The sets of adapters whose sum turns the base into `method`, oldest first. If the run began
+    with adapters, they are the first set. Then comes one set per stage. With a 4-bit base, a stage
+    continues training the set of the stage from which it starts, so only the last set is returned.
     """
     table = LoraTable(**(model.get("lora") or {}))
     chain: list[Adapters] = []

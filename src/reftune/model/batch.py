@@ -51,14 +51,14 @@ class TokenBatch:
         )
 
     def response_index(self) -> tuple[Tensor, Tensor]:
-        """The row and column in `tokens`, each (N,), of every response token, in row-major
-        order."""
+        """The row and the column in `tokens` of each response token, in row-major order. Both
+        tensors are (N,)."""
         rows, steps = self.response_mask.nonzero(as_tuple=True)
         return rows, self.prompt_lengths[rows] + steps
 
     def predictor_index(self) -> tuple[Tensor, Tensor]:
-        """The row and column, each (N,), of every response token's predictor, the position to its
-        left."""
+        """The row and the column in `tokens` of each response token's predictor, which is the
+        position to the token's left. Both tensors are (N,)."""
         rows, columns = self.response_index()
         return rows, columns - 1
 
@@ -67,8 +67,8 @@ class TokenBatch:
         return self.tokens[self.response_index()]
 
     def unflatten(self, values: Tensor) -> Tensor:
-        """The (N,) values of the response tokens, in row-major order, as (B, R), with 0
-        elsewhere."""
+        """A (B, R) tensor with the `values` (N,) of the response tokens, which are in row-major
+        order. All other entries are 0."""
         mask = self.response_mask
         return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(
             mask, values
@@ -84,16 +84,16 @@ class TokenBatch:
         )
 
     def _is_read(self, owners: Tensor) -> Tensor:
-        """(B, L), True on the tokens that the model reads: all but padding and the prompts that an
-        earlier sequence has too."""
+        """(B, L), True on the tokens that the model reads. These are all tokens except padding and
+        prompts that an earlier sequence already contains."""
         steps = torch.arange(self.tokens.shape[1], device=self.tokens.device)
         is_owner = owners == torch.arange(len(owners), device=owners.device)
         starts = self.prompt_lengths * ~is_owner
         return (steps >= starts[:, None]) & (steps < self.lengths[:, None])
 
     def filled_up(self) -> TokenBatch:
-        """This batch, filled up to a multiple of `MULTIPLE` packed tokens with a sequence that has
-        no response."""
+        """This batch plus, if needed, a sequence without a response, so that the number of packed
+        tokens is a multiple of `MULTIPLE`."""
         missing = -int(self._is_read(self.owners()).sum()) % MULTIPLE
         if not missing:
             return self
@@ -106,11 +106,12 @@ class TokenBatch:
 
     def packed(self) -> PackedTokens:
         """The sequences, one after another, without padding. A prompt that several sequences share
-        appears only in the first."""
+        appears only in the first of them."""
         owners = self.owners()
         is_read = self._is_read(owners)
         places = is_read.flatten().cumsum(0).view_as(is_read) - 1
-        places = places.where(is_read, places[owners])  # repeated prompts; padding is never used
+        # a repeated prompt has the places of its first copy; the places of padding are never used
+        places = places.where(is_read, places[owners])
         steps = torch.arange(self.tokens.shape[1], device=self.tokens.device)
         return PackedTokens(
             tokens=self.tokens[is_read],
@@ -130,20 +131,22 @@ class TokenBatch:
 
 
 class Packing(NamedTuple):
-    """The layout of T packed tokens in S slots during attention. Sequences are grouped by length,
-    and each group is padded on the right to its longest sequence."""
+    """The layout of T packed tokens in S slots during attention. Sequences are grouped by length.
+    Within a group, sequences are padded on the right to the length of the longest."""
 
     slots: Tensor
     """(S,) The index, from 0 to T - 1, of each slot's token; arbitrary if the slot is empty."""
     is_read: Tensor
-    """(S,) Whether the slot's output is used for its token; True for one slot per token."""
+    """(S,) Whether the token in the slot uses the slot's output; True for one slot per token."""
     order: Tensor
     """(T,) The index of the slot whose output each token uses."""
     sizes: tuple[tuple[int, int], ...]
     """For each group, the number of sequences and the number of slots per sequence."""
     repeats: tuple[Tensor, ...]
-    """For the second sequence of each shared prompt, two tensors: the indices of the prompt's
-    tokens, and of the sequence's slots for them. Then two more for the third, and so on."""
+    """Pairs of tensors, one pair after another. The first pair is for the second sequence with each
+    shared prompt. It contains the indices of the prompt's tokens, and the indices of the slots that
+    hold these tokens in that sequence. The next pair is for the third sequence with each shared
+    prompt, and so on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -174,7 +177,7 @@ def _packing(lengths: Tensor, owners: Tensor, places: Tensor, is_read: Tensor) -
         sizes.append((len(rows), longest))
         start += len(rows) * longest
     slot_of = first_slots[:, None] + steps
-    turns = (owners[:, None] == owners).tril(-1).sum(1)  # earlier sequences with the same prompt
+    turns = (owners[:, None] == owners).tril(-1).sum(1)  # number of earlier rows with this prompt
     repeats: list[Tensor] = []
     for turn in range(1, int(turns.max()) + 1):
         repeated = is_token & ~is_read & (turns == turn)[:, None]
@@ -190,8 +193,8 @@ def token_batch(
     *,
     device: torch.device | str = "cpu",
 ) -> TokenBatch:
-    """A batch with one row for each prompt and its response, padded on the right with id 0. No real
-    token attends to the padding."""
+    """A batch in which each row contains a prompt and its response, padded on the right with id 0.
+    No real token attends to the padding."""
     assert all(prompts), (
         "a prompt must contain at least one token: its last token predicts the first response token"
     )
@@ -208,7 +211,7 @@ def token_batch(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RolloutBatch:
-    """Solutions as tensors. Per-token tensors are (B, R) and 0 outside the response; per-sample
+    """Solutions as tensors. Per-token tensors are (B, R) and 0 outside the responses. Per-sample
     tensors are (B,)."""
 
     tokens: TokenBatch
@@ -219,10 +222,11 @@ class RolloutBatch:
     sampling_logprobs: Tensor
     """Log-probabilities reported by the engine."""
     logprobs: Tensor
-    """Log-probabilities under the policy that drew the samples: the trainer's, or the engine's if
-    the trainer does not compute any."""
+    """Log-probabilities under the policy that drew the samples, as computed by the trainer. If the
+    trainer does not compute them, they come from the engine."""
     gold: Tensor | None = None
-    """(B,) True for gold rationales, which the policy did not sample. None means no rationales."""
+    """(B,) True for gold rationales, which the policy did not sample; None if the batch contains no
+    gold rationales."""
     ref_logprobs: Tensor | None = None
     values: Tensor | None = None
     advantages: Tensor | None = None
@@ -258,10 +262,10 @@ def micro_batches(
     lengths: Tensor, *, max_tokens: int, packed: bool = False, order: Tensor | None = None
 ) -> Iterator[Tensor]:
     """Yields groups of sequence indices with at most `max_tokens` tokens per group. A sequence with
-    more tokens forms a group of its own. Unless `packed`, the padding in a group counts too.
+    more tokens forms a group of its own. If `packed` is False, padding counts as tokens too.
 
-    `order` lists the indices of the sequences to group; by default, all of them by increasing
-    length. Unless `packed`, lengths must not decrease along `order`.
+    `order` lists the indices of the sequences to group. By default, it lists all sequences by
+    increasing length. If `packed` is False, lengths must not decrease along `order`.
     """
     order = torch.argsort(lengths, stable=True) if order is None else order
     ordered = lengths[order].tolist()
@@ -278,10 +282,12 @@ def micro_batches(
 def own_micro_batches(
     batch: TokenBatch, *, max_tokens: int, packed: bool = False, even: bool = False
 ) -> Iterator[tuple[Tensor, bool]]:
-    """Yields, for each micro-batch of this process, the indices of its sequences and whether it
-    counts. Over all processes, those that count cover every sequence once. Each process gets at
-    least one micro-batch; with `even`, all get the same number. Extra ones contain only the first
-    sequence and do not count.
+    """Yields, for each micro-batch of this process, the indices of its sequences and whether the
+    micro-batch counts.
+
+    Over all processes, the micro-batches that count contain every sequence once. Each process gets
+    at least one micro-batch and, with `even`, as many as every other process. If this requires
+    extra micro-batches, they contain only the first sequence and do not count.
     """
     rank, size = world.rank(), world.world_size()
     lengths = batch.lengths
@@ -296,7 +302,7 @@ def own_micro_batches(
 
 
 def _by_prompt(lengths: Tensor, owners: Tensor) -> Tensor:
-    """The indices of the sequences by increasing length, except that sequences with the same prompt
+    """The indices of the sequences, sorted by increasing length. Sequences with the same prompt
     stay together, at the place of the longest of them."""
     longest = torch.zeros_like(lengths).scatter_reduce(0, owners, lengths, "amax")[owners]
     order = torch.argsort(owners, stable=True)

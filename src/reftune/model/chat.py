@@ -40,19 +40,22 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> str
 
 @lru_cache(maxsize=4096)
 def opened_thought(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> str:
-    """The end of the prompt's text, from the tag of a thought that the template opens after the
-    last turn and does not close, such as "<think>\\n" in R1's template. Empty if there is no such
-    thought. Raises: RecipeError as `prompt_text` does."""
+    """The end of the prompt's text, beginning with the tag of a thought that the template opens
+    after the last turn but does not close. With DeepSeek-R1's template, the result is "<think>\\n".
+    If the template opens no such thought, the result is an empty string. Raises: RecipeError as
+    `prompt_text` does."""
     return _opened(prompt_text(tokenizer, prompt), prompt)
 
 
 def reply_text(tokenizer: PreTrainedTokenizerBase, prompt: Conversation, said: str) -> str:
     """The text that the template writes after the prompt, up to the end of the turn, if the
-    assistant says `said`. Mistral's template begins a reply with a space, and Qwen3's with an empty
-    `<think>` block. If the template omits a part of `said`, such as a thought, or changes the
-    prompt when a reply follows, `said` is kept and only the text around it comes from the template.
-    If the prompt opens a thought and `said` contains none of it, the reply closes the thought
-    first."""
+    assistant says `said`. For example, Mistral's template begins a reply with a space, and Qwen3's
+    template begins it with an empty `<think>` block.
+
+    Some templates omit a part of `said`, such as a thought, or change the prompt when a reply
+    follows. In these cases, `said` is kept, and only the text around it comes from the template. If
+    the prompt opens a thought and `said` contains no part of this thought, the reply first closes
+    the thought."""
     said = said.strip()
     begun = prompt_text(tokenizer, prompt)
     before, after = _around(tokenizer, prompt)
@@ -70,9 +73,9 @@ def reply_text(tokenizer: PreTrainedTokenizerBase, prompt: Conversation, said: s
 def end_of_turn(
     tokenizer: PreTrainedTokenizerBase, prompt: Conversation | None = None
 ) -> int | None:
-    """The id of the token that ends the assistant's reply to `prompt` (default: a short question).
-    None if there is no template, if the template rejects the prompt, or if no special or added
-    token ends the turn."""
+    """The id of the token that ends the assistant's reply to `prompt` or, without `prompt`, to a
+    short question. None if there is no template, if the template rejects the prompt, or if no
+    special or added token ends the turn."""
     if not tokenizer.chat_template:
         return None
     system, user = (Message(role=role, content="Hm?") for role in ("system", "user"))
@@ -91,8 +94,8 @@ def _answered(prompt: Conversation, said: str) -> tuple[Message, ...]:
 
 
 def _around(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> tuple[str, str]:
-    """The text before and after the assistant's words; two empty strings if the template omits
-    these words."""
+    """The text before and the text after the assistant's words in a rendered conversation. If the
+    template omits these words, both are empty."""
     text = _render(tokenizer, _answered(prompt, PROBE), prompt.template_args)
     before, found, after = text.rpartition(PROBE)
     return (before, after) if found else ("", "")
@@ -105,9 +108,9 @@ def _omits_last(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> boo
 
 
 def _begin(begun: str, before: str, said: str, *, asked: str) -> str:
-    """`said`, adapted so that it continues the prompt `begun`. `before` is the text before the
-    reply in the rendered conversation. Only the parts of `begun` and `before` that follow the last
-    question, `asked`, are compared.
+    """`said`, preceded by the text that the template inserts between the prompt `begun` and a
+    reply. `before` is the text before the reply in the rendered conversation. Only the parts of
+    `begun` and `before` after the last question, `asked`, are compared.
     """
     if not asked or asked not in begun or asked not in before:
         return said
@@ -118,13 +121,13 @@ def _begin(begun: str, before: str, said: str, *, asked: str) -> str:
 
 
 def _opened(begun: str, prompt: Conversation) -> str:
-    asked = prompt.turns[-1].content.strip()  # it may mention the tags
+    asked = prompt.turns[-1].content.strip()  # skipped below, because it may mention the tags
     return open_thought(begun.rpartition(asked)[2] if asked else begun)
 
 
 def _continue_thought(opened: str, said: str) -> str:
-    """`said`, adapted so that it continues a prompt that ends in the thought `opened`. If `said`
-    has no part of this thought, the thought is closed first, as in Qwen3's empty block,
+    """`said`, adapted so that it continues a prompt that ends inside the thought `opened`. If
+    `said` has no part of this thought, the thought is closed first, as in Qwen3's empty block,
     "<think>\\n\\n</think>\\n\\n"."""
     tag = opened[: opened.index(">") + 1]
     closing = tag.replace("<", "</")
@@ -139,7 +142,7 @@ def _continue_thought(opened: str, said: str) -> str:
 def _ending(tokenizer: PreTrainedTokenizerBase, after: str) -> tuple[str, str | None]:
     """The part of `after` up to and including the token that ends the turn, and this token. The
     turn ends at the first special token or, if there is none, at the first added token. If there is
-    neither, returns an empty string and None.
+    neither, the result is an empty string and None.
     """
     added = sorted(tokenizer.added_tokens_decoder.values(), key=lambda token: len(str(token)))
     for tokens in ([token for token in added if token.special], added):

@@ -1,7 +1,7 @@
 """Converts between text and token ids, and finds where a completion ends.
 
-Prompt and target meet at the same token boundary in every stage. Training, all engines and the
-export use the same rule for where a completion ends.
+In every stage, a prompt and its target meet at the same token boundary. Training, all engines and
+the export use the same rule for where a completion ends.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class Encoder:
         require_eos(self.tokenizer)
 
     def prompt(self, problem: Problem) -> list[int]:
-        """Token ids of the problem's prompt, with a leading BOS if it needs one. Raises:
-        RecipeError if the chat template rejects it."""
+        """Token ids of the problem's prompt, with a leading BOS if the prompt needs one. Raises:
+        RecipeError if the chat template rejects the prompt."""
         prompt = self.format.prompt(problem)
         ids = self.encode(self.text_of(prompt))
-        if isinstance(prompt, Conversation | BareText):  # it needs no BOS, or has its own
+        if isinstance(prompt, Conversation | BareText):  # contains a BOS if it needs one
             return ids
         bos = bos_of(self.tokenizer)
         return ids if ids[: len(bos)] == bos else [*bos, *ids]
@@ -50,8 +50,8 @@ class Encoder:
 
     def continuation(self, problem: Problem, text: str) -> list[int]:
         """Token ids of `text` after the problem's prompt, including the end token. In a chat,
-        prompt and text are encoded together if no token crosses the boundary. In all other cases,
-        they are encoded separately, as in sampling."""
+        prompt and text are encoded together if no token crosses the boundary between them. In all
+        other cases, they are encoded separately, as in sampling."""
         prompt = self.format.prompt(problem)
         before, after = self.text_of(prompt), self.text_after(prompt, text)
         ids, end = self.encode(after), self.end_of(prompt)
@@ -63,12 +63,13 @@ class Encoder:
         return ids if ids[-1:] == [end] else [*ids, end]
 
     def grade(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[Graded]:
-        """The format's grades of texts that follow the problems' prompts."""
+        """The format's grades of `texts`, each of which follows a problem's prompt."""
         return self.format.grade(problems, self.with_thoughts(problems, texts))
 
     def with_thoughts(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[str]:
-        """Texts that follow the problems' prompts. If a prompt ends inside a thought, its texts
-        begin with the tag that opens the thought."""
+        """The `texts`, each of which follows a problem's prompt. If the prompt ends inside a
+        thought, the text is preceded by the end of the prompt, from the thought's opening tag
+        onwards."""
         distinct = {problem.id: problem for problem in problems}
         prompts = {id_: self.format.prompt(problem) for id_, problem in distinct.items()}
         opened = {
@@ -79,8 +80,8 @@ class Encoder:
         return [opened.get(p.id, "") + text for p, text in zip(problems, texts, strict=True)]
 
     def end_of(self, prompt: str | Conversation) -> int:
-        """The id of the token that ends a completion of `prompt`: in a chat, the template's
-        end-of-turn token if there is one; in all other cases, the eos token."""
+        """The id of the token that ends a completion of `prompt`. In a chat, this is the template's
+        end-of-turn token, if there is one. In all other cases, it is the eos token."""
         turn = end_of_turn(self.tokenizer, prompt) if isinstance(prompt, Conversation) else None
         return int(self.tokenizer.eos_token_id) if turn is None else turn
 
@@ -96,7 +97,7 @@ class Encoder:
         return text
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, without special tokens except those spelled out in it."""
+        """Token ids of `text`. Special tokens are included only if `text` spells them out."""
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -104,8 +105,8 @@ class Encoder:
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
-    """The text of tokens, without special tokens other than tags that grading reads, such as
-    `</think>`. Spaces stay as sampled; transformers' clean-up would change code."""
+    """The text of tokens. Special tokens are omitted, except tags that grading reads, such as
+    `</think>`. Spaces stay as sampled, because transformers' clean-up would change code."""
     ids, (tags, others) = list(token_ids), _special_ids(tokenizer)
     has_tags = not tags.isdisjoint(ids)
     text = tokenizer.decode(
@@ -118,14 +119,14 @@ def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
 
 @lru_cache(maxsize=8)
 def _special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[frozenset[int], frozenset[int]]:
-    """The ids of the special tokens that are tags, and of all others."""
+    """The ids of the special tokens that are tags, and the ids of all other special tokens."""
     special = {id_: str(t) for id_, t in tokenizer.added_tokens_decoder.items() if t.special}
     tags = frozenset(id_ for id_, text in special.items() if TAG.fullmatch(text))
     return tags, frozenset(special) - tags
 
 
 def require_eos(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check that the tokenizer has an eos token. Raises: ModelError if not."""
+    """Check that the tokenizer has an eos token. Raises: ModelError if it has none."""
     if tokenizer.eos_token_id is None:
         raise ModelError(
             "the tokenizer has no eos token, so a model could never learn to stop; set"
@@ -134,7 +135,7 @@ def require_eos(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def bos_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The token ids that the tokenizer puts before any text; often none."""
+    """The ids of the tokens that the tokenizer puts before every text. Often there are none."""
     text = list(tokenizer.encode("a", add_special_tokens=False))
     marked = list(tokenizer.encode("a"))
     starts = (at for at in range(len(marked)) if marked[at : at + len(text)] == text)
@@ -145,8 +146,8 @@ def bos_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 SLACK = 8
-"""To find a stop string, we decode as many tokens as it has bytes, and this many more because
-special tokens decode to nothing."""
+"""To find a stop string of n bytes, we decode the last n + `SLACK` tokens. The slack is needed
+because special tokens decode to nothing."""
 Decode = Callable[[Sequence[int]], str]
 
 
@@ -168,12 +169,12 @@ class StopRule:
         return any(text in recent for text in self.texts)
 
     def length(self, token_ids: Sequence[int], decode: Decode) -> int | None:
-        """Number of tokens up to and including the first one that ends the completion; None if no
-        token does."""
+        """Number of tokens up to and including the first token that ends the completion; None if no
+        token ends it."""
         end = next((place for place, token in enumerate(token_ids, 1) if token in self.ids), None)
         if not self.texts or self.text_end(decode(token_ids[:end])) is None:
             return end
-        low, high = 1, len(token_ids[:end])  # once written, a stop string stays in the decoded text
+        low, high = 1, len(token_ids[:end])  # a stop string, once complete, stays in the text
         while low < high:
             middle = (low + high) // 2
             if self.text_end(decode(token_ids[:middle])) is None:
@@ -183,16 +184,16 @@ class StopRule:
         return low
 
     def text_end(self, text: str) -> int | None:
-        """Index at which the first stop string in `text` begins; None if it contains none."""
+        """Index at which the first stop string in `text` begins; None if `text` contains none."""
         return min((text.index(stop) for stop in self.texts if stop in text), default=None)
 
 
 def stop_rule(
     model: Any, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str] = ()
 ) -> StopRule:
-    """The rule with the stop strings `texts` and all end tokens: those of the tokenizer, the
-    model's config and generation config, and the chat template, if there is one. Raises: ModelError
-    if the tokenizer has no eos."""
+    """A rule with the stop strings `texts` and all end tokens. End tokens come from the tokenizer,
+    the model's config, its generation config and, if there is one, the chat template. Raises:
+    ModelError if the tokenizer has no eos token."""
     require_eos(tokenizer)
     found = {
         *token_ids_of(tokenizer.eos_token_id),
@@ -205,12 +206,12 @@ def stop_rule(
 
 
 def token_ids_of(value: int | Sequence[int] | None) -> list[int]:
-    """A config's `eos_token_id`, which may be one id, several or none, as a list."""
+    """A config's `eos_token_id` as a list. The config may contain one id, several ids or none."""
     if value is None:
         return []
     return [int(value)] if isinstance(value, int) else [int(id_) for id_ in value]
 
 
 def stop_texts(format: Format) -> tuple[str, ...]:
-    """A format's stop strings; none for a user's format without `stop`."""
+    """A format's stop strings. A user's format without the attribute `stop` has none."""
     return tuple(getattr(format, "stop", ()))

@@ -1,9 +1,9 @@
 """Modifies the layers of a loaded model: casts or quantizes frozen weights, speeds up dropout, and
 adds gradient checkpointing.
 
-The matrices of an evaluated model, a reference or a base with adapters are never trained, and are
-kept in the compute dtype or in 4 bits. Autocast would cast those of linear layers at every use
-anyway. Vectors, such as biases and norm weights, stay in fp32.
+The weights of an evaluated model, of a reference and of a base with adapters are never trained.
+Their matrices are kept in the compute dtype or in 4 bits. Autocast would cast the matrices of
+linear layers at every use anyway. Vectors, such as biases and norm weights, stay in fp32.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from torch.utils.checkpoint import checkpoint
 from reftune.errors import ModelError
 
 Embeddings = Literal["all", "exact", "none"]
-"""Which embeddings are cast: all, only those that the dtype represents exactly, or none. Autocast
-itself casts none."""
+"""Which embeddings are cast to a dtype: all of them, only those that the dtype represents exactly,
+or none. Autocast itself casts no embeddings."""
 
 
 def narrow(model: nn.Module, dtype: torch.dtype, *, embeddings: Embeddings) -> None:
     """Cast frozen matrices to `dtype` and all other parameters to fp32, in place. `embeddings`
-    determines which embeddings are cast to `dtype`. Under autocast, a hook casts their output back
-    to fp32, so that hidden states stay in fp32."""
+    determines which embeddings are cast to `dtype`. Under autocast, a hook casts the output of
+    these embeddings back to fp32, so that hidden states stay in fp32."""
     matrices = narrowable(model, dtype, embeddings=embeddings)
     for parameter in model.parameters():
         if parameter.is_floating_point():
@@ -67,10 +67,11 @@ def _widen(module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
 
 
 def quantize(model: Any, dtype: torch.dtype) -> None:
-    """Quantize all linear layers except the output head to 4 bits, in place (NF4 in blocks of 64;
-    QLoRA, arXiv:2305.14314, §3). Matmuls run in `dtype`. The weights equal those that transformers
-    computes with `BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")`. Raises:
-    ModelError if bitsandbytes is not installed or there are no linear layers."""
+    """Quantize all linear layers except the output head to 4 bits, in place. The format is NF4 in
+    blocks of 64 weights (QLoRA, arXiv:2305.14314, §3). Matmuls run in `dtype`. transformers
+    computes the same weights with `BitsAndBytesConfig(load_in_4bit=True,
+    bnb_4bit_quant_type="nf4")`. Raises: ModelError if bitsandbytes is not installed or there are no
+    linear layers."""
     try:
         from bitsandbytes.nn import Linear4bit, Params4bit
     except ImportError:
@@ -100,7 +101,7 @@ def quantize(model: Any, dtype: torch.dtype) -> None:
         quantized.bias = layer.bias
         quantized.support_avx512bf16_for_cpu = False  # True would repack weights that training uses
         setattr(parent, name, quantized.to(device))
-    model.is_loaded_in_4bit = True  # for PEFT, which reads it
+    model.is_loaded_in_4bit = True  # PEFT reads this attribute
 
 
 def linear_layers(model: Any) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
@@ -116,9 +117,9 @@ def linear_layers(model: Any) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
 def plain_state(
     model: Any, dtype: torch.dtype = torch.float32, *, merged: bool = True
 ) -> dict[str, Tensor]:
-    """The weights of a model as plain tensors on the CPU, rounded once to `dtype`. Adapters are
-    merged in fp32, or left out if `merged` is False. 4-bit weights are dequantized, and tied
-    weights stay tied."""
+    """The weights of a model as plain tensors on the CPU, rounded once to `dtype`. If `merged` is
+    True, adapters are merged in fp32; if not, they are left out. 4-bit weights are dequantized, and
+    tied weights stay tied."""
     layers = _lora_layers(model)
     base = model.get_base_model() if layers else model
     tensors = dict(base.named_parameters(remove_duplicate=False))
@@ -164,13 +165,13 @@ def _plain(tensor: Tensor, adapted: Any, dtype: torch.dtype) -> Tensor:
 
 
 STEPS = 2**16
-"""Dropout probabilities are rounded to multiples of 1 / STEPS, so that a random 64-bit number is
-enough for four entries."""
+"""Dropout probabilities are rounded to multiples of 1 / STEPS, so that one random 64-bit number is
+enough for four entries of a mask."""
 
 
 def use_cheap_dropout(model: nn.Module) -> None:
-    """Replace the dropout layers of `model`, in place, with layers that, on a CPU, draw masks seven
-    times as fast as PyTorch's."""
+    """Replace the dropout layers of `model` in place. On a CPU, the new layers draw masks seven
+    times as fast as PyTorch's layers."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             if type(child) is nn.Dropout:
@@ -215,15 +216,16 @@ def _drop(values: Tensor, draws: Tensor, first_kept: int) -> Tensor:
 
 
 def recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call `forward(*args, **kwargs)` without keeping its activations; the backward pass recomputes
-    them."""
+    """Call `forward(*args, **kwargs)` without keeping the activations for the backward pass, which
+    recomputes them."""
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
 def recompute(block: nn.Module) -> None:
-    """Use gradient checkpointing (arXiv:1604.06174) in `block` and its later copies: keep only the
-    input, and recompute the activations in the backward pass."""
+    """Use gradient checkpointing (arXiv:1604.06174) in `block`. The block then keeps only its
+    input, and recomputes its activations in the backward pass. Copies of the block that are made
+    later do the same."""
     # a partial rather than a closure, so that a deep copy of the block calls its own `forward`
     block.forward = partial(recomputed, block.forward)

@@ -1,7 +1,7 @@
 """Computes the log-probabilities of response tokens from hidden states, without keeping all logits
 in memory at once.
 
-Logits are computed in tiles, each for some tokens and a part of the vocabulary. At most
+Logits are computed in tiles. A tile covers some of the tokens and a part of the vocabulary. At most
 `LOGITS_KEPT` logits are kept, and the backward pass recomputes the others. The memory for logits is
 therefore bounded, and a tile stays in the CPU's cache.
 """
@@ -20,8 +20,9 @@ LOGIT_ELEMENTS = 2**21
 LOGITS_KEPT = 2**26
 """Maximum number of logits kept for the backward pass: 256 MiB in fp32."""
 TOKENS_AT_ONCE = 2**11
-"""Number of tokens per tile; more if the vocabulary is small. Each group of tokens requires a pass
-over the gradient of the head's whole weight."""
+"""Number of tokens in a tile, unless the vocabulary is so small that a tile has room for more. With
+fewer tokens per tile, training would be slower, because each group of tokens requires a pass over
+the gradient of the head's whole weight."""
 
 
 def token_logprobs(
@@ -37,7 +38,8 @@ def token_logprobs(
             hidden, head.weight, head.bias, tokens, temperature
         )  # type: ignore[no-untyped-call]
         return logprobs
-    rows = _rows_at_once(head)  # for example, an output embedding with an adapter
+    # any other head, such as an output embedding with an adapter
+    rows = _rows_at_once(head)
     chunks = zip(hidden.split(rows), tokens.split(rows), strict=True)
     return torch.cat(
         [
@@ -51,8 +53,8 @@ def token_logprobs(
 def logprobs_and_entropy(
     head: nn.Module, hidden: Tensor, tokens: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """The result of `token_logprobs`, without gradients, and the entropy in nats of each token's
-    distribution; both are (N,)."""
+    """The result of `token_logprobs`, and the entropy in nats of the distribution from which each
+    token is drawn. Both are (N,) and have no gradients."""
     if type(head) is nn.Linear:
         softmax = _softmax(_cast(hidden), head.weight, head.bias, tokens, temperature, means=True)
         return (
@@ -74,9 +76,9 @@ def logprobs_and_entropy(
 
 
 class _LinearLogprobs(torch.autograd.Function):
-    """`token_logprobs` for a linear head. It saves the hidden states, one normaliser per token and
-    the logits of the first tiles, and recomputes the other logits in the backward pass. It casts as
-    autocast would, but sums the weight's gradient in fp32.
+    """`token_logprobs` for a linear head. The forward pass saves the hidden states, one normaliser
+    per token and the logits of the first tiles. The backward pass recomputes the other logits.
+    Values are cast as autocast would cast them, but the weight's gradient is summed in fp32.
     """
 
     @staticmethod
@@ -125,16 +127,16 @@ class _LinearLogprobs(torch.autograd.Function):
 
 
 class _Softmax(NamedTuple):
-    """Statistics of each row's softmax, from which log-probabilities and entropies follow. Each is
-    (N,) in fp32."""
+    """Statistics of each row's softmax, from which log-probabilities and entropies are computed.
+    Each tensor is (N,) and in fp32."""
 
     picked: Tensor
-    """The token's logit."""
+    """The logit of the row's token."""
     largest: Tensor
     log_totals: Tensor
     """log Σ exp(logit - largest)"""
     means: Tensor
-    """Σ probability · (logit - largest); 0 unless requested."""
+    """Σ probability · (logit - largest); 0 if not requested."""
 
 
 def _softmax(
@@ -147,9 +149,9 @@ def _softmax(
     means: bool = False,
     kept: list[Tensor] | None = None,
 ) -> _Softmax:
-    """The `_Softmax` of each row, accumulated tile by tile. Exponentials are relative to the
-    largest logit so far, and sums are rescaled when a larger one appears. `kept` receives the
-    logits of the first tiles."""
+    """The `_Softmax` of each row, accumulated tile by tile. Exponentials are relative to the row's
+    largest logit so far, and sums are rescaled when a larger logit appears. If `kept` is given, the
+    logits of the first tiles are appended to it."""
     picked, totals, weighted = (torch.zeros(len(hidden), device=hidden.device) for _ in range(3))
     largest = torch.full_like(totals, torch.finfo(torch.float32).min / 2)
     for tile in _tiles(hidden, weight, bias, tokens, temperature):
@@ -179,11 +181,12 @@ class _Tile(NamedTuple):
     columns: slice
     """The tile's C vocabulary entries."""
     logits: Tensor
-    """(n, C) Tempered logits, in fp32."""
+    """(n, C) Logits divided by the temperature, in fp32."""
     weight: Tensor
-    """(C, H) The tile's rows of the weight, in the dtype of the product."""
+    """(C, H) The weight's rows for these vocabulary entries, in the dtype of the product."""
     tokens: Tensor
-    """(n,) The column, within the tile, of each row's token; arbitrary if the token is outside."""
+    """(n,) For each row, the column of its token in the tile; arbitrary if the token is not in the
+    tile."""
     is_inside: Tensor
     """(n,) Whether the row's token is in the tile."""
 
@@ -196,8 +199,8 @@ def _tiles(
     temperature: float,
     kept: Iterable[Tensor] = (),
 ) -> Iterator[_Tile]:
-    """All tiles of the logits, from left to right in one group of rows after another. `kept`
-    contains the logits of the first tiles, which are not computed again."""
+    """All tiles of the logits: one group of rows after another, and from left to right in each
+    group. `kept` contains the logits of the first tiles, which are not computed again."""
     known = iter(kept)
     vocabulary = len(weight)
     height = max(TOKENS_AT_ONCE, LOGIT_ELEMENTS // vocabulary)

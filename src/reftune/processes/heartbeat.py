@@ -1,7 +1,7 @@
 """Detects dead processes: every second, each process notes in a shared store that it is alive, and
-checks the others. Without these checks, a collective operation would wait for hours, or fail
-without naming the dead process. The heartbeats come from a separate thread, so a process that
-computes or writes for a long time still counts as alive."""
+checks the others. Without these checks, a collective operation would wait for hours for a dead
+process, or fail without naming that process. Heartbeats are sent by a separate thread, so a process
+that computes or writes for a long time still counts as alive."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from typing import Any
 
 INTERVAL_S = 1.0
 SOON_S = 4.0
-"""Seconds of silence after which another process counts as dead, once this process has met an
-error."""
+"""If an error has occurred in this process, another process counts as dead after this many seconds
+of silence."""
 SILENCE_S = 45.0
-"""The same limit before any error. It is higher because a library may block Python's threads for
-several seconds."""
+"""If no error has occurred in this process, another process counts as dead after this many seconds
+of silence. The limit is higher because a library may block Python's threads for several seconds."""
 LEFT = b"left"
 
 
 class Heartbeat:
-    """Sends this process's heartbeat, and watches those of the others."""
+    """Sends this process's heartbeats, and watches the heartbeats of the other processes."""
 
     def __init__(self, store: Any, rank: int, size: int, lost: Callable[[int], None]) -> None:
         """`store` is used for heartbeats only. A thread calls `lost` with the rank of a process
@@ -33,8 +33,8 @@ class Heartbeat:
         self._store.set(_key(rank), "0")
 
     def start(self) -> None:
-        """Begin to send and watch heartbeats. Call this after all processes have created their
-        heartbeats."""
+        """Begin to send and watch heartbeats. Call this after every process has created its
+        `Heartbeat`."""
         for work in (self._beat, self._watch):
             threading.Thread(target=work, daemon=True).start()
 
@@ -47,8 +47,9 @@ class Heartbeat:
         self._over.set()
 
     def missing(self) -> int | None:
-        """After an error in this process, the rank of another that has been silent for more than
-        `SOON_S` seconds; None if no such process is found within twice that time."""
+        """The rank of another process that has been silent for more than `SOON_S` seconds; None if
+        no such process is found within twice that time. Call this after an error in this
+        process."""
         deadline = time.monotonic() + 2 * SOON_S
         while time.monotonic() < deadline:
             rank, silent_s = self._most_silent()
@@ -64,8 +65,8 @@ class Heartbeat:
             self._exchange(str(count).encode())
 
     def _watch(self) -> None:
-        """Check the others. This runs in a thread of its own, because a store whose host is gone
-        may block `_beat`."""
+        """Check the other processes. This runs in a thread of its own, because a store whose host
+        is gone may block `_beat`."""
         while not self._over.wait(INTERVAL_S):
             rank, silent_s = self._most_silent()
             if silent_s > SILENCE_S:
@@ -85,8 +86,8 @@ class Heartbeat:
                 self._heard[other] = beat, now
 
     def _most_silent(self) -> tuple[int, float]:
-        """The rank of the other process heard from least recently, and the seconds since then; 0
-        seconds if it has left."""
+        """Among the other processes, the rank of the one that has been silent longest, and for how
+        many seconds it has been silent. If that process has left, the number of seconds is 0."""
         now = time.monotonic()
         rank = min(self._others, key=lambda other: self._heard[other][1])
         beat, at = self._heard[rank]

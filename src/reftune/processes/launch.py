@@ -1,4 +1,4 @@
-"""Connects the processes that a launcher, `torchrun` or `accelerate launch`, has started. Only this
+"""Connects the processes that a launcher (`torchrun` or `accelerate launch`) has started. Only this
 module reads the launcher's environment variables."""
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ TIMEOUT = timedelta(hours=2)
 reports a dead process much sooner."""
 
 _store: Any = None
-"""A store that all processes can read at any time; None unless this process is connected to
+"""A store that all processes can read at any time; None if this process is not connected to
 others."""
 
 
 @contextmanager
 def processes(environment: Mapping[str, str] = os.environ) -> Iterator[None]:
-    """Connect this process to the others that a launcher started, until the block ends. Nothing
-    happens if there are no others, or if they are already connected. An error in the block ends all
-    processes: the first process to fail raises it, and the others exit silently with status 1.
-    Raises: RecipeError for a launcher setting that is not supported; ProcessError if another
-    process has died."""
+    """For the duration of the block, connect this process to the others that a launcher started.
+    Nothing happens if there are no others, or if they are already connected. An error in the block
+    ends all processes: the first process to fail raises its error, and the others exit silently
+    with status 1. Raises: RecipeError for a launcher setting that is not supported; ProcessError if
+    another process has died."""
     global _store
     if _store is not None or not _is_launched(environment):
         yield
@@ -71,7 +71,7 @@ def first_to_tell() -> bool:
     """Whether this process is the first to end early and should therefore report why."""
     own = int(os.environ.get("RANK", "0"))
     if _store is None:
-        return own == 0  # processes that cannot join raise similar errors
+        return own == 0  # processes that cannot connect report similar errors; one is enough
     try:
         return _is_first(_store, own)
     # the store ended with the main process, which has reported its error; if that process was
@@ -94,8 +94,7 @@ def _ended_without_error(world: World, missing: int | None) -> str:
 
 
 def _end(world: World, store: Any, missing: int) -> None:
-    """End this process, whose main thread might otherwise wait for hours for the process
-    `missing`."""
+    """End this process, because its main thread might wait for hours for the process `missing`."""
     try:
         is_first = _is_first(store, world.rank)
     except RuntimeError:  # the missing process hosted the store
@@ -119,8 +118,8 @@ def _is_launched(environment: Mapping[str, str]) -> bool:
 
 
 def _choose_gpu(environment: Mapping[str, str]) -> None:
-    """Use the GPU whose index is this process's local rank, if the machine has GPUs. Raises:
-    RecipeError if it has fewer GPUs than processes."""
+    """If the machine has GPUs, use the GPU whose index is this process's local rank. Raises:
+    RecipeError if the machine has fewer GPUs than processes."""
     import torch
 
     local, gpus = int(environment.get("LOCAL_RANK", "0")), torch.cuda.device_count()
@@ -165,11 +164,12 @@ REFUSED = {
     ),
     "ACCELERATE_GRADIENT_CLIPPING": "expected none; set optimizer.max_grad_norm in the recipe",
 }
-"""Environment variables of unsupported launcher settings, each with what to use instead."""
+"""Environment variable of an unsupported launcher setting → what to use instead."""
 UNASKED = ("false", "none", "auto", "")
-"""Values of a setting that is off or unset."""
+"""Values that mean that a setting is off or unset."""
 AS_WE_DO = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"}
-"""For a variable in `REFUSED`, the value that requests what reftune does anyway."""
+"""Variable in `REFUSED` → a value that is accepted, because it requests what reftune does
+anyway."""
 
 
 def wanted_sharding(environment: Mapping[str, str]) -> Sharding:
@@ -194,8 +194,8 @@ def wanted_sharding(environment: Mapping[str, str]) -> Sharding:
 
 
 def _wanted_replicas(environment: Mapping[str, str]) -> int:
-    """Number of process groups that each hold one copy of the model, as set in accelerate's
-    parallelism_config. Raises: RecipeError for sizes that are not supported."""
+    """Number of groups of processes, as set in accelerate's parallelism_config. Each group holds
+    one copy of the model. Raises: RecipeError for sizes that are not supported."""
     if environment.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() != "true":
         return 1
     sizes = {

@@ -47,9 +47,10 @@ class Sharding:
     def whole(self, model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
         """Inside the `with` block, every process can read all the weights of `model`, so a forward
         pass involves no other process. All processes must enter the block. If the weights are split
-        over the processes, the children of `model` are plain copies inside the block; call them,
-        not `model` itself. In these copies, the transformer blocks' matrices are in `dtype` if it
-        is given; autocast would cast them to it anyway."""
+        over the processes, the child modules of `model` are replaced by unsplit copies inside the
+        `with` block. Call these copies, not `model` itself. If `dtype` is given, the weight
+        matrices in the copied transformer blocks are cast to `dtype`, as autocast would do
+        anyway."""
         yield
 
     def add_up_gradients(self, model: Any) -> None:
@@ -67,7 +68,7 @@ class Fsdp2(Sharding):
     splits: ClassVar[bool] = True
     reshard_after_forward: bool = True
     replicas: int = 1
-    """Number of groups of consecutive processes that each hold one copy of the model."""
+    """Number of groups of consecutive processes. Each group holds one copy of the model."""
 
     def __str__(self) -> str:
         groups = "" if self.replicas == 1 else f", in each of {self.replicas} groups"
@@ -79,8 +80,8 @@ class Fsdp2(Sharding):
             self._split(model)
 
     def _split(self, model: nn.Module) -> None:
-        """Split every parameter of `model` over the processes. Their gradients are summed, not
-        averaged, as the losses assume."""
+        """Split every parameter of `model` over the processes. As the losses assume, gradients are
+        summed over the processes, not averaged."""
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import FSDPModule, fully_shard
 
@@ -129,8 +130,8 @@ class Fsdp2(Sharding):
 
 current = Sharding()
 _twins: weakref.WeakKeyDictionary[nn.Module, nn.Module] = weakref.WeakKeyDictionary()
-"""Maps each split model to its `_twin`, which holds the unsharded weights inside the block of
-`whole`."""
+"""Maps each split model to its `_twin`. Inside the block of `Fsdp2.whole`, the twin holds the
+unsharded weights."""
 
 
 @contextmanager
@@ -156,7 +157,7 @@ def transformer_blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def block_matrices(model: nn.Module) -> set[int]:
-    """The `id` of each linear layer's weight matrix in the transformer blocks."""
+    """The `id`s of the weight matrices of all linear layers in the transformer blocks."""
     from torch import nn
 
     blocks = transformer_blocks(model)
@@ -179,15 +180,15 @@ def _twin(model: nn.Module) -> nn.Module:
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
-    """The whole tensor if `tensor` is split across the processes; a plain tensor is returned
-    unchanged."""
+    """The whole of a tensor that is split across the processes. A tensor that is not split is
+    returned unchanged."""
     whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return whole
 
 
 def whole_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The whole tensors for the main process to save, with split ones moved to the CPU. The other
-    processes get an empty dict."""
+    """The main process, which saves the tensors, gets them whole. Tensors that were split are moved
+    to the CPU. The other processes get an empty dict."""
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         value = whole_tensor(tensor).detach()
@@ -197,8 +198,8 @@ def whole_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def part_of(value: Tensor, like: Tensor) -> Tensor:
-    """This process's part of `value`, split in the same way as `like`; `value` itself if `like` is
-    plain. Every process must pass the whole `value`."""
+    """This process's part of `value`, which is split in the same way as `like`. If `like` is not
+    split, this is the whole `value`. Every process must pass the whole `value`."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     if not isinstance(like, DTensor):

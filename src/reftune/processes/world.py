@@ -1,11 +1,11 @@
 """Several processes that train one model: their ranks, their shares of the work, and their
 communication.
 
-Every process runs the same code. The expensive parts are split by sample: decoding, grading, token
-scores and gradients. Their results are joined, so that every process has the same rollouts and
-takes the same optimizer step. Only the main process writes to the run folder and prints, but an
-error message may come from any process. `launch` connects the processes; `sharding` determines
-which process holds which weights.
+Every process runs the same code. In the expensive parts (decoding, grading, token scores and
+gradients), each process handles its share of the samples. The results of all processes are joined,
+so that every process has the same rollouts and takes the same optimizer step. Only the main process
+writes to the run folder and prints, but an error message may come from any process. `launch`
+connects the processes. `sharding` determines which process holds which weights.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ def is_main() -> bool:
 
 
 def own_part(num_items: int) -> slice:
-    """This process's share of `num_items` items, a consecutive range. The sizes of shares differ by
-    at most one."""
+    """The range of items that this process handles, out of `num_items`. The ranges of two processes
+    differ in length by at most one."""
     return slice(num_items * rank() // world_size(), num_items * (rank() + 1) // world_size())
 
 
@@ -105,7 +105,7 @@ def join_tensors(part: Tensor) -> Tensor:
 
 
 def from_main(make: Callable[[], T]) -> T:
-    """The value of `make()`, in every process. Only the main process calls it."""
+    """Call `make()` only in the main process, and return its value in every process."""
     if _world is ALONE:
         return make()
     import torch.distributed as dist
@@ -122,9 +122,9 @@ def wait(where: str) -> None:
 
 
 def agree(value: T, *, what: str) -> T:
-    """Return `value` after checking that it is the same in all processes. Raises: RuntimeError,
-    with a message that begins with `processes {what}:`, if it differs. The cause is then a bug, or
-    a difference between machines."""
+    """Return `value` after checking that it is the same in all processes. Raises: RuntimeError if
+    it differs, which points to a bug or to a difference between machines. The message begins with
+    `processes {what}:`."""
     values = gather(value)
     if any(other != values[0] for other in values):
         raise RuntimeError(f"processes {what}: {', '.join(map(str, values))}")
@@ -132,12 +132,13 @@ def agree(value: T, *, what: str) -> T:
 
 
 def any_of(*flags: bool) -> list[bool]:
-    """For each flag, whether it is set in any process."""
+    """For each flag, whether at least one process has set it."""
     return [any(column) for column in zip(*gather(flags), strict=True)]
 
 
 def raise_together(error: E | None) -> None:
-    """If any process passes an error, every process raises the error of the lowest rank."""
+    """If any process passes an error, every process raises it. If several processes pass errors,
+    every process raises the error of the lowest rank among them."""
     first = next((found for found in gather(error) if found is not None), None)
     if first is not None:
         raise first
@@ -146,7 +147,7 @@ def raise_together(error: E | None) -> None:
 @contextmanager
 def together(kind: type[E]) -> Iterator[None]:
     """If any process raises an error of `kind` in the block, raise it in every process after all
-    have left the block."""
+    processes have left the block."""
     failed: E | None = None
     try:
         yield

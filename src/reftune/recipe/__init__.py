@@ -1,4 +1,5 @@
-"""Recipes, which are tables of keys read from YAML, and the plug-ins that they name by `kind`."""
+"""Recipes and plug-ins. A recipe is a table of keys read from YAML. It names plug-ins by their
+kinds."""
 
 from reftune.recipe.kinds import (
     Component,

@@ -1,7 +1,8 @@
-"""Plug-ins, which a recipe names by `kind`. A kind is `file.py:Name` or the name of a module that
-comes with reftune (the dataset `gsm8k` is `reftune/datasets/gsm8k.py`). A `file.py` is looked up in
-the working directory, then among the recipes that come with reftune. A plug-in is a class that
-derives from `Component`. Its fields are its recipe keys. A reward may also be a function."""
+"""Loads plug-ins. A plug-in is a class that derives from `Component`. Its fields are its recipe
+keys. A reward may also be a function. A recipe names a plug-in by its kind. The kind is either the
+name of a module that comes with reftune (`gsm8k` for `reftune/datasets/gsm8k.py`) or
+`file.py:Name`. The file is looked up first in the working directory, then among the recipes that
+come with reftune."""
 
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ from reftune.text import did_you_mean
 
 
 def refusal(kind: LiteralString, message: str) -> PydanticCustomError:
-    """A pydantic error whose type is `kind`, for a validator to raise. While a recipe is parsed,
-    the error becomes a one-line RecipeError that names the key."""
+    """A pydantic error for a validator to raise. `kind` is the error's type. `parse_recipe` turns
+    the error into a one-line RecipeError that names the key."""
     return PydanticCustomError(kind, "{message}", {"message": message})
 
 
@@ -46,7 +47,7 @@ class Component(Table):
     """The base class of every plug-in: dataset, format, reward, engine, algorithm or stage."""
 
     kind: str
-    """The name by which the class was found: its module's name, or `file.py:Name`."""
+    """The kind that names this class in a recipe: its module's name, or `file.py:Name`."""
 
 
 def unknown_key(key: object, known: Mapping[str, Any] | Sequence[str]) -> str:
@@ -70,7 +71,7 @@ GROUPS = {
 
 
 def known_kinds(group: str) -> list[str]:
-    """The kinds that reftune ships for a group of plug-ins: the names of the modules in the group's
+    """The built-in kinds of a group of plug-ins. They are the names of those modules in the group's
     package that define a public component."""
     folder = Path(importlib.import_module(GROUPS[group]).__path__[0])
     names = sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
@@ -105,10 +106,10 @@ def load_component(spec: Any, *, group: str) -> Any:
 
 
 def component_class(kind: str, *, group: str) -> Any:
-    """The class that a kind names; for `file.py:Name`, the object called `Name`, such as a class or
-    a function.
+    """The class that a kind names. If the kind is `file.py:Name`, the result is the object called
+    `Name` in that file. This object may also be a function.
 
-    Raises: PydanticCustomError if there is none.
+    Raises: PydanticCustomError if there is no such class or object.
     """
     if ":" in kind:
         return _user_object(kind)
@@ -124,7 +125,7 @@ def component_class(kind: str, *, group: str) -> Any:
 
 
 def _components_of(module: ModuleType) -> list[type[Component]]:
-    """The public component classes that `module` defines; abstract base classes are skipped."""
+    """The public component classes that `module` itself defines, except abstract classes."""
     return [
         value
         for value in vars(module).values()
@@ -137,8 +138,8 @@ def _components_of(module: ModuleType) -> list[type[Component]]:
 
 
 def shipped_recipes() -> Path:
-    """The folder of the recipes that come with reftune: inside the package if a wheel is installed,
-    and at the root of the repository in an editable install."""
+    """The folder of the recipes that come with reftune. It is inside the package if reftune was
+    installed from a wheel, and at the root of the repository in an editable install."""
     packaged = Path(__file__).parents[1] / "recipes"
     return packaged if packaged.is_dir() else Path(__file__).parents[3] / "recipes"
 
@@ -147,7 +148,7 @@ def _user_object(kind: str) -> Any:
     file, _, name = kind.rpartition(":")
     try:
         path = Path(file).expanduser().resolve()
-    except RuntimeError:  # `~name`, but there is no user of that name
+    except RuntimeError:  # the path begins with `~name`, but no user has that name
         path = Path(file)
     if not path.is_file():
         path = shipped_recipes() / file
@@ -160,7 +161,7 @@ def _user_object(kind: str) -> Any:
     sys.modules[spec.name] = module  # pydantic looks up postponed annotations there
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # noqa: BLE001 - loading a user's file may fail in any way
+    except Exception as error:  # noqa: BLE001 - loading a user's file may raise anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise refusal("bad_file", f"{file}: cannot be loaded: {reason}") from None
     if not hasattr(module, name):

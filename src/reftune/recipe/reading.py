@@ -16,9 +16,9 @@ from reftune.recipe.schema import Recipe
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a YAML recipe, resolve `extends`, apply `key=value` overrides, and validate the result.
 
-    The key `extends` names one or more other recipes by their paths, relative to the recipe's
-    folder. Later ones override earlier ones, and the recipe's own keys override them all; see
-    `merge`.
+    The key `extends` contains the path of another recipe, or a list of such paths, relative to the
+    recipe's folder. Later recipes in the list override earlier recipes, and the recipe's own keys
+    override all of them. `merge` describes how one recipe overrides another.
     Raises: RecipeError if a recipe or an override cannot be read, or if the result is not valid.
     """
     data = read_yaml(Path(path))
@@ -41,7 +41,8 @@ def parse_recipe(data: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a mapping that contains a key twice, as YAML does; PyYAML keeps the last value."""
+    """A YAML loader that rejects a mapping if it contains a key twice. YAML forbids such mappings,
+    but PyYAML accepts them."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -57,14 +58,14 @@ class _UniqueKeys(yaml.SafeLoader):
 
 def read_yaml(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A recipe file as a dict, merged with the recipes that it extends. Raises: RecipeError if a
-    file is missing, is not YAML, contains a key twice or no recipe, or extends itself."""
+    file is missing, is not YAML, is not a mapping, contains a key twice, or extends itself."""
     try:
         if path.resolve() in _seen:
             raise RecipeError(f"{path}: extends itself")
         data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such recipe") from None
-    # ValueErrors come, for example, from month 13, an overlong number or bytes that are not UTF-8
+    # a date in month 13, an overlong number or bytes that are not UTF-8 raise ValueError
     except (OSError, ValueError, RecursionError) as error:
         raise RecipeError(f"{path}: cannot be read: {error}") from None
     except yaml.YAMLError as error:
@@ -92,9 +93,9 @@ def read_yaml(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of `base`, changed by `over`. A value in `over` replaces that in `base`, except that
-    two mappings are merged, unless `over` names a different `kind`. A key of `base` that is null in
-    `over` is removed."""
+    """A copy of `base`, changed by `over`. If a key's value is a mapping in both, the two mappings
+    are merged, unless `over` names a different `kind`. Any other value in `over` replaces the value
+    in `base`. If a key of `base` is null in `over`, the key is removed."""
     result = dict(base)
     for key, value in over.items():
         old = result.get(key)

@@ -42,14 +42,14 @@ class ModelTable(Table):
     """Set either `path` or `scratch`."""
 
     path: str | None = None
-    """A model folder, a Hub id, or `smollm2-135m`, whose weights come in a Python package."""
+    """A model folder, a Hugging Face Hub id, or `smollm2-135m`, whose weights come in a Python
+    package."""
     revision: str | None = None
     """Branch, tag or commit of `path` on the Hub."""
     scratch: ScratchTable | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of forward and backward passes. `auto` is bfloat16 if the device supports it at
-    full speed, and float32 otherwise. Weights that are trained are always
-    float32."""
+    full speed, and float32 otherwise. During training, trainable weights are always float32."""
     device: str = Field("auto", pattern=r"^[a-z]+$")
     """`auto` is CUDA if available, and the CPU otherwise. `mps` and `xpu` are untested."""
     lora: LoraTable | None = None
@@ -60,10 +60,10 @@ class ModelTable(Table):
     """Maximum number of tokens in a forward and backward pass. `auto` uses as many as fit in the
     device's memory, up to 16,384."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass, which saves much memory but lengthens updates by
-    about a third."""
+    """Recompute activations in the backward pass, which saves a lot of memory but lengthens updates
+    by about a third."""
     compile: bool = False
-    """Use torch.compile for scoring and updates. This needs a C++ compiler."""
+    """Use torch.compile, except for generation. This needs a C++ compiler."""
     save_dtype: Literal["base", "float32", "bfloat16", "float16"] | None = None
     """Precision in which weights are saved. The final evaluation uses the saved weights. `base` is
     the precision of the files at `path`. Default: `base` with `lora`, and float32 otherwise."""
@@ -81,7 +81,8 @@ class ModelTable(Table):
 
     @property
     def max_tokens(self) -> int:
-        """`micro_batch_tokens` as a number; while the key is `auto`, the upper limit of `auto`."""
+        """`micro_batch_tokens` as a number. If the key is `auto`, the largest number that `auto`
+        can choose."""
         return 16384 if self.micro_batch_tokens == "auto" else self.micro_batch_tokens
 
 
@@ -89,12 +90,12 @@ class LengthTable(Table):
     """Length limits in tokens."""
 
     max_prompt: int | None = Field(None, gt=0)
-    """Longest prompt. Default: the model's context minus `max_new`."""
+    """Maximum length of a prompt. Default: the model's context length minus `max_new`."""
     too_long: Literal["refuse", "drop"] = "refuse"
-    """`refuse` stops with an error if a prompt is too long. `drop` leaves a question with such a
-    prompt out of training and, in dev and test, counts it as unanswered."""
+    """`refuse` stops with an error if a prompt is too long. With `drop`, a question whose prompt is
+    too long is not used for training; in dev and test, it counts as unanswered."""
     max_new: int = Field(256, gt=0)
-    """Longest sampled solution. Longer gold solutions are not used for training."""
+    """Maximum length of a sampled solution. Longer gold solutions are not used for training."""
 
 
 class EvaluateTable(Table):
@@ -102,11 +103,12 @@ class EvaluateTable(Table):
 
     split: Literal["test", "dev"] = "test"
     samples: int = Field(0, ge=0)
-    """Solutions sampled per problem, for voting, reranking and pass@k."""
+    """Number of solutions to sample per problem, for voting, reranking and pass@k."""
     sampled: list[str] | None = None
-    """Methods from which solutions are sampled. Default: all that are evaluated."""
+    """Methods from which solutions are sampled. Default: all methods that are evaluated."""
     temperature: float = Field(1.0, gt=0)
     top_k: int = Field(0, ge=0)
+    """Sample only from the `top_k` most likely tokens. With 0, sample from all tokens."""
     rerank: str | None = None
     """Reward model that scores the samples: a stage's name, or another run's stage folder."""
     stages: list[str] | None = None
@@ -121,7 +123,7 @@ class EvaluateTable(Table):
         return self
 
     def problems(self, splits: Splits) -> Sequence[Problem]:
-        """The problems that every method answers."""
+        """The problems on which every method is evaluated."""
         problems: Sequence[Problem] = getattr(splits, self.split)
         return problems[: self.limit]
 
@@ -138,7 +140,7 @@ class CheckTable(Table):
     """What `reftune check` accepts."""
 
     min_gold_correct: float = Field(0.99, ge=0, le=1)
-    """Smallest accepted share of gold answers, and of gold rationales, that are graded correct."""
+    """At least this share of gold answers, and of gold rationales, must be graded correct."""
     waive: list[str] = Field(default_factory=list)
     """Names of checks that warn instead of failing."""
 
@@ -158,8 +160,8 @@ class Recipe(Table):
     run_dir: str | None = None
     """The run's folder. Default: `runs/NAME`."""
     threads: int | None = Field(None, gt=0)
-    """CPU threads. With 1, results do not depend on the number of cores. Default: PyTorch
-    chooses."""
+    """Number of CPU threads. With 1, results do not depend on the number of cores. Default:
+    PyTorch's choice."""
     model: ModelTable
     dataset: component_field("datasets")  # type: ignore[valid-type]
     format: component_field("formats")  # type: ignore[valid-type]
@@ -173,7 +175,7 @@ class Recipe(Table):
     trackers: list[TrackerName] | None = None
     """Any of `tensorboard`, `wandb` and `trackio`. Default: TensorBoard, if installed."""
     tracker_rollouts: int = Field(16, ge=0)
-    """Sampled solutions shown per step in wandb and Trackio."""
+    """Number of sampled solutions per step to show in wandb and Trackio."""
 
     @model_validator(mode="after")
     def _rationales_fit_the_format(self) -> Recipe:
@@ -191,12 +193,13 @@ class Recipe(Table):
         return Path(self.run_dir) if self.run_dir is not None else Path("runs") / self.name
 
     def saved_by(self, stage: str) -> tuple[str, ...]:
-        """The names of the models that a stage saves: its snapshots, in the order of the recipe,
-        and then its final model, which has the stage's name."""
+        """The names of the models that a stage saves. The snapshots come first, in the recipe's
+        order. The final model, which has the stage's name, comes last."""
         return (*self.stages[stage].produces, stage)
 
     def methods_of(self, stage: str) -> tuple[str, ...]:
-        """The methods among the models that a stage saves: all but a reward model."""
+        """The names of a stage's methods, which are all models that the stage saves, except a
+        reward model."""
         saved = self.saved_by(stage)
         return saved if self.stages[stage].is_method else saved[:-1]
 
@@ -213,5 +216,5 @@ class Recipe(Table):
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The resolved recipe as YAML, from which `load_recipe` reads an equal recipe."""
+    """The resolved recipe as YAML. From this text, `load_recipe` reads an equal recipe."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -18,14 +18,14 @@ class Metric:
     explain: str
     unit: Unit = "number"
     over_passes: bool = False
-    """Whether the horizontal axis counts training sequences instead of steps, because a step's size
-    depends on the kind of stage."""
+    """Whether the horizontal axis counts training sequences instead of steps, so that stages whose
+    steps differ in size can be compared."""
     floor: float | None = None
     """Lower limit of the vertical axis, so that early outliers do not flatten the curve."""
     of_groups: bool = False
     """Whether the metric applies only to stages with several samples per problem."""
     exact: bool = False
-    """Whether the metric is plotted without a running mean, because it has no noise."""
+    """Whether the metric has no noise and is therefore plotted without a running mean."""
 
 
 LEARNING = (
@@ -38,8 +38,8 @@ LEARNING = (
         key="reward/correct",
         title="Right while exploring",
         explain=(
-            "Share of right answers among the solutions sampled in training; reinforcement learning"
-            " should raise it."
+            "Share of right answers among the solutions sampled in training. Reinforcement learning"
+            " should raise this share."
         ),
         unit="percent",
     ),
@@ -58,8 +58,8 @@ CHARACTER = (
         key="policy/entropy",
         title="Entropy",
         explain=(
-            "How undecided the model is about the next token. Near 0, all samples of a problem are"
-            " alike."
+            "How undecided the model is about the next token. If the entropy is near 0, all samples"
+            " of a problem are alike."
         ),
     ),
     Metric(
@@ -80,15 +80,15 @@ HACKING = (
         key="choices/other_option",
         title="Right letter, other value",
         explain=(
-            "Share of right answers whose reasoning arrives at the value of another option: luck or"
-            " a shortcut was rewarded."
+            "Share of right answers whose reasoning arrives at the value of another option. Such an"
+            " answer was rewarded for luck or a shortcut."
         ),
         unit="percent",
     ),
     Metric(
         key="choices/no_option",
         title="Right letter, no option's value",
-        explain="Share of right answers whose reasoning does not arrive at the value of an option.",
+        explain="Share of right answers whose reasoning does not arrive at any option's value.",
         unit="percent",
     ),
     Metric(
@@ -96,14 +96,14 @@ HACKING = (
         title="Same option when moved",
         explain=(
             "Share of answers that choose the same option after all options have changed places. A"
-            " model that looks only at positions keeps its letter."
+            " model that looks only at positions would choose the same letter instead."
         ),
         unit="percent",
     ),
     Metric(
         key="choices/numeric_accuracy",
         title="Solved without options",
-        explain="Accuracy on the questions with a numeric answer, asked without options.",
+        explain="Accuracy on questions with a numeric answer if they are asked without options.",
         unit="percent",
     ),
 )
@@ -114,7 +114,7 @@ MACHINERY = (
         title="Explained variance",
         explain=(
             "How well the value head predicts the reward: 1 is perfect, 0 is no better than a"
-            " constant, and less than 0 is worse than a constant. The axis ends at −1."
+            " constant, and less than 0 is worse than a constant. The axis is cut off at −1."
         ),
         floor=-1.0,
     ),
@@ -138,8 +138,8 @@ MACHINERY = (
         key="kl/mismatch",
         title="Sampling mismatch",
         explain=(
-            "How far the log-probabilities recorded while sampling are from those recomputed in"
-            " training. It should be close to 0."
+            "How much log-probabilities recorded during sampling differ from log-probabilities of"
+            " the same tokens recomputed in training. The difference should be close to 0."
         ),
     ),
     Metric(
@@ -172,7 +172,7 @@ VERDICTS = {
     "memory": "out of memory",
     "forbidden": "forbidden access",
 }
-"""Verdict → the name that readers see."""
+"""Verdict → the verdict's name in the report."""
 
 PHASES = {
     "time/generate_s": "sampling",
@@ -189,15 +189,15 @@ VOTING = {
     ),
     "weighted": (
         "Weighted vote",
-        "Each of k samples votes for its answer, weighted by its score from the reward model.",
+        "Each of k samples votes for its answer. The reward model's score is the vote's weight.",
     ),
     "rerank": (
         "Reranking",
-        "The answer of whichever of k samples the reward model scores highest.",
+        "The reward model scores k samples. The answer of the highest-scored sample counts.",
     ),
     "pass": (
         "Any right (pass@k)",
-        "Chance that at least one of k samples is right: the accuracy of a perfect judge.",
+        "Chance that at least one of k samples is right. A perfect judge would be this accurate.",
     ),
 }
 """Decision rule → title and explanation of its chart."""

@@ -1,5 +1,6 @@
-"""Lays out runs of several tasks as the paper's tables do: a row per model and method, and a column
-per task and kind of rationale, with the paper's numbers in brackets."""
+"""Shows the results of runs on several tasks in tables like the paper's. Each row is for a model
+and a method, and each column is for a task and a kind of rationale. The paper's numbers are in
+brackets."""
 
 from __future__ import annotations
 
@@ -27,9 +28,11 @@ from reftune.storage.run_folder import RunFolder
 RULES = {"maj": "voting", "rerank": "reranking"}
 
 Place = tuple[str, str, str]
-"""Model, task and kind of rationale, under the names that the paper uses, if any."""
+"""The names of a model, a task and a kind of rationale. If the paper has a name for one of these,
+that name is used."""
 Cell = dict[str, Any]
-"""The number of seeds, split sizes and scores of the runs at one place, as `--json` prints them."""
+"""What `--json` prints for all runs with the same `Place`: the place, the number of seeds, the
+split sizes and the scores."""
 
 
 @cache
@@ -41,7 +44,7 @@ def published() -> dict[str, Any]:
 
 
 def is_several_tasks(runs: Sequence[RunResults]) -> bool:
-    """Whether runs differ in task or kind of rationale."""
+    """Whether the runs differ in task or kind of rationale."""
     return len({_place(run)[1:] for run in runs}) > 1
 
 
@@ -61,7 +64,8 @@ def _place(run: RunResults) -> Place:
 
 
 def _order(place: Place) -> tuple[Any, ...]:
-    """A sort key: names from the paper come first, in the paper's order, then the rest by name."""
+    """A sort key. The paper's names come first, in the paper's order. Other names follow in
+    alphabetical order."""
     model, task, rationale = place
     models, tasks = list(published()["models"].values()), list(published()["tasks"].values())
     return (
@@ -74,7 +78,8 @@ def _order(place: Place) -> tuple[Any, ...]:
 
 
 def cells(runs: Sequence[RunResults], *, k: int | None = None) -> list[Cell]:
-    """One cell for each combination of model, task and rationale. Votes use the first `k` samples.
+    """One cell for each combination of model, task and kind of rationale. Votes use the first `k`
+    samples of each problem, or all samples if `k` is None.
 
     Raises: the errors of `comparable_groups` and `score_table`; DataError if two recipes would fill
     the same cell.
@@ -106,8 +111,9 @@ def _cell(place: Place, runs: Sequence[RunResults], k: int | None) -> Cell:
 
 
 def _score(place: Place, table: ScoreTable, method: MethodScore, rule: str) -> dict[str, Any]:
-    """A score as JSON. The key `paper` has the paper's score in percent for the same model, task,
-    rationale, method and number of test questions, or None if there is none."""
+    """A method's score under a decision rule, as JSON. The key `paper` contains the score that the
+    paper reports, in percent. It is None unless the paper has a score for the same model, task,
+    rationale, method and decision rule, on the same number of test questions."""
     model, *of = place
     column, suffix = " ".join(of), "" if rule == GREEDY else f" {rule}"
     against = table.between(method.label + suffix, table.baseline + suffix)
@@ -130,8 +136,10 @@ def _paper_sizes(column: str) -> dict[str, int]:
 
 
 def render(found: Sequence[Cell], fmt: str) -> str:
-    """Tables of split sizes, of greedy accuracies and, if solutions were sampled, of votes and
-    reranking, as `text`, `markdown`, `latex` or `json`. Raises: DataError for an unknown format."""
+    """The cells as `text`, `markdown`, `latex` or `json`. In the first three formats, the first
+    table contains split sizes, and the second contains greedy accuracies. If solutions were
+    sampled, a third table contains the accuracies of votes and reranking. Raises: DataError for an
+    unknown format."""
     if fmt == "json":
         return json.dumps(found, indent=2)
     parts = [
@@ -165,8 +173,9 @@ def _size(sizes: Mapping[str, int], split: str, column: str) -> str:
 def _accuracies(
     found: Sequence[Cell], fmt: str, is_shown: Callable[[str], bool], *, title: str
 ) -> str:
-    """A table with a row per model, method and shown rule, and an average for each kind of
-    rationale that has several tasks; an empty string if no rule is shown."""
+    """A table with a row for each combination of model, method and decision rule. Only rules for
+    which `is_shown` returns True are included; if there are none, the result is an empty string. If
+    a kind of rationale has several tasks, a column contains the average over these tasks."""
     places = sorted({("", cell["task"], cell["rationale"]) for cell in found}, key=_order)
     columns = {f"{task} {rationale}": rationale for _, task, rationale in places}
     rationales = [of for of in columns.values() if list(columns.values()).count(of) > 1]

@@ -34,7 +34,7 @@ class EvalRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingSample:
-    """One of the sampled solutions that training logged."""
+    """A sampled solution that training logged."""
 
     step: int
     id: str
@@ -58,15 +58,17 @@ class MetricRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageResults:
-    """A stage, finished or not, or a snapshot, which is reported as a separate method."""
+    """The results of a stage, whether it is finished or not. A snapshot of a stage has a
+    `StageResults` of its own, because it is reported as a separate method."""
 
     name: str
     kind: str
     init: str
     num_samples: int
-    """Number of solutions sampled per problem: the stage's key `samples`, or 1 if it is not set."""
+    """Number of solutions sampled per problem: the stage's key `samples`, or 1 if this key is
+    unset."""
     metrics: tuple[MetricRow, ...]
-    """One row per step; empty for a snapshot, whose stage has the metrics."""
+    """One row per step; empty for a snapshot, because the metrics belong to its stage."""
     samples: tuple[TrainingSample, ...]
     info: Mapping[str, Any]
     """The content of `stage.json`; empty until the stage is done."""
@@ -78,16 +80,19 @@ class StageResults:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunResults:
+    """The results, recipe and environment of a run, whether it is finished or not."""
+
     folder: Path
     recipe: Mapping[str, Any]
     recipe_text: str
     env: Mapping[str, Any]
     stages: Mapping[str, StageResults]
-    """In the order of training; a stage's snapshots come before the stage."""
+    """Stages and snapshots in the order of training. A stage's snapshots come before the stage."""
     evals: Mapping[str, tuple[EvalRow, ...]]
-    """Method evaluated so far → its problems. Methods are in the order of training."""
+    """Method → one row per problem. Only methods that have been evaluated are included, in the
+    order of training."""
     missing: tuple[str, ...]
-    """Names of the methods that the recipe evaluates and that have no results yet."""
+    """Names of the methods that are to be evaluated but have no complete results yet."""
 
     @property
     def name(self) -> str:
@@ -99,13 +104,14 @@ class RunResults:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The recipe without name, seed and folder, which may differ between runs of one recipe."""
+        """The recipe without the keys in which runs of one recipe may differ: name, seed and
+        folder."""
         apart = ("name", "seed", "run_dir")
         return {key: value for key, value in self.recipe.items() if key not in apart}
 
     @property
     def wall_seconds(self) -> float:
-        """Total training time in seconds. A stage's time includes that of its snapshots."""
+        """Total training time in seconds. A stage's time includes its snapshots' time."""
         infos = [stage.info for stage in self.stages.values()]
         return sum(float(i.get("wall_seconds", 0)) for i in infos if not i.get("snapshot_of"))
 
@@ -120,7 +126,7 @@ def evaluated_split(recipe: Mapping[str, Any]) -> str:
 
 
 def read_run(folder: Path | str) -> RunResults:
-    """Load the results of a run, finished or not.
+    """Load the results of a run, whether it is finished or not.
 
     Raises: DataError if the folder is missing, is not a run folder, or contains a damaged file.
     """
@@ -153,8 +159,8 @@ def read_run(folder: Path | str) -> RunResults:
 
 
 def read_runs(folders: Sequence[Path | str], *, finished: bool = True) -> list[RunResults]:
-    """Load the results of several runs. Raises: DataError as `read_run` or, if `finished`, if a
-    method that a recipe evaluates has not been evaluated."""
+    """Load the results of several runs. Raises: the errors of `read_run`; DataError if `finished`
+    is True and a run's final evaluation is incomplete."""
     runs = [read_run(folder) for folder in folders]
     for run in runs:
         if finished and run.missing:
@@ -186,7 +192,8 @@ def _read_recipe(path: Path) -> tuple[dict[str, Any], str]:
 
 
 def _with_snapshots(name: str, spec: Any) -> list[tuple[str, Mapping[str, Any]]]:
-    """(name, the stage's keys) for each snapshot that a stage saves, and then for the stage."""
+    """The name and recipe keys of each snapshot of a stage, followed by the name and keys of the
+    stage itself. A snapshot has its stage's keys."""
     keys = dict(spec) if isinstance(spec, Mapping) else {"kind": spec}
     return [*((snapshot, keys) for snapshot in keys.get("snapshots") or {}), (name, keys)]
 
@@ -200,7 +207,8 @@ def _evaluated_methods(
 
 
 def _whole(evals: Mapping[str, tuple[EvalRow, ...]]) -> dict[str, tuple[EvalRow, ...]]:
-    """The evaluations, except those that stop partway through the problems of the longest one."""
+    """The evaluations that are complete. An evaluation is incomplete if it contains only the first
+    part of the longest evaluation's problems."""
     ids = {name: [row.id for row in rows] for name, rows in evals.items()}
     longest = max(ids.values(), key=len, default=[])
     return {
@@ -211,8 +219,8 @@ def _whole(evals: Mapping[str, tuple[EvalRow, ...]]) -> dict[str, tuple[EvalRow,
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file, or an empty one if there is no file. Raises: DataError if the file
-    contains anything else."""
+    """The JSON object in a file, or an empty object if the file does not exist. Raises: DataError
+    if the file does not contain a JSON object."""
     if not path.exists():
         return {}
     return _object(path.read_text(encoding="utf-8"), where=str(path))
@@ -229,8 +237,8 @@ def _object(text: str, *, where: str) -> dict[str, Any]:
 
 
 def _read_lines(path: Path, parse: Callable[[dict[str, Any]], Parsed]) -> Iterator[Parsed]:
-    """The result of `parse` for each JSON line of a file, without the last line if it is still
-    being written."""
+    """Yields the result of `parse` for each JSON line of a file. If the last line has no newline,
+    it is skipped, because it is still being written."""
     if not path.exists():
         return
     with path.open(encoding="utf-8") as file:
@@ -248,7 +256,8 @@ def _read_lines(path: Path, parse: Callable[[dict[str, Any]], Parsed]) -> Iterat
 
 
 def _read_metrics(path: Path) -> dict[str, dict[int, MetricRow]]:
-    """Stage → step → metrics. If a step has several rows, the last value of each metric is used."""
+    """Stage → step → metrics. If a step has several rows, they are merged. If several of them
+    contain the same metric, its last value is used."""
     stages: dict[str, dict[int, MetricRow]] = {}
     for stage, row in _read_lines(path, _metric_row):
         steps = stages.setdefault(stage, {})

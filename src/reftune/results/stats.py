@@ -23,7 +23,7 @@ Interval = tuple[float, float]
 
 
 def wilson(num_correct: int, n: int) -> Interval:
-    """95% Wilson interval of the share p.
+    """95% Wilson interval of the share of correct answers.
 
         (p + z²/2n ± z √(p(1−p)/n + z²/4n²)) / (1 + z²/n),   p = num_correct / n
 
@@ -49,25 +49,27 @@ class Comparison:
     difference: float
     """Accuracy of `a` minus accuracy of `b`, averaged over seeds if there are several."""
     ci95: Interval
-    """95% interval of the difference, bootstrapped over problems and, with several seeds, over
-    seeds."""
+    """95% interval of the difference, from a bootstrap over problems. If there are several seeds,
+    the bootstrap is also over seeds."""
     n: int
-    """Number of problems per seed; the smallest if seeds differ."""
+    """Number of problems per seed. If seeds have different numbers of problems, this is the
+    smallest of them."""
     p_mcnemar: float | None = None
     """Two-sided p-value of McNemar's exact test, not corrected for the number of comparisons; None
     if there are several seeds."""
     by_seed: tuple[float, ...] = ()
-    """The difference for each seed; empty if there is only one."""
+    """The difference for each seed; empty if there is only one seed."""
 
     @property
     def significant(self) -> bool:
-        """Whether McNemar's p-value is below 0.05 or, with several seeds, `ci95` excludes 0."""
+        """For one seed, whether McNemar's p-value is below 0.05. For several seeds, whether `ci95`
+        excludes 0."""
         if self.p_mcnemar is not None:
             return self.p_mcnemar < 0.05
         return not self.ci95[0] <= 0 <= self.ci95[1]
 
     def to_row(self) -> dict[str, Any]:
-        """The comparison as in `summary.json` and in the output of `reftune table --json`."""
+        """The comparison in the form of `summary.json` and `reftune table --json`."""
         single = self.p_mcnemar is not None
         return {
             "a": self.a,
@@ -101,8 +103,8 @@ def compare(
     generator: np.random.Generator,
     num_resamples: int = NUM_RESAMPLES,
 ) -> Comparison:
-    """Compare methods `a` and `b`. `correct_a` and `correct_b` state for each problem, in the same
-    order, whether that method solved it."""
+    """Compare methods `a` and `b`. `correct_a` states for each problem whether `a` solved it.
+    `correct_b` states the same for `b`, with the problems in the same order."""
     right_a, right_b = np.asarray(correct_a, dtype=bool), np.asarray(correct_b, dtype=bool)
     assert right_a.shape == right_b.shape and right_a.size, (
         "paired outcomes must have the same length, which must not be zero"
@@ -118,11 +120,12 @@ def compare(
 
 
 def mcnemar_exact(only_a: int, only_b: int) -> float:
-    """Two-sided p-value of the hypothesis that a problem solved by only one method is equally
-    likely to be solved by either method.
+    """Two-sided p-value of the hypothesis that, if only one of two methods solves a problem, each
+    method is equally likely to be the one that solves it.
 
         p = min(1, 2 Σ_{i ≤ min(only_a, only_b)} C(m, i) / 2^m),   m = only_a + only_b
 
+    `only_a` and `only_b` count the problems that only the first or only the second method solves.
     The sum is computed in integers. Source: McNemar (1947), in the exact binomial form.
     """
     m = only_a + only_b
@@ -140,8 +143,8 @@ def paired_bootstrap(
     generator: np.random.Generator,
     num_resamples: int = NUM_RESAMPLES,
 ) -> Interval:
-    """95% percentile interval of mean(a) − mean(b) over resampled problems. Both outcomes of a
-    problem are drawn together."""
+    """95% percentile interval of mean(a) − mean(b) from a bootstrap over problems. The two outcomes
+    of a problem are always drawn together."""
     differences = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
     return crossed_bootstrap(differences[None, :], generator=generator, num_resamples=num_resamples)
 
@@ -152,15 +155,16 @@ def paired_bootstrap(
 def crossed_bootstrap(
     values: ArrayLike, *, generator: np.random.Generator, num_resamples: int = NUM_RESAMPLES
 ) -> Interval:
-    """95% percentile interval of the mean of `values` (seeds, problems), for seeds that all
-    answered the same problems.
+    """95% percentile interval of the mean of `values`, whose shape is (seeds, problems). All seeds
+    must have answered the same problems.
 
-    Each replicate resamples seeds once and problems once, so all its seeds have the same problems.
-    The interval tends to be too wide. Source: Owen (2007), "The pigeonhole bootstrap".
+    Each replicate resamples the seeds once and the problems once, so that all seeds in a replicate
+    have the same problems. The interval tends to be too wide.
+    Source: Owen (2007), "The pigeonhole bootstrap".
     """
     matrix = np.asarray(values, dtype=float)
     num_seeds, num_problems = matrix.shape
-    # problems with equal columns are interchangeable, so it is enough to draw how often each
+    # problems with equal columns are interchangeable, so it is enough to draw how many times each
     # distinct column occurs
     sorts, counts = np.unique(matrix, axis=1, return_counts=True)
     problems = (
@@ -180,11 +184,12 @@ def hierarchical_bootstrap(
     generator: np.random.Generator,
     num_resamples: int = NUM_RESAMPLES,
 ) -> Interval:
-    """95% percentile interval of the mean over seeds that answered different problems. `values` has
-    one array per seed.
+    """95% percentile interval of the average of the seeds' means. `values` has one array per seed,
+    and the seeds may have answered different problems.
 
-    A replicate resamples the seeds, then the problems within each drawn seed. With fewer than about
-    five seeds, the interval is too narrow, as is usual if so few values are resampled.
+    Each replicate resamples the seeds, and then the problems within each drawn seed. If there are
+    fewer than about five seeds, the interval is too narrow, because resampling so few values
+    understates their spread.
     """
     num_seeds = len(values)
     drawn = generator.integers(num_seeds, size=(num_resamples, num_seeds))
@@ -221,7 +226,7 @@ def compare_over_seeds(
 ) -> Comparison:
     """Compare methods `a` and `b`, paired by seed and problem. `correct_a` and `correct_b` have one
     array of booleans per seed. `same_problems` states whether all seeds answered the same problems
-    in the same order, and determines the bootstrap."""
+    in the same order. This determines which bootstrap is used."""
     pairs = zip(correct_a, correct_b, strict=True)
     differences = [
         np.asarray(left, dtype=float) - np.asarray(right, dtype=float) for left, right in pairs

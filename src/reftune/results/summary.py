@@ -1,5 +1,5 @@
-"""Computes scores and comparisons of runs from their folders. Also determines whether a warm-up was
-finished when RL began, and whether a reward model beats a random choice."""
+"""Computes the scores of runs and compares them, from the files in the run folders. Also determines
+whether a warm-up was finished when RL began, and whether a reward model beats a random choice."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from reftune.storage.run_folder import RunFolder
 GREEDY = "greedy"
 
 Outcomes = NDArray[np.float64]
-"""One number per problem: 1 if solved and 0 if not or, under pass@k, the probability that at least
-one of k samples solves it."""
+"""One number per problem: 1 if it was solved, and 0 if not. For pass@k, the number is the
+probability that at least one of k samples solves the problem."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,13 +72,13 @@ class MethodScore:
     group: Group
     method: str
     label: str
-    """The name shown to the user; it includes the group if there are several groups."""
+    """The name shown to the user. If there are several groups, it includes the group's label."""
     outcomes: Mapping[str, Sequence[Outcomes]]
-    """Decision rule → outcomes, one array per seed. Besides `greedy`, the rules are `maj@k` and
-    `pass@k` if the method was sampled, and `weighted@k` and `rerank@k` if its samples have
-    scores."""
+    """Decision rule → outcomes, one array per seed. Every method has the rule `greedy`. A method
+    with samples also has the rules `maj@k` and `pass@k`. If a reward model scored the samples, the
+    method also has `weighted@k` and `rerank@k`."""
     scores: Mapping[str, Score]
-    """Scores by decision rule."""
+    """Decision rule → score."""
 
     @property
     def greedy(self) -> Score:
@@ -86,7 +86,7 @@ class MethodScore:
 
     @property
     def votes(self) -> dict[str, Score]:
-        """The scores under the rules that choose one of several samples."""
+        """The scores under the decision rules that choose an answer from several samples."""
         apart = (GREEDY, "pass")
         return {rule: s for rule, s in self.scores.items() if rule.partition("@")[0] not in apart}
 
@@ -104,7 +104,8 @@ class MethodScore:
         return self.mean("dev_accuracy")
 
     def mean(self, key: str) -> float | None:
-        """The mean over seeds of the number at `key` in `stage.json`; None if no run has it."""
+        """The mean over seeds of the number that `stage.json` contains under `key`, or None if no
+        run has this key."""
         infos = [run.stages[self.method].info for run in self.group.runs]
         values = [info[key] for info in infos if info.get(key) is not None]
         return float(np.mean(values)) if values else None
@@ -116,8 +117,8 @@ class ScoreTable:
 
     methods: tuple[MethodScore, ...]
     comparisons: tuple[Comparison, ...]
-    """Comparisons of greedy answers and of votes. For votes, the rule follows a method's label:
-    `LABEL maj@k`."""
+    """Comparisons of greedy answers, and comparisons of votes. If votes are compared, the decision
+    rule follows each method's label: `LABEL maj@k`."""
     num_seeds: int
     split: str
 
@@ -134,7 +135,8 @@ class ScoreTable:
 
     @property
     def seeds_apart(self) -> dict[str, list[int]]:
-        """Label → seeds of each group; empty if all groups can be paired."""
+        """Each group's label → the group's seeds. Empty if the runs of any two groups can be paired
+        (see `_are_paired`)."""
         groups = {method.group.label: method.group for method in self.methods}
         is_whole = all(_are_paired(a, b) for a, b in combinations(groups.values(), 2))
         return {} if is_whole else {label: group.seeds for label, group in groups.items()}
@@ -156,8 +158,8 @@ class ScoreTable:
 
 
 def summarize(group: Group) -> dict[str, Any]:
-    """The content of `summary.json` of a single finished run, with every pair of methods
-    compared."""
+    """The content of `summary.json` for a single finished run, including a comparison of every pair
+    of methods."""
     (run,) = group.runs
     table = score_table([group])
     return {
@@ -195,9 +197,9 @@ def read_groups(run_dirs: Sequence[Path | str], *, finished: bool = True) -> lis
 
 
 def comparable_groups(runs: Sequence[RunResults]) -> list[Group]:
-    """The groups of `group_runs`. Raises: DataError if the methods of a run answered different
-    problems or, with several groups, if runs answered different problems or the numbers of seeds
-    differ."""
+    """The groups that `group_runs` makes. Raises: DataError if the methods of a run answered
+    different problems. If there are several groups, DataError is also raised if two runs answered
+    different problems, or if the groups have different numbers of seeds."""
     for run in runs:
         if not _same_problems(run.evals.values()):
             raise DataError(
@@ -223,9 +225,9 @@ def comparable_groups(runs: Sequence[RunResults]) -> list[Group]:
 
 
 def group_runs(runs: Sequence[RunResults]) -> list[Group]:
-    """The runs in groups, in the given order. Within a group, recipes differ only in name, folder
-    and seed, and no two runs have the same seed. A group's runs are in the order of their seeds, so
-    that two groups with the same seeds are paired by seed."""
+    """Divides the runs into groups, in the order in which the groups first appear. Within a group,
+    recipes differ only in name, folder and seed, and no two runs have the same seed. A group's runs
+    are sorted by seed, so that two groups with the same seeds are paired by seed."""
     gathered: list[list[RunResults]] = []
     for run in runs:
         same = [group for group in gathered if group[0].settings == run.settings]
@@ -254,11 +256,11 @@ def _same_problems(evals: Iterable[Sequence[EvalRow]]) -> bool:
 
 
 def score_table(groups: Sequence[Group], *, k: int | None = None, seed: int = 0) -> ScoreTable:
-    """Scores and paired comparisons of all methods. Votes use the first `k` samples, or all samples
-    if `k` is None; `seed` seeds the bootstrap.
+    """Scores and paired comparisons of all methods. Votes use the first `k` samples of each problem
+    or, if `k` is None, the first `num_samples`. `seed` seeds the bootstrap.
 
-    Raises: DataError if `k` is given and no method was sampled, or if a sampled method has fewer
-    than `k` samples for some problem.
+    Raises: DataError if `k` is given and no method has samples, or if a method with samples has
+    fewer than `k` samples for some problem.
     """
     if k is not None:
         evals = [
@@ -281,7 +283,7 @@ def score_table(groups: Sequence[Group], *, k: int | None = None, seed: int = 0)
 
 
 def label_of(groups: Sequence[Group], group: Group, method: str) -> str:
-    """A method's label: its name or, with several `groups`, `GROUP/METHOD`."""
+    """A method's label: the method's name or, if there are several `groups`, `GROUP/METHOD`."""
     return f"{group.label}/{method}" if len(groups) > 1 else method
 
 
@@ -292,8 +294,9 @@ def _baseline(methods: Sequence[MethodScore]) -> str:
 
 
 def leader(table: ScoreTable) -> MethodScore | None:
-    """The best method by greedy accuracy, apart from the baseline; None if there is no other.
-    Methods that others start from are considered only if no other method is left."""
+    """The method with the highest greedy accuracy. The baseline is left out. Methods that other
+    methods start from are left out too, unless no method would remain. None if the baseline is the
+    only method."""
     others = [method for method in table.methods if method.label != table.baseline]
     rivals = [method for method in others if method.label not in table.starts] or others
     return max(rivals, key=lambda method: method.greedy.value, default=None)
@@ -328,9 +331,9 @@ def _score(seeds: Sequence[Outcomes], shared: bool, generator: np.random.Generat
 def _comparisons(
     methods: Sequence[MethodScore], shared: bool, generator: np.random.Generator
 ) -> Iterator[Comparison]:
-    """Comparisons of methods with earlier ones of `methods`. Two methods are compared if they are
-    in one group, if they are the same method in two groups that can be paired, or if one of them is
-    the baseline."""
+    """Compares each method with the methods before it in `methods`. Two methods of the same group
+    are always compared. Two methods of different groups are compared only if the groups can be
+    paired, and if the methods have the same name or one of them is the baseline."""
     baseline = _baseline(methods)
     for b, a in combinations(methods, 2):
         is_asked = a.method == b.method or baseline in (a.label, b.label)
@@ -341,8 +344,9 @@ def _comparisons(
 
 
 def _are_paired(a: Group, b: Group) -> bool:
-    """Whether each run of `a` has a partner in `b`: the one with the same seed or, between single
-    runs, which are compared problem by problem, the only one."""
+    """Whether each run of `a` has a partner in `b`, namely the run with the same seed. If both
+    groups have a single run, the two runs are partners whatever their seeds, because they are
+    compared only problem by problem."""
     return a.seeds == b.seeds or len(a.runs) == len(b.runs) == 1
 
 
@@ -362,8 +366,8 @@ def _compare(
 
 
 def outcomes(rows: Sequence[EvalRow], k: int | None = None) -> dict[str, Outcomes]:
-    """Decision rule → outcomes, in the order of `rows`. Votes use the first `k` samples, by default
-    as many as every problem has."""
+    """Decision rule → outcomes, in the order of `rows`. Votes use the first `k` samples of each
+    problem. If `k` is None, they use the first `num_samples(rows)`."""
     result = {GREEDY: np.array([row.greedy.correct for row in rows], dtype=float)}
     drawn = num_samples(rows)
     if drawn:
@@ -374,7 +378,7 @@ def outcomes(rows: Sequence[EvalRow], k: int | None = None) -> dict[str, Outcome
 
 
 def num_samples(rows: Sequence[EvalRow]) -> int:
-    """The largest number of samples that every problem has."""
+    """The smallest number of samples per problem."""
     return min(len(row.samples) for row in rows)
 
 
@@ -382,8 +386,9 @@ def voting_curves(rows: Sequence[EvalRow], max_k: int) -> dict[str, NDArray[np.f
     """Decision rule → outcomes with k = 1 … `max_k` samples. The rules are `maj`, `pass` and, if
     every sample has a score, `weighted` and `rerank`.
 
-    Shapes (problems, max_k). Votes and reranking use the first k samples; pass@k is the exact mean
-    over all subsets of k samples. Raises: DataError if a problem has fewer than `max_k` samples.
+    Each array has the shape (problems, max_k). Votes and reranking use a problem's first k samples.
+    pass@k is the exact mean over all subsets of k of the problem's samples. Raises: DataError if a
+    problem has fewer than `max_k` samples.
     """
     voting.check_k(max_k, num_samples(rows))
     is_scored = all(sample.score is not None for row in rows for sample in row.samples)
@@ -409,7 +414,7 @@ def _row_curves(row: EvalRow, max_k: int, is_scored: bool) -> dict[str, list[flo
     return {**curves, "pass": _pass_curve(len(row.samples), num_correct, max_k)}
 
 
-@cache  # the counts repeat, and exact arithmetic on large integers is slow
+@cache  # counts repeat from problem to problem, and exact arithmetic on large integers is slow
 def _pass_curve(n: int, num_correct: int, max_k: int) -> list[float]:
     return [voting.pass_at_k(n, num_correct, k) for k in range(1, max_k + 1)]
 
@@ -419,26 +424,26 @@ def _pass_curve(n: int, num_correct: int, max_k: int) -> list[float]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Handover:
-    """The start of a sampling stage, and the rise in dev accuracy before it."""
+    """The start of an RL stage, and the rise in dev accuracy before it."""
 
     stage: str
     init: str
     rise: float
-    """Change in dev accuracy over the last four evaluations up to the initial model's step, as a
-    share of problems."""
+    """Change in dev accuracy, as a share of problems, over four evaluations: the last four up to
+    the step at which the stage's initial model was saved."""
     margin: float
     """Half the width of the rise's paired 95% interval."""
     accuracy: float
-    """Dev accuracy at the last of these evaluations."""
+    """Dev accuracy at the last of the four evaluations."""
 
     @property
     def is_flat(self) -> bool:
-        """Whether dev accuracy had stopped rising, within the margin."""
+        """Whether the rise in dev accuracy was no larger than the margin."""
         return self.rise <= self.margin
 
     @property
     def is_ready(self) -> bool:
-        """Whether dev accuracy had stopped rising, at `NEEDED_ACCURACY` or above."""
+        """Whether dev accuracy was flat and at least `NEEDED_ACCURACY`."""
         return self.is_flat and self.accuracy >= NEEDED_ACCURACY
 
     def to_row(self) -> dict[str, Any]:
@@ -446,8 +451,8 @@ class Handover:
 
 
 def handovers(run: RunResults) -> list[Handover]:
-    """The hand-over of each sampling stage that starts from a supervised method of the run, if
-    enough dev evaluations were logged."""
+    """The hand-overs to all RL stages that start from a supervised method of the run. A hand-over
+    is left out if too few dev evaluations were logged before it."""
     return [
         Handover(stage=name, init=stage.init, **found._asdict())
         for name, stage in run.stages.items()
@@ -464,8 +469,9 @@ class LastRise(NamedTuple):
 
 
 def last_rise(run: RunResults, method: str) -> LastRise | None:
-    """The last rise measured by the time a supervised method's model was saved. None if the method
-    is not supervised or not finished, or if there had been too few evaluations."""
+    """The last rise that was measured up to the step at which a supervised method's model was
+    saved. None if the method is not supervised, is not finished, or had too few evaluations by
+    then."""
     source = _source(run, method)
     if source is None or _samples(source[0]):
         return None
@@ -496,17 +502,18 @@ def _samples(stage: StageResults) -> bool:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reranker:
-    """The accuracy of a reward model's choices among the samples of each dev problem, compared with
-    that of random choices."""
+    """How often a reward model chooses a correct sample of a dev problem, compared with a random
+    choice."""
 
     stage: str
     num_samples: int
     """Number of samples per problem."""
     accuracy: float
-    """Share of problems whose highest-scored sample with an answer is correct."""
+    """Share of problems whose highest-scored sample is correct. Samples without an answer are left
+    out."""
     chance: float
-    """Share of correct samples among those with an answer, averaged over problems: the expected
-    accuracy of a random choice."""
+    """Expected accuracy of a random choice among a problem's samples, averaged over problems.
+    Samples without an answer are left out."""
     margin: float
     """Half the width of the 95% interval of `accuracy` − `chance`, paired by problem."""
 
@@ -520,7 +527,7 @@ class Reranker:
 
 
 def rerankers(run: RunResults) -> list[Reranker]:
-    """The dev results of each finished reward model of the run, at its chosen step."""
+    """The dev results of each finished reward model of the run, measured at the chosen step."""
     return [
         Reranker(
             stage=name,

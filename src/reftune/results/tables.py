@@ -1,4 +1,4 @@
-"""The final evaluation in sentences, and as a table in text, Markdown, LaTeX or JSON."""
+"""Describes the final evaluation in sentences, and as a table in text, Markdown, LaTeX or JSON."""
 
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ _LABELS = {
 
 
 def display(label: str) -> str:
-    """A method's label, with any group and rule, as shown: `run/reft maj@8` → `run: ReFT maj@8`."""
+    """A label in the form that readers see. If the label contains a group or a decision rule, these
+    are kept: `run/reft maj@8` → `run: ReFT maj@8`."""
     group, _, method = label.rpartition("/")
     name, _, rule = method.partition(" ")
     words = " ".join(part for part in (_LABELS.get(name, name.replace("_", " ")), rule) if part)
@@ -62,7 +63,7 @@ def percent(share: float) -> str:
 
 
 def points(difference: float) -> str:
-    """A difference in percentage points, with a plus or a true minus sign: `−1.5`."""
+    """A difference in percentage points, with a plus sign or a true minus sign: `+0.8`, `−1.5`."""
     return f"{100 * difference:+.1f}".replace("-", "−")
 
 
@@ -73,12 +74,12 @@ def p_text(p: float) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Headline:
-    """The result in sentences."""
+    """The main result in sentences."""
 
     title: str
     text: str
     chosen: str
-    """A sentence on how models were chosen: on which split, and from how many evaluations."""
+    """A sentence on how the models were chosen: on which split, and from how many evaluations."""
 
 
 def headline(table: ScoreTable) -> Headline:
@@ -132,7 +133,7 @@ def _runner_up(best: MethodScore, base: MethodScore, table: ScoreTable) -> str:
     if other is None:
         return ""
     against = table.between(best.label, other.label)
-    doubt = "" if against is None or against.significant else ", a difference within the noise"
+    doubt = "" if against is None or against.significant else "; the difference is within the noise"
     return f" Next is {display(other.label)} with {percent(other.greedy.value)}{doubt}."
 
 
@@ -146,8 +147,8 @@ def _chosen_sentence(table: ScoreTable) -> str:
 
 
 def rise_line(rise: float, margin: float, num_looks: int) -> str:
-    """A line on whether RL or more SFT should follow, given the `rise` in dev accuracy over the
-    last `num_looks` evaluations."""
+    """A line that states whether RL or more SFT should follow. `rise` is the change in dev accuracy
+    over the last `num_looks` evaluations, and `margin` is half the width of its 95% interval."""
     points = f"{100 * rise:+.1f} ± {100 * margin:.1f} points over {num_looks} evaluations"
     if rise <= margin:
         return f"dev accuracy is no longer rising ({points}): RL can take over"
@@ -158,22 +159,20 @@ def rise_line(rise: float, margin: float, num_looks: int) -> str:
 
 
 def remarks(run: RunResults) -> list[str]:
-    """Sentences on whether the warm-up before each sampling stage was finished, which methods share
-    a model, and whether each reward model beats a random choice."""
+    """Sentences on three questions: whether the warm-up before each RL stage was finished, which
+    methods share a model, and whether each reward model beats a random choice."""
     rankings = map(reranker_sentence, rerankers(run))
     return [*map(sentence, handovers(run)), *same_models(run), *rankings]
 
 
 def same_models(run: RunResults) -> list[str]:
-    """A sentence on each evaluated method that shares its model with another method."""
+    """A sentence about each evaluated method that shares its model with another method."""
     lines = []
     for name in run.evals:
         stage = run.stages[name]
         whole = run.stages.get(str(stage.info.get("snapshot_of")))
         if stage.chosen_step == 0:
-            lines.append(
-                f"{name} never beat {stage.init} on dev, so its model is that of {stage.init}"
-            )
+            lines.append(f"{name} never beat {stage.init} on dev, so they are the same model")
         if whole is not None and whole.chosen_step == stage.chosen_step:
             lines.append(
                 f"{whole.name} was best on dev when {name} was saved: they are the same model"
@@ -182,7 +181,7 @@ def same_models(run: RunResults) -> list[str]:
 
 
 def sentence(handover: Handover) -> str:
-    """A line on whether the warm-up was finished when the sampling stage began."""
+    """A line that states whether the warm-up was finished when the RL stage began."""
     rise = f"{100 * handover.rise:+.1f} ± {100 * handover.margin:.1f} points over four evaluations"
     if handover.is_ready:
         return (
@@ -201,7 +200,8 @@ def sentence(handover: Handover) -> str:
 
 
 def reranker_sentence(found: Reranker) -> str:
-    """A line on whether a reward model's choices among samples beat random ones on dev."""
+    """A line that states whether a reward model chooses better than at random among the samples of
+    a dev problem."""
     gain = f"{points(found.accuracy - found.chance)} ± {100 * found.margin:.1f} points"
     verdict = "better" if found.beats_chance else "no better"
     advice = "" if found.beats_chance else "; do not rerank with it"
@@ -215,8 +215,9 @@ def reranker_sentence(found: Reranker) -> str:
 
 
 def rows(table: ScoreTable) -> tuple[Row, list[Row]]:
-    """The table's head, and a row per method with its score under each decision rule and its gain
-    over the baseline."""
+    """The table's head, and one row per method. A row contains the method's score under each
+    decision rule, its gain over the baseline, its dev accuracy and its number of dev
+    evaluations."""
     rules = list(dict.fromkeys(rule for method in table.methods for rule in method.scores))
     names = ["Greedy" if rule == GREEDY else rule for rule in rules]
     head = ["Method", *names, f"vs {display(table.baseline)}", "Paired test", "Dev", "Dev evals"]
@@ -273,8 +274,8 @@ def caption(table: ScoreTable) -> str:
 
 
 def render_table(table: ScoreTable, fmt: str) -> str:
-    """The table as `text`, `markdown`, `latex` or, without rounding, `json`. Raises: DataError for
-    an unknown format."""
+    """The table as `text`, `markdown`, `latex` or `json`. In JSON, numbers are not rounded. Raises:
+    DataError for an unknown format."""
     if fmt != "json":
         return grid(*rows(table), fmt, note=caption(table))
     methods = {
@@ -311,7 +312,8 @@ def grid(head: Row, body: Sequence[Row], fmt: str, *, title: str = "", note: str
 
 
 def _aligned(head: Row, body: Sequence[Row]) -> list[str]:
-    """Head, ruler and body as lines; all columns but the first are aligned on the right."""
+    """Head, ruler and body as lines. The first column is aligned on the left, and all other columns
+    are aligned on the right."""
     widths = [max(len(row[column]) for row in [head, *body]) for column in range(len(head))]
 
     def line(row: Row) -> str:
@@ -322,8 +324,8 @@ def _aligned(head: Row, body: Sequence[Row]) -> list[str]:
 
 
 def choices_table(summary: Mapping[str, Any]) -> str:
-    """A table of the warning signs of reward hacking in a run's summary; an empty string for a run
-    without multiple choice."""
+    """A table of the warning signs of reward hacking that a run's summary contains. If the run has
+    no multiple-choice questions, the result is an empty string."""
     found = {
         name: scores["choices"]
         for name, scores in summary["methods"].items()

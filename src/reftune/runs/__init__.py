@@ -1,1 +1,2 @@
-"""Whole runs: a recipe's stages in order, evaluation, summary and export."""
+"""Whole runs: a recipe's stages in order, the final evaluation, the summary, and the export of
+models."""

@@ -1,5 +1,6 @@
-"""Chooses the values of keys set to `auto`. The device is chosen whenever a run starts or resumes:
-CUDA if available, otherwise the CPU. The other values are chosen once, when a run first starts."""
+"""Chooses values for the keys that a recipe sets to `auto`. The device is chosen whenever a run
+starts or resumes: CUDA if available, otherwise the CPU. The other values are chosen once, when a
+run first starts."""
 
 from __future__ import annotations
 
@@ -26,11 +27,12 @@ Dtype = Literal["float32", "bfloat16"]
 DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16")
 SIZES = (256, 1024)
 """Sizes of the square matrices that are multiplied to choose the dtype. The small size quickly
-rules out a CPU that emulates bf16; the large one keeps all cores busy."""
+rules out a CPU that emulates bf16; the large size keeps all cores busy."""
 EMULATED = 4.0
-"""bf16 counts as emulated if a product takes more than this many times as long as in fp32."""
+"""bf16 counts as emulated if a matrix product in bf16 takes more than this many times as long as a
+product in fp32."""
 Key = tuple[str, str]
-"""The names of a recipe's table and of a key in the table."""
+"""The name of a table in the recipe, and the name of a key in that table."""
 Values = dict[Key, Any]
 AUTO = "auto"
 DTYPE, TOKENS, ROWS = KEYS = (
@@ -45,8 +47,9 @@ VOCABULARY = 4096
 
 
 def settled(recipe: Recipe) -> Recipe:
-    """`recipe` with a value in place of `auto` for each of `KEYS`: the run folder's value or, in a
-    new run, one chosen for this machine. All processes use the main process's values."""
+    """A copy of `recipe` in which each key in `KEYS` that was `auto` has a value. The values come
+    from the run folder. If the folder has no value for a key, as in a new run, the value is chosen
+    for this machine. All processes use the main process's values."""
     return (
         _with(recipe, world.from_main(lambda: _choices(recipe))) if _open_keys(recipe) else recipe
     )
@@ -67,8 +70,8 @@ def _choices(recipe: Recipe) -> Values:
 
 
 def _sizes(recipe: Recipe, device: torch.device) -> Sizes:
-    """The most tokens per pass and rows decoded at once with which every stage that predicts its
-    cost fits in the device's memory."""
+    """The largest sizes with which every stage fits in the device's memory. Stages that cannot
+    predict their cost are left out."""
     if recipe.model.scratch is not None and _is_tiny(recipe.model.scratch, total_bytes(device)):
         return Sizes(tokens=LARGEST_TOKENS[0], rows=LARGEST_ROWS[0])
     texts = map(str, range(VOCABULARY))
@@ -89,8 +92,9 @@ def _sizes(recipe: Recipe, device: torch.device) -> Sizes:
 
 
 def _is_tiny(scratch: ScratchTable, room: float) -> bool:
-    """Whether the largest sizes need less than a quarter of `room` (bytes), which makes tracing
-    unnecessary. Each block is assumed to keep at most 400 bytes per token and hidden unit."""
+    """Whether a model is so small that tracing it is unnecessary, because even the largest sizes
+    need less than a quarter of `room` bytes. Each block is assumed to keep at most 400 bytes per
+    token and hidden unit."""
     return bool(LARGEST_TOKENS[0] * scratch.layers * scratch.hidden_size * 400 < room / 4)
 
 
@@ -111,7 +115,8 @@ def _with(recipe: Recipe, values: Values) -> Recipe:
 
 
 def _stored(recipe: Recipe) -> Values:
-    """The run folder's values of the keys that are `auto` in `recipe`; empty if there is no run."""
+    """The values that the run folder has for the keys that are `auto` in `recipe`. Empty if there
+    is no run."""
     try:
         stored = parse_recipe(yaml.safe_load(RunFolder(recipe.folder).recipe.read_bytes()))
     except (OSError, ValueError, TypeError, yaml.YAMLError, RecipeError):
@@ -140,8 +145,8 @@ def choose_device(wanted: str) -> torch.device:
 
 
 def total_bytes(device: torch.device) -> float:
-    """Total memory of a CUDA device; for any other device, this process's share of the machine's or
-    container's memory."""
+    """Total memory of a CUDA device, in bytes. For any other device, this process's share of the
+    memory of the machine or container."""
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory)
     size = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
@@ -153,8 +158,9 @@ def total_bytes(device: torch.device) -> float:
 
 @cache
 def fastest_dtype(device: torch.device) -> Dtype:
-    """bfloat16 for a CUDA GPU that supports it natively, and for any other kind of device that
-    multiplies matrices at least as fast in bf16 as in fp32; otherwise float32."""
+    """The dtype that `auto` chooses for a device. For a CUDA GPU, this is bfloat16 if the GPU
+    supports it natively. For any other device, it is bfloat16 if matrix products are at least as
+    fast in bf16 as in fp32. In all other cases, it is float32."""
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return "bfloat16" if native else "float32"
@@ -170,8 +176,8 @@ def fastest_dtype(device: torch.device) -> Dtype:
 def product_rates(
     device: torch.device, shape: tuple[int, int, int], *, seconds: float
 ) -> dict[str, float]:
-    """Dtype → FLOP/s of an (M, K) × (K, N) product in its fastest run. The product is repeated for
-    about `seconds` per dtype. `shape` is (M, K, N)."""
+    """Dtype → FLOP/s of an (M, K) × (K, N) product, where `shape` is (M, K, N). The product is
+    repeated for about `seconds` per dtype, and the fastest repetition counts."""
     return {dtype: _rate(device, getattr(torch, dtype), shape, seconds) for dtype in DTYPES}
 
 

@@ -1,5 +1,5 @@
-"""The final evaluation: all methods answer the same problems, greedily and, optionally, with
-samples that a reward model scores."""
+"""The final evaluation. All methods solve the same problems greedily. Optionally, solutions are
+also sampled, and a reward model scores the samples."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from reftune.storage.run_folder import RunFolder
 from reftune.types import Attempt, Completion, Graded, Problem, Verdict
 
 PROBLEMS_AT_ONCE = 250
-"""Number of problems answered between two writes to disk."""
+"""Number of problems solved between two writes to disk."""
 
 
 class FinalEvaluation:
@@ -47,8 +47,8 @@ class FinalEvaluation:
             )
 
     def answer(self, method: str) -> None:
-        """Let a method's model answer the problems, unless it already has. On multiple choice, also
-        check for warning signs of reward hacking."""
+        """Let a method's model solve the problems, unless this is already done. On multiple choice,
+        also check for warning signs of reward hacking."""
         path = self.folder.evaluation(method)
         rows = world.from_main(JsonLines(path).rows)
         if len(rows) < len(self.problems):
@@ -65,9 +65,9 @@ class FinalEvaluation:
     def _answers(
         self, method: str, start: int, problems: Sequence[Problem]
     ) -> list[dict[str, Any]]:
-        """The rows of `problems`, the first of which has the position `start`. Every sample is a
-        function of the weights, the recipe, the method's name and the problem's position, so
-        interruptions change nothing."""
+        """The result rows of `problems`. `start` is the position of `problems[0]` among all
+        evaluated problems. Every sample depends only on the weights, the recipe, the method's name
+        and the problem's position, so interruptions change nothing."""
         policy, table = self.models.load(method), self.recipe.evaluate
         collector = collector_of(self.recipe, policy)
         greedy = collector.solve(policy, problems)
@@ -103,8 +103,8 @@ class FinalEvaluation:
         return [{**row, "samples": samples[i * num : (i + 1) * num]} for i, row in enumerate(rows)]
 
     def _probe_choices(self, method: str, answers: Sequence[Attempt]) -> None:
-        """Check a method's greedy answers for reward hacking, unless this is already done; see
-        `stages.probes.choices`."""
+        """Check a method's greedy answers for reward hacking, as `stages.probes.choices` describes,
+        unless this is already done."""
         path = self.folder.choices(method)
         if len(world.from_main(JsonLines(path).rows)) == len(self.problems):
             return
@@ -133,7 +133,7 @@ class FinalEvaluation:
 
     def check_reranker(self) -> None:
         """Check that a reranker from another run has the base model's tokenizer. Raises: ModelError
-        if not."""
+        if it has another tokenizer."""
         name = self.recipe.evaluate.rerank
         if name is not None and name not in self.recipe.stages:
             require_same_tokenizer(
@@ -141,7 +141,8 @@ class FinalEvaluation:
             )
 
     def _reranker(self, name: str) -> Classifier:
-        """The reward model of stage `name` or, if there is no such stage, in the folder `name`."""
+        """The reward model of the stage `name` or, if there is no such stage, the reward model in
+        the folder `name`."""
         policy = self.models.load(name)
         encoder = collector_of(self.recipe, policy).encoder
         return load_classifier(policy, encoder, stage_folder(self.recipe, name).path)

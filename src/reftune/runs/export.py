@@ -1,5 +1,5 @@
-"""Exports a method's model, or only its adapters, with config, generation config, tokenizer and
-model card, so that clients can prompt it as in training."""
+"""Exports a trained model or only its adapters. A config, a generation config, a tokenizer and a
+model card are included, so that clients can prompt the model as in training."""
 
 from __future__ import annotations
 
@@ -33,12 +33,13 @@ NOT_PART_OF_THE_MODEL = ("checkpoints", "adapters", "*.jsonl", "stage.json", "no
 
 def export_model(run_folder: Path, method: str, out: Path, *, adapter: bool = False) -> Path:
     """Write a method's model to the folder `out`, and return the folder. Without `adapter`, the
-    folder contains the whole model, into which any adapters are merged, so plain `from_pretrained`
-    and vLLM can load it. With `adapter`, the folder contains only the adapters.
+    folder contains the whole model. Any adapters are merged into the model, so plain
+    `from_pretrained` and vLLM can load it. With `adapter`, the folder contains only the adapters.
 
-    Raises: CheckpointError if there is no such run, if the method is not finished, is a reward
-    model or has weights that cannot be read, if `out` exists or cannot be written or, with
-    `adapter`, if the method has no adapters.
+    Raises: CheckpointError if there is no such run; if the method is not finished, is a reward
+    model or has weights that cannot be read; if `out` exists or cannot be written; or if `adapter`
+    is set but the method has no adapters. ModelError if adapters from which the method was trained
+    cannot be read.
     """
     run = RunFolder(run_folder)
     if not run.recipe.is_file():
@@ -77,7 +78,8 @@ def export_model(run_folder: Path, method: str, out: Path, *, adapter: bool = Fa
 
 
 def _require_weights(stage: Path) -> None:
-    """Check that all files with weights are there and complete. Raises: CheckpointError if not."""
+    """Check that all files of weights exist and are complete. Raises: CheckpointError if a file is
+    missing or damaged."""
     index = stage / "model.safetensors.index.json"
     names = {"model.safetensors"}
     try:
@@ -93,10 +95,11 @@ def _require_weights(stage: Path) -> None:
 
 
 def push_model(folder: Path, repository: str, *, public: bool = False) -> str:
-    """Upload an exported model to the Hub repository `OWNER/NAME`, and return its address. A
-    missing repository is created; it is private unless `public`.
+    """Upload an exported model to the Hub repository `OWNER/NAME`, and return the repository's
+    address. If the repository does not exist, it is created, and it is private unless `public` is
+    set.
 
-    Raises: ModelError if the Hub cannot be reached or rejects the upload; the folder is kept.
+    Raises: ModelError if the Hub cannot be reached or rejects the upload. The folder is kept.
     """
     from huggingface_hub import HfApi
 
@@ -114,7 +117,7 @@ def push_model(folder: Path, repository: str, *, public: bool = False) -> str:
     return str(address)
 
 
-# --- as it was trained ----------------------------------------------------------------------------
+# --- prompting as in training ---------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,8 +156,8 @@ class Serving:
 
     @property
     def adds_special_tokens(self) -> bool:
-        """Whether the tokenizer, by default, encodes the prompt's text to the ids that training
-        used."""
+        """Whether the tokenizer's defaults turn the prompt's text into the same ids as in
+        training."""
         ids = self.encoder.prompt(self.problem)
         return ids == list(self.tokenizer.encode(self.encoder.text_of(self.prompt)))
 
@@ -184,7 +187,7 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 def _serving(table: dict[str, Any], stage: Path) -> Serving | None:
     """The settings of a stage's model. None if the recipe, its data or the tokenizer can no longer
-    be read; the card then shows no prompt, and the files stay as training left them."""
+    be read. In that case, the card shows no prompt, and the files stay as training left them."""
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     try:
@@ -208,8 +211,8 @@ def _serving(table: dict[str, Any], stage: Path) -> Serving | None:
 
 
 def _ask_as_trained(tokenizer: PreTrainedTokenizerBase, prompt: str | Conversation) -> None:
-    """Make the tokenizer's defaults those of training: no BOS before a `BareText`, and the recipe's
-    arguments for the chat template. A client can override these arguments."""
+    """Change the tokenizer's defaults to what training used: no BOS before a `BareText`, and the
+    recipe's arguments for the chat template. A client can override these arguments."""
     if isinstance(prompt, BareText) and bos_of(tokenizer):
         tokenizer.add_bos_token = False  # this rewrites the post-processor
     if isinstance(prompt, Conversation):
@@ -229,8 +232,8 @@ def _ask_as_trained(tokenizer: PreTrainedTokenizerBase, prompt: str | Conversati
 
 
 def model_card(run: RunFolder, method: str, serving: Serving | None, base: Base | None) -> str:
-    """The model card, written from the run's files. `base` is the base model of exported adapters;
-    None if the whole model is exported."""
+    """The model card, written from the run's files. `base` is the base model of the exported
+    adapters, or None if the whole model is exported."""
     recipe, stage = run.recipe.read_text(encoding="utf-8"), run.stage(method).facts()
     table = yaml.safe_load(recipe)
     path = (table.get("model") or {}).get("path") if base is None else base.path
@@ -238,7 +241,7 @@ def model_card(run: RunFolder, method: str, serving: Serving | None, base: Base 
     choice = "" if stage.get("snapshot_of") else chosen
     split, score = evaluated_split(table), _score(run, method)
     is_told = split == "dev" and score is not None
-    on_dev = f" They solve\n{stage['dev_accuracy']:.1%} of {stage['dev_n']} dev problems."
+    on_dev = f" The model solves\n{stage['dev_accuracy']:.1%} of {stage['dev_n']} dev problems."
     head = {
         "library_name": "transformers" if base is None else "peft",
         "pipeline_tag": "text-generation",
@@ -283,7 +286,7 @@ def _data(recipe: dict[str, Any]) -> str:
 
 
 def _score(run: RunFolder, method: str) -> dict[str, Any] | None:
-    """The method's row in summary.json; None if its final evaluation is not done."""
+    """The method's row in summary.json, or None if its final evaluation is not done."""
     path = run.summary
     summary = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"methods": {}}
     found: dict[str, Any] | None = summary["methods"].get(method)
@@ -326,8 +329,8 @@ Run the following in this folder:
 
 
 def _shell(serving: Serving, name: str, base: Base | None) -> str:
-    """Shell commands that start vLLM and send a request; empty for a base in 4 bits, which is
-    untested with vLLM."""
+    """Shell commands that start vLLM and send it a request. Empty if the base is in 4 bits, because
+    such a base is untested with vLLM."""
     if base is not None and base.is_quantized:
         return ""
     serve = f"vllm serve . --served-model-name {name}"
@@ -348,8 +351,7 @@ def _shell(serving: Serving, name: str, base: Base | None) -> str:
 
 
 def request_body(serving: Serving, name: str) -> dict[str, Any]:
-    """The body of a request that prompts the model as the evaluation did, for an OpenAI-compatible
-    server."""
+    """The body of an OpenAI-compatible request that prompts the model as the evaluation did."""
     prompt = serving.prompt
     body: dict[str, Any] = {"model": name, "temperature": 0, "max_tokens": serving.limit}
     if serving.stop:

@@ -33,28 +33,29 @@ if TYPE_CHECKING:
 
 
 class Models:
-    """Loads a recipe's models as policies, and keeps the one that was loaded last."""
+    """Loads a recipe's models as policies, and keeps in memory the policy that was loaded last."""
 
     def __init__(self, recipe: Recipe, splits: Splits) -> None:
         self.recipe, self.splits = recipe, splits
         self.kept: dict[tuple[str, bool], Policy] = {}
-        """At most one policy. Its key is the name, and whether the policy was built for training
-        with adapters or gradient checkpointing."""
+        """Contains at most one policy. The key consists of the model's name and of whether the
+        policy was built for training with adapters or gradient checkpointing."""
 
     def load(self, name: str, *, trained: bool = False) -> Policy:
-        """The policy of a model. With `trained`, it has adapters if the recipe sets `lora`; with a
-        4-bit base, these are the model's own, and otherwise new ones. The caller must not change
-        the policy; `take` is for that.
+        """The model `name` as a policy. With `trained`, the policy is built for training: if the
+        recipe sets `lora`, the policy has adapters. With a 4-bit base, these are the model's own
+        adapters; otherwise, they are new. The caller must not change the policy. `take` returns a
+        policy that may be changed.
 
-        Raises: RecipeError for a method that is not trained yet, or for a setting that this machine
-        or FSDP2 does not support; ModelError if the model cannot be used.
+        Raises: RecipeError if the method is not trained yet, or if this machine or FSDP2 does not
+        support a setting; ModelError if the model cannot be used.
         """
         table = self.recipe.model
         is_other = table.lora is not None or table.gradient_checkpointing
         key = (name, trained and is_other)
         if key not in self.kept:
             self.kept.clear()  # frees memory for the next policy
-            # a policy that was only read can be trained later, if both kinds are built alike
+            # unless `is_other`, always build for training, because `take` may need the policy later
             self.kept[key] = self._restored(name, trained=trained or not is_other)
         return self.kept[key]
 
@@ -65,8 +66,9 @@ class Models:
         return policy
 
     def _restored(self, name: str, *, trained: bool) -> Policy:
-        """The model `name` as a policy, with its value head. To be trained on a 4-bit base, it is
-        restored from its adapters, and otherwise from its weights."""
+        """The model `name` as a policy, with its value head. If the policy will be trained on a
+        4-bit base, it is restored from the model's adapters. Otherwise, it is restored from the
+        model's weights."""
         table = self.recipe.model
         if name != "base":
             require_trained(self.recipe, [name])
@@ -92,7 +94,7 @@ class Models:
     def _read(
         self, name: str, *, as_stored: bool
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """A model without value head, and its tokenizer. Adapters are merged into the base."""
+        """A model, without its value head, and its tokenizer. Adapters are merged into the base."""
         table = self.recipe.model
         if name == "base":
             is_scratch = table.scratch is not None
@@ -108,8 +110,8 @@ class Models:
     def _policy(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, trained: bool
     ) -> Policy:
-        """A policy with the recipe's settings, on the recipe's device, with new adapters if it
-        needs any."""
+        """A policy for `model`, with the recipe's settings and on the recipe's device. If the
+        policy needs adapters, new adapters are added."""
         table = self.recipe.model
         if trained and table.quantize is not None and sharding.current.splits:
             raise RecipeError("model.quantize: FSDP2 cannot split weights in 4 bits; expected DDP")
@@ -131,7 +133,7 @@ class Models:
 
 def check_stage_graph(recipe: Recipe) -> None:
     """Check that stages read only `base`, earlier methods or model folders, that no two stages save
-    the same method, and that `evaluate` names methods and a reward model that exist. Raises:
+    the same method, and that the methods and the reward model named under `evaluate` exist. Raises:
     RecipeError if a check fails."""
     known, made = ["base"], {"base"}
     for name, stage in recipe.stages.items():
@@ -164,7 +166,7 @@ def check_stage_graph(recipe: Recipe) -> None:
 
 def require_trained(recipe: Recipe, names: Collection[str]) -> None:
     """Check that each of `names` is a finished method or the path of a model folder. Raises:
-    RecipeError if one is neither."""
+    RecipeError if a name is neither."""
     for name in names:
         folder = RunFolder(recipe.folder).stage(name)
         if not (folder.is_done or is_model_folder(name)):
@@ -179,8 +181,8 @@ def require_trained(recipe: Recipe, names: Collection[str]) -> None:
 
 
 def stage_folder(recipe: Recipe, name: str) -> StageFolder:
-    """The folder of a model that the recipe saves; for any other `name`, the folder at that
-    path."""
+    """The folder of the model `name` inside the run folder. If `name` is neither `base` nor a model
+    that the recipe saves, `name` is itself the path of the folder."""
     own = {"base", *(saved for stage in recipe.stages for saved in recipe.saved_by(stage))}
     return RunFolder(recipe.folder).stage(name) if name in own else StageFolder(Path(name))
 

@@ -1,5 +1,5 @@
-"""The main line of a run: train a recipe's stages in order, evaluate the models that they save (the
-methods), and write a summary and a report. A run can be resumed at any point."""
+"""Runs a recipe: trains its stages in order, evaluates the models that they save (the methods), and
+writes a summary and a report. A run can be resumed at any point."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def run_recipe(recipe: Recipe, *, progress: Progress) -> dict[str, Any]:
 def run_stages(
     recipe: Recipe, *, kinds: Collection[str], progress: Progress
 ) -> dict[str, dict[str, Any]]:
-    """Run only the stages of these kinds. Any other methods that these stages read must be trained
-    already. Returns: stage name → content of its `stage.json`. Raises: the errors of
-    `run_recipe`."""
+    """Run only the stages of these kinds. If these stages start from or sample from the methods of
+    other stages, those methods must already be trained. Returns: the content of each stage's
+    `stage.json`, keyed by stage name. Raises: the errors of `run_recipe`."""
     check_stage_graph(recipe)
     stages = recipe.stages
     names = [name for name, stage in stages.items() if stage.kind in kinds]
@@ -69,9 +69,9 @@ def run_stages(
 def evaluate_methods(
     recipe: Recipe, methods: Collection[str], *, progress: Progress
 ) -> dict[str, Any]:
-    """Evaluate `methods` or, if none are given, all that the recipe evaluates. Returns: the
-    summary. Raises: RecipeError if the recipe has no such method or it is not trained yet, and the
-    errors of `run_recipe`."""
+    """Evaluate `methods`. If `methods` is empty, evaluate all methods that the recipe evaluates.
+    Returns: the summary. Raises: RecipeError if a method is not in the recipe or is not trained
+    yet; the errors of `run_recipe`."""
     check_stage_graph(recipe)
     for method in methods:
         if method not in recipe.methods:
@@ -89,9 +89,9 @@ def evaluate_methods(
 @contextmanager
 def open_run(recipe: Recipe, progress: Progress) -> Iterator[Run]:
     """Open or create a recipe's run folder, and lock it against other runs. Raises: CheckpointError
-    if the folder cannot be written, is in use or is not a run folder; RecipeError if it contains
-    the run of a different recipe, or if the stage graph is wrong; DataError or ModelError if the
-    data or the model cannot be used."""
+    if the folder cannot be written, is in use or is not a run folder; RecipeError if the folder
+    contains the run of a different recipe, or if the stage graph is wrong; DataError or ModelError
+    if the data or the model cannot be used."""
     check_stage_graph(recipe)
     recipe, folder = settled(recipe), RunFolder(recipe.folder)
     with readable_errors(folder):
@@ -177,8 +177,8 @@ class Run:
         world.wait(f"the end of {name}")
 
     def evaluated_after(self, name: str) -> list[str]:
-        """The methods of stage `name` that the recipe evaluates. The one from which the next stage
-        starts comes last, so that its model stays loaded."""
+        """The methods of stage `name` that the recipe evaluates. If the next stage starts from one
+        of these methods, that method comes last, so that its model stays loaded."""
         following = dict(pairwise(self.recipe.stages)).get(name)
         init = None if following is None else self.recipe.stages[following].init
         wanted = self.recipe.methods_to_evaluate
@@ -208,9 +208,10 @@ class Run:
 
 @contextmanager
 def threads_of(recipe: Recipe) -> Iterator[None]:
-    """Inside the block, use the recipe's number of CPU threads; afterwards, the previous number."""
+    """Inside the block, use the recipe's number of CPU threads. Afterwards, restore the previous
+    number."""
     before = torch.get_num_threads()
-    # setting the same number again makes decoding a quarter slower
+    # setting the number, even to the same value, makes decoding a quarter slower
     if recipe.threads in (None, before):
         yield
         return

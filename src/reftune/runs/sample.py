@@ -19,8 +19,8 @@ from reftune.types import Attempt, Problem
 def sample_method(
     recipe: Recipe, method: str, *, split: str, num: int, temperature: float
 ) -> list[dict[str, Any]]:
-    """The rows of `sample_rows` for the first `num` problems of a split. The solutions come from
-    `base` or from a finished method of the recipe's run.
+    """The rows of `sample_rows` for the first `num` problems of a split. `method` is `base` or a
+    finished method of the recipe's run.
 
     Raises: RecipeError if the method is a reward model or not trained yet; DataError if the split
     is empty.
@@ -45,7 +45,8 @@ def sample_rows(
     *,
     temperature: float,
 ) -> list[dict[str, Any]]:
-    """One row per problem: question, gold answer, completion, verdict and its reason."""
+    """One row per problem, with the question, the gold answer, a completion, its verdict, and the
+    reason for the verdict."""
     solved = collector.solve(policy, problems, temperature=temperature, seed=recipe.seed)
     return [
         {

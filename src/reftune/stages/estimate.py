@@ -1,5 +1,5 @@
-"""Estimates the memory that each phase of a stage needs on a device, and finds the largest passes
-that fit.
+"""Estimates the memory that each phase of a stage needs on a device. Finds the largest micro-batch
+that fits, and the largest number of sequences that can be decoded at once.
 
 This module serves `check` and `plan`, and chooses the sizes that a recipe sets to `auto`.
 docs/experiments/plan.md has the equations.
@@ -23,25 +23,24 @@ MOMENTS = {32: 8.0, 8: 2 + 2 * 4 / 256}
 DRAWING = 5
 """Number of fp32 tensors of size rows × vocabulary that exist while tokens are drawn."""
 USABLE = 0.9
-"""Share of a device's memory that a plan may fill. The rest is left for what the estimate does not
-count."""
+"""Share of a device's memory that a plan may fill. The rest is left for anything that the estimate
+does not count."""
 TOKENS = tuple(2**n for n in range(14, 8, -1))
-"""Candidate micro-batch sizes in tokens, from large to small. Sizes above the first are no
+"""Candidate micro-batch sizes in tokens, from large to small. Even larger sizes would be no
 faster."""
 ROWS = tuple(2**n for n in range(8, -1, -1))
-"""Candidate numbers of rows to decode at once, from large to small."""
+"""Candidate numbers of sequences to decode at once, from large to small."""
 PROMPT = 256
 """Assumed length of the longest prompt, in tokens, if the recipe sets no limit."""
 
 Sharding = Literal["one", "ddp", "fsdp2"]
-"""`one` is a single process. With `ddp`, each of several processes holds all weights; with `fsdp2`,
-each holds a part of them."""
+"""`one` is a single process. With `ddp`, each of several processes holds all weights. With `fsdp2`,
+each process holds a part of the weights."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sizes:
-    """Sizes of passes: `tokens` is the value of `model.micro_batch_tokens`, and `rows` that of
-    `engine.batch_size`."""
+    """Values of `model.micro_batch_tokens` (`tokens`) and `engine.batch_size` (`rows`)."""
 
     tokens: int
     rows: int
@@ -49,11 +48,12 @@ class Sizes:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Memory:
-    """Bytes on one device, by purpose: those held all the time, and those that each phase adds.
-    Only one phase runs at a time."""
+    """The bytes that a stage needs on one device, by purpose."""
 
     held: Mapping[str, float]
+    """Bytes held all the time."""
     phases: Mapping[str, Mapping[str, float]]
+    """Phase → the additional bytes that it needs, by purpose. Only one phase runs at a time."""
 
     @property
     def parts(self) -> dict[str, float]:
@@ -77,7 +77,7 @@ class Memory:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """The memory that a running stage needs on each of its devices, which are identical."""
+    """The memory that a running stage needs on each device. All its devices are identical."""
 
     recipe: Recipe
     cost: Cost
@@ -91,7 +91,8 @@ class Estimate:
     mean_prompt: float | None = None
     """Length of the average prompt, in tokens, if known."""
     requests: int | None = None
-    """Maximum number of completions that all processes together request in one call, if known."""
+    """Maximum number of completions that all processes together request from the engine in one
+    call, if known."""
 
     @property
     def response(self) -> int:
@@ -104,16 +105,16 @@ class Estimate:
         return self.prompt + self.response
 
     def micro_batch(self, tokens: int) -> float:
-        """The size of a step's largest pass, in sequences of `length` tokens, if a pass may read
-        `tokens` tokens; at least 1."""
+        """The size of a step's largest pass if a pass may read up to `tokens` tokens. The size is
+        given in sequences of `length` tokens and is at least 1."""
         packs = self.outline.policy.packs
         mean = ((packs and self.mean_prompt) or self.prompt) + self.response
         share = math.ceil(self.cost.batch / self.devices) * mean
         return max(1.0, min(share, tokens) / self.length)
 
     def is_one_pass(self, tokens: int) -> bool:
-        """Whether each device's sequences of a step fit in one pass. If so, no gradients exist
-        before the backward pass."""
+        """Whether each device's share of a step's sequences fits in one pass. If so, no gradients
+        exist before the backward pass."""
         return math.ceil(self.cost.batch / self.devices) * self.length <= tokens
 
     @cached_property
@@ -170,7 +171,8 @@ class Estimate:
         return Memory(held=held, phases=phases)
 
     def _sampling(self, rows: int) -> dict[str, float]:
-        """The memory, in bytes by purpose, of an engine that decodes with the policy's weights."""
+        """The bytes needed to sample, by purpose, if the engine decodes with the policy's
+        weights."""
         if self.requests is not None:
             rows = min(rows, math.ceil(self.requests / self.devices))
         outline = self.outline
@@ -186,8 +188,9 @@ class Estimate:
         }
 
     def fitting(self) -> Sizes:
-        """For `tokens` and `rows` each, the largest candidate whose phase fits in a device's usable
-        memory, or the smallest candidate if none fits."""
+        """The largest value in `TOKENS` with which the update fits in a device's usable memory, and
+        the largest value in `ROWS` with which sampling fits. If no value in a list fits, the list's
+        smallest value is returned."""
         room = USABLE * self.device_bytes
 
         def fits(phase: str, sizes: Sizes) -> bool:
@@ -202,9 +205,9 @@ class Estimate:
 def estimates(
     recipe: Recipe, outline: Outline, *, prompt: int | None = None
 ) -> dict[str, Estimate]:
-    """Stage name → estimate for one process on one device. Stages that cannot predict their cost
-    are left out. `prompt` is the longest prompt's length, which defaults to the recipe's limit or,
-    if there is none, to `PROMPT`."""
+    """The estimate of each stage, for one process on one device. Stages that cannot predict their
+    cost are left out. `prompt` is the length of the longest prompt, in tokens. If it is None, the
+    recipe's limit is used, or `PROMPT` if there is no limit."""
     prompt = prompt or recipe.lengths.max_prompt or PROMPT
     return {
         name: Estimate(recipe=recipe, cost=cost, outline=outline, prompt=prompt)
@@ -213,7 +216,7 @@ def estimates(
 
 
 def stage_costs(recipe: Recipe, *, num_train: int = 1, num_dev: int = 1) -> dict[str, Cost]:
-    """Stage name → cost. Stages that cannot predict their cost are left out."""
+    """The cost of each stage. Stages that cannot predict their cost are left out."""
     costs = {
         name: stage.cost(num_train=num_train, num_dev=num_dev)
         for name, stage in recipe.stages.items()

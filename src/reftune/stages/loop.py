@@ -1,4 +1,5 @@
-"""The loop that stages share: resume, take steps, evaluate on dev, keep the best model, save."""
+"""The loop that all stages share. It resumes, takes steps, evaluates on dev, keeps the best model
+and saves."""
 
 from __future__ import annotations
 
@@ -63,18 +64,20 @@ class Progression:
     totals: dict[str, float] = field(default_factory=dict)
     """Sums of the `compute/…` metrics since the stage began."""
     ends_at: int | None = None
-    """The stage's last step, set once a plateau has been found; None until then."""
+    """The stage's last step, set once dev accuracy has reached a plateau; None until then."""
     history: dict[str, Any] = field(default_factory=dict)
     """The fields of a `History`."""
     skipped: int = 0
     """Number of steps skipped because their loss or gradient was not finite."""
     seconds: float = 0.0
     is_open: bool = False
-    """Whether the dev evaluation and the snapshots of `step` are still to be made."""
+    """Whether the dev evaluation and the snapshots that are due after `step` are still to be
+    made."""
 
 
 BEST = "best.json"
-"""In the folder of the best model so far: its step, and its accuracy on dev."""
+"""A file in the folder of the best model so far. It contains that model's step and its accuracy on
+dev."""
 
 
 class Interrupted(Exception):
@@ -90,7 +93,7 @@ def stop_signals(handler: Callable[[int, Any], Any]) -> Iterator[None]:
         before = {
             number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)
         }
-    except ValueError:  # not in the main thread, which handles the signals
+    except ValueError:  # only the main thread can set handlers
         before = {}
     try:
         yield
@@ -106,18 +109,18 @@ class TrainingTable(Table):
     save_every_s: float = Field(300.0, ge=0)
     """Seconds between checkpoints."""
     keep: int = Field(2, gt=0)
-    """Number of latest checkpoints to keep, in addition to the best model."""
+    """How many of the latest checkpoints to keep, in addition to the best model."""
     probe_choices: bool = False
-    """On multiple choice, also look for [reward hacking](metrics.md#multiple-choice) in dev
-    evaluations, which may then take three times as long."""
+    """In dev evaluations of multiple-choice questions, also look for [reward
+    hacking](metrics.md#multiple-choice). An evaluation may then take three times as long."""
 
 
 class Loop:
     """Runs steps 1 to `total_steps` of a stage.
 
-    The result of step n, which `run` takes with `step(n)`, may depend only on the weights, the
-    optimizer and `n`. The loop seeds torch before each step, so a resumed run draws the same random
-    numbers.
+    `run` takes step n by calling `step(n)`. The result of `step(n)` may depend only on the weights,
+    the optimizer's state and `n`. The loop seeds torch before each step, so a resumed run draws the
+    same random numbers as an uninterrupted run.
     """
 
     def __init__(
@@ -133,12 +136,13 @@ class Loop:
         start: Progression | None = None,
         until_plateau: bool = False,
     ) -> None:
-        """`snapshots` maps method names to steps; one due after a plateau has ended the stage is
-        taken at the last step. `look()` is the dev evaluation of a model that is not a policy;
-        `start` is the stage's state before step 1. With `until_plateau`, a stage whose dev accuracy
-        no longer rises ends with a cooldown: it runs for another tenth of the steps taken so far,
-        but not beyond `total_steps`, while the learning rate falls to 0. The constructor
-        distributes the model over the processes."""
+        """`snapshots` maps the name of each snapshot to the step after which it is saved. If a
+        plateau ends the stage before that step, the snapshot is saved after the stage's last step.
+        `look()` evaluates the model on dev. It must be given if the model is not a policy. `start`
+        is the stage's state before step 1. With `until_plateau`, a cooldown begins once dev
+        accuracy no longer rises: the stage runs for another tenth of the steps taken so far, but
+        not beyond `total_steps`, and the learning rate falls to 0. The constructor distributes the
+        model over the processes."""
         self.context, self.table, self.model = context, table, model
         self.total_steps, self.eval_every = total_steps, eval_every
         self.snapshots = dict(snapshots or {})
@@ -156,8 +160,8 @@ class Loop:
     def run(
         self, step: Callable[[int], dict[str, float]], *, before: Callable[[], None] | None = None
     ) -> None:
-        """Run all remaining steps and save the chosen model. `before()` is called before step 1 of
-        a stage that has no checkpoint yet.
+        """Run all remaining steps and save the model that was best on dev. If the stage has no
+        checkpoint yet, `before()` is called before step 1.
 
         Raises: Interrupted after SIGINT or SIGTERM, once the stage's progress is saved.
         """
@@ -183,17 +187,17 @@ class Loop:
                 if stop or due:
                     saved, last_save = self._save(), time.perf_counter()
                     if stop and self.state.step < self.last_step:
-                        world.wait("the checkpoint")  # a launcher ends all processes once one ends
+                        world.wait("the checkpoint")  # when one process ends, its launcher ends all
                         raise Interrupted(str(saved))
             if not self._is_saved:
-                self._save()  # a stage extended later continues from here
+                self._save()  # if the stage is extended later, it continues from here
         self._finish()
         if self._stop:
             raise Interrupted(str(self.context.folder.path))
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        """At the first signal, stop after the current step, with a checkpoint; at the second, stop
-        at once."""
+        """At the first signal, save a checkpoint after the current step and stop. At the second
+        signal, stop at once."""
         if self._stop:
             raise KeyboardInterrupt
         self._stop = True
@@ -202,7 +206,7 @@ class Loop:
     def _take(self, step: Callable[[int], dict[str, float]]) -> None:
         """Take the next step and record its metrics."""
         n = self.state.step + 1
-        # dropout differs between processes
+        # each process draws its own dropout
         other = ("process", world.rank()) if world.rank() > 0 else ()
         torch.manual_seed(self.context.seed("step", n, *other))
         with self._saving():
@@ -225,8 +229,8 @@ class Loop:
 
     @contextmanager
     def _saving(self) -> Iterator[None]:
-        """Save a checkpoint if the engine fails inside the block, which must not have changed the
-        stage's state by then. Every process sees the engine's error."""
+        """If the engine fails inside the block, save a checkpoint. The block must not have changed
+        the stage's state before the engine fails. The engine's error is raised in every process."""
         try:
             yield
         except EngineError:
@@ -274,10 +278,11 @@ class Loop:
         gradient: Callable[[], dict[str, float]],
         rows: Callable[[], Sequence[Mapping[str, Any]]],
     ) -> dict[str, float]:
-        """Take an optimizer step as part of step `n`, with the gradient that `gradient()` adds up,
-        and return metrics. If the loss or the gradient is not finite, save the samples that
-        `rows()` returns, leave the weights unchanged and, if the recipe allows skipping the step,
-        return no metrics. Raises: NonFiniteError if it does not."""
+        """Take an optimizer step as part of step `n`. `gradient()` accumulates the gradient and
+        returns metrics. Return these metrics and the gradient's norm. If the loss or the gradient
+        is not finite, save the samples that `rows()` returns, leave the weights unchanged and
+        return no metrics. Raises: NonFiniteError in this case, unless the recipe allows skipping
+        the step."""
         table = self.table.optimizer
         try:
             metrics = gradient()
@@ -318,8 +323,8 @@ class Loop:
     # --- dev ---
 
     def _look(self) -> float:
-        """Measure accuracy on dev, with greedy answers if the model is a policy, and return it.
-        Save the model if it is the best so far; on a tie, keep the earlier one."""
+        """Evaluate the model on dev and return its accuracy. Save the model if it is the best so
+        far; on a tie, keep the earlier model."""
         look = self.look()
         accuracy = look.metrics["dev/accuracy"]
         self.state.looks += 1
@@ -336,9 +341,9 @@ class Loop:
         write_atomically(folder / BEST, json.dumps(facts))
 
     def _adopt_best(self) -> None:
-        """If the best model is newer than the checkpoint that the stage resumes from, take its step
-        and accuracy from its folder. On a GPU, the repeated steps may not find as good a model
-        again."""
+        """If the best model is newer than the checkpoint that the stage resumes from, take the best
+        model's step and accuracy from its folder. The steps after the checkpoint are repeated, but
+        on a GPU, they may not produce as good a model again."""
         restore_folder(self.context.folder.best)
         path = self.context.folder.best / BEST
         facts = world.from_main(
@@ -349,8 +354,8 @@ class Loop:
             self.state.best_accuracy = facts["dev_accuracy"]
 
     def _follow(self, look: Look) -> dict[str, float]:
-        """The recent rise in dev accuracy, as metrics. With `until_plateau`, a plateau sets the
-        stage's last step."""
+        """The recent rise in dev accuracy, as metrics. With `until_plateau`, set the stage's last
+        step once dev accuracy has reached a plateau."""
         if not look.correct:
             return {}
         history = History(**self.state.history)
@@ -439,8 +444,8 @@ class Loop:
     def _describe(
         self, folder: StageFolder, step: int, accuracy: float, *, snapshot_of: str | None = None
     ) -> None:
-        """Write `stage.json`, with the chosen step, its accuracy on dev, and the cost. A snapshot's
-        cost is also included in its stage's cost."""
+        """Write `stage.json`, with the chosen step, its accuracy on dev, and the stage's cost so
+        far. A snapshot's cost is also included in its stage's cost."""
         document = {
             "stage": folder.path.name,
             "kind": self.context.stage.kind,
@@ -462,14 +467,15 @@ class Look:
     """The result of one evaluation on dev."""
 
     metrics: dict[str, float]
-    """`dev/accuracy` and possibly others."""
+    """`dev/accuracy` and possibly other metrics."""
     correct: tuple[bool, ...] = ()
     """Whether each problem was solved; empty for a model that is not a policy."""
 
 
 def look_at_dev(context: StageContext, *, probe_choices: bool = False) -> Look:
-    """Evaluate greedy answers on dev. The metrics are `dev/accuracy` and, with `probe_choices` on
-    multiple choice, the warning signs of `probes.choices`."""
+    """Solve the dev problems greedily and grade the solutions. The metrics contain `dev/accuracy`.
+    With `probe_choices`, if all problems are multiple choice, the metrics also contain the warning
+    signs of `probes.choices`."""
     problems = context.splits.dev
     solved = context.collector.solve(context.policy, problems)
     correct = tuple(graded.verdict is Verdict.CORRECT for graded in solved.graded)
@@ -485,11 +491,11 @@ def look_at_dev(context: StageContext, *, probe_choices: bool = False) -> Look:
 
 
 LOOKS = 4
-"""Number of dev evaluations over which a rise is measured; docs/experiments/handover.md compares 2
-to 5."""
+"""Number of dev evaluations over which a rise is measured. docs/experiments/handover.md compares
+the values 2 to 5."""
 Z95 = 1.959964
 COOLDOWN = 10
-"""Ratio of the steps before a cooldown to the steps in it."""
+"""Ratio of the number of steps before a cooldown to the number of steps in the cooldown."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -534,8 +540,8 @@ class History:
         self.recent = [*(self.recent or []), list(correct)][-LOOKS - 1 :]
 
     def latest_rise(self) -> Rise | None:
-        """The rise over the last `LOOKS` evaluations, measured from the evaluation before them;
-        None if there have been too few."""
+        """The rise over the last `LOOKS` evaluations, measured from the evaluation before them.
+        None if there have been too few evaluations."""
         if self.recent is None or len(self.recent) <= LOOKS:
             return None
         return rise(self.recent[0], self.recent[-1])

@@ -23,21 +23,21 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerTable(Table):
-    """AdamW."""
+    """Settings of AdamW."""
 
     learning_rate: float = Field(gt=0)
     value_learning_rate: float | None = Field(None, gt=0)
     """Learning rate of the value head. Default: `learning_rate`."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """`linear` and `cosine` lower the learning rate to 0 by the last step. A stage of a single step
-    takes it at the full rate."""
+    """`linear` and `cosine` lower the learning rate to 0 by the last step. If a stage has only one
+    step, the rate is not lowered."""
     warmup: float = Field(0.0, ge=0, lt=1)
-    """Share of the steps, at the start, over which the learning rate rises from 0."""
+    """At the start of a stage, the learning rate rises from 0 over this share of the steps."""
     weight_decay: float = Field(0.0, ge=0)
-    """Not applied to biases, norms or the value head."""
+    """Weight decay is not applied to biases, norms or the value head."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     state_bits: Literal[32, 8] = 32
-    """With 8, AdamW's moments need a quarter as much memory as with 32."""
+    """Precision of AdamW's moments. 8 bits need a quarter of the memory of 32 bits."""
     max_grad_norm: float = Field(1.0, gt=0)
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """If a loss or gradient is not finite, `stop` ends the run with an error, and `skip` skips the
@@ -65,7 +65,7 @@ class Trained(Protocol):
 
 
 def trainable(model: Trained) -> dict[str, torch.Tensor]:
-    """`policy.NAME` → parameter, for the parameters that training changes."""
+    """The parameters that training changes, keyed by `policy.NAME`."""
     return {
         f"policy.{name}": value for name, value in model.named_parameters() if value.requires_grad
     }
@@ -113,8 +113,8 @@ def _adamw(groups: list[dict[str, Any]], table: OptimizerTable) -> torch.optim.O
 
 
 def rate(table: OptimizerTable, *, step: int, total_steps: int) -> float:
-    """The learning rate at `step`, counted from 1, as a share of its peak. A stage's only step has
-    the peak rate, because with the schedule's last rate, 0, it would train nothing."""
+    """The learning rate at `step`, counted from 1, as a share of its peak. If a stage has only one
+    step, that step has the peak rate, because the last rate of `linear` and `cosine` is 0."""
     if total_steps == 1:
         return 1.0
     warmup_steps = round(table.warmup * total_steps)
@@ -131,9 +131,9 @@ def rate(table: OptimizerTable, *, step: int, total_steps: int) -> float:
 def optimizer_step(
     model: Trained, optimizer: torch.optim.Optimizer, *, share: float, max_grad_norm: float
 ) -> float:
-    """Clip the gradient, take a step, clear the gradient, and return its norm before clipping. Each
-    parameter group's learning rate is set to its peak times `share`. Raises: NonFiniteError, before
-    any weight changes, if the gradient is not finite."""
+    """Clip the gradient, take a step and clear the gradient. Return the norm that the gradient had
+    before clipping. Each parameter group's learning rate is set to its peak times `share`. Raises:
+    NonFiniteError, before any weight changes, if the gradient is not finite."""
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     norm = whole_tensor(nn.utils.get_total_norm(gradients.values()))
     if not torch.isfinite(norm):
@@ -157,11 +157,11 @@ def accumulate_gradient(
     model: Trained, batch: TokenBatch, loss: Callable[[torch.Tensor], LossTerms]
 ) -> dict[str, float]:
     """Accumulate the gradient of a minibatch over micro-batches, which are divided among the
-    processes. `loss(rows)` returns what the sequences with the indices `rows` contribute to the
-    loss.
+    processes. `loss(rows)` returns the contribution to the loss of the sequences whose indices are
+    `rows`.
 
-    Returns: `loss/total` and metrics, combined over all rows as `LossTerms` describes. Raises:
-    NonFiniteError if the loss is not finite, before the gradient is used.
+    Returns: `loss/total` and the loss's metrics, combined over all rows as `LossTerms` describes.
+    Raises: NonFiniteError, before the gradient is used, if the loss is not finite.
     """
     totals: dict[str, float] = {}
     failed: NonFiniteError | None = None
@@ -197,5 +197,5 @@ def _not_finite(loss: torch.Tensor, rows: torch.Tensor) -> NonFiniteError | None
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether all numbers in a tensor are finite in every process."""
+    """Whether every number in a tensor is finite, in all processes."""
     return not any(world.any_of(not whole_tensor(tensor).isfinite().all()))

@@ -1,6 +1,6 @@
-"""Counts the bytes and operations of a model's passes, without allocating its tensors. Bytes are
-counted by our own code, because PyTorch's MemTracker (2.13) fails on parameters that are not
-trained."""
+"""Counts the bytes and operations that a model's forward and backward passes need, without
+allocating any tensor. Our own code counts the bytes, because PyTorch's MemTracker (2.13) fails on
+parameters that are not trained."""
 
 from __future__ import annotations
 
@@ -37,9 +37,10 @@ FP32 = 4
 """Bytes per fp32 number. Trained weights and their gradients are fp32, whatever the compute
 dtype."""
 NF4 = 0.5 + 4 / 64
-"""Bytes of a 4-bit weight, including its share of the block's scale."""
+"""Bytes per 4-bit weight. A block of 64 weights shares a 4-byte scale."""
 FEW, MORE = 2, 4
-"""Numbers of sequences in the two traces from which larger batches are extrapolated."""
+"""A pass is traced with these two numbers of sequences. The cost of other numbers is
+extrapolated."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,7 +50,7 @@ class Update:
     kept: float
     """Bytes that the forward pass leaves for the backward pass."""
     momentary: float
-    """Maximum number of bytes in use at any time in addition to `kept`."""
+    """Peak number of bytes in use in addition to `kept`."""
     forward_flops: float
     flops: float
     """Floating-point operations of both passes."""
@@ -57,11 +58,12 @@ class Update:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prefill:
-    """The memory needed to read the prompts of all rows at once."""
+    """The memory needed to read a batch of prompts at once."""
 
     casts: float
-    """Bytes of the copies of weights that are kept while sampling."""
+    """Bytes of the copies of weights that sampling keeps in memory."""
     momentary: float
+    """Peak number of bytes in use in addition to these copies and the cache."""
     cache: float
     """Bytes of the keys and values of the prompts."""
 
@@ -110,16 +112,16 @@ class Outline:
 
     @cached_property
     def reference(self) -> float:
-        """Bytes of a frozen copy of the model, with matrices in the compute dtype, and embeddings
-        and vectors in their original dtype."""
+        """Bytes of a frozen copy of the model. The copy's matrices are in the compute dtype. Its
+        embeddings and vectors keep their original dtype."""
         dtype = self.policy.compute_dtype
         cast = layers.narrowable(self.model, dtype, embeddings="none")
         return self._bytes({id_: float(dtype.itemsize) for id_ in cast})
 
     @cached_property
     def gathered(self) -> float:
-        """Bytes of the full copy of the weights that FSDP2 gathers to decode and score, with the
-        blocks' matrices in the compute dtype, and all other weights in their original dtype."""
+        """Bytes of the full copy of the weights that FSDP2 gathers to decode and score. The blocks'
+        matrices are gathered in the compute dtype, all other weights in their original dtype."""
         width = float(self.policy.compute_dtype.itemsize)
         return self._bytes(dict.fromkeys(block_matrices(self.policy), width))
 
@@ -155,7 +157,7 @@ class Outline:
     @cache  # noqa: B019  an outline lives no longer than its plan
     def _update(self, prompt: int, response: int, batch: int) -> Update:
         policy, backbone = self.policy, self.model.base_model
-        # distinct prompts, because equal ones would be read only once
+        # distinct prompts, because equal prompts would be read only once
         real = token_batch([[row] * prompt for row in range(batch)], [[0] * response] * batch)
         is_packed = policy.packs and (self.device == "cpu" or policy.is_written_out)
         parts = tree_map_only(Tensor, self.mode.from_tensor, asdict(real.packed()))
@@ -186,8 +188,8 @@ class Outline:
     @cache  # noqa: B019
     @torch.no_grad()
     def _prefill(self, prompt: int, rows: int, *, of_gathered: bool = False) -> Prefill:
-        """A trace for `prefill`. `of_gathered` serves only to cache the result for gathered
-        weights separately."""
+        """The traced memory needed to read `rows` prompts. `of_gathered` does not change the trace;
+        it only separates the results for gathered weights in the cache."""
         policy = self.policy
         with (
             self.mode,
@@ -216,7 +218,7 @@ T = TypeVar("T", Update, Prefill)
 
 
 def _of_many(trace: Callable[[int], T], count: float) -> T:
-    """A trace extrapolated to `count` sequences, as if every additional one cost the same."""
+    """The result of `trace`, extrapolated linearly to `count` sequences."""
     few, more = trace(FEW), trace(MORE)
     high = asdict(more)
     each = {name: (high[name] - size) / (MORE - FEW) for name, size in asdict(few).items()}
@@ -259,7 +261,8 @@ def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kw
 
 
 def _attention_backward_flops(grad: Tensor, *states: Any, **kwargs: Any) -> int:
-    return 5 * _attention_flops(*states) // 2  # one product for the scores, four for gradients
+    # 5 matrix products against the forward pass's 2: 1 recomputes the scores, 4 yield gradients
+    return 5 * _attention_flops(*states) // 2
 
 
 FLOPS: Mapping[Any, Callable[..., int]] = {
@@ -267,13 +270,14 @@ FLOPS: Mapping[Any, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
 }
-"""Operation → formula: PyTorch's formulas, and our own for attention on a CPU."""
+"""The formula for each operation's number of FLOPs. The formulas for attention on a CPU are our
+own; all others are PyTorch's."""
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Counts operations, and the live and peak bytes of the tensors created while it is active,
-    without the model's own tensors. It replaces PyTorch's `FlopCounterMode`, which would keep every
-    block's tensors alive."""
+    """Counts floating-point operations, and the current and peak bytes of all tensors that are
+    created while it is active. The model's own tensors do not count. PyTorch's `FlopCounterMode` is
+    not used, because it would keep every block's tensors alive."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

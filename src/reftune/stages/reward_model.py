@@ -1,9 +1,9 @@
 """The reranker: a classifier that estimates how likely a solution is to be correct.
 
-The classifier reads prompt and solution, without the end token, and maps the last token's hidden
-state to two logits (wrong, correct). Unless `lm_coef` is 0, the classifier remains a language
-model: the solution's log-likelihood contributes to the logit of `correct`, and a language-modelling
-loss on correct solutions keeps this likelihood meaningful.
+The classifier reads the prompt and the solution, without the end token, and maps the last token's
+hidden state to two logits (wrong, correct). Unless `lm_coef` is 0, the classifier also remains a
+language model: the solution's log-likelihood contributes to the logit of `correct`, and a
+language-modelling loss on correct solutions keeps this likelihood meaningful.
 
     logit of correct = w · h_last + a log π(solution | prompt) + b
 
@@ -63,7 +63,7 @@ CORRECT = 1
 class RewardModel(Schedule, Sampled):
     kind: Literal["reward_model"] = "reward_model"
     lm_coef: float = Field(0.3, ge=0)
-    """Weight of the language-modelling loss. With 0, the loss is that of the ReFT paper."""
+    """Weight of the language-modelling loss. With 0, the loss is the same as in the ReFT paper."""
     init: str = "sft"
     samples: int = Field(100, gt=0)
     dev_samples: int = Field(100, gt=0)
@@ -76,7 +76,7 @@ class RewardModel(Schedule, Sampled):
         return f"{schedule_line(self, self.init)}, on {sampled}"
 
     def cost(self, *, num_train: int, num_dev: int) -> Cost:
-        """An upper bound on the cost, because samples that repeat are used only once."""
+        """An upper bound on the cost, because repeated samples are used only once."""
         num_solutions = self.samples * num_train
         return self.cost_of_rows(
             num_solutions, sampled_before=num_solutions + self.dev_samples * num_dev
@@ -116,7 +116,8 @@ class Solution:
 
 
 def labelled(samples: Samples) -> list[Solution]:
-    """The distinct solutions among a problem's samples. Those without an answer count as wrong."""
+    """The distinct solutions among a problem's samples. Solutions without an answer count as
+    wrong."""
     labels = {
         text: int(g.verdict is Verdict.CORRECT)
         for text, g in zip(samples.texts, samples.graded, strict=True)
@@ -159,7 +160,7 @@ class Judging:
 
 
 class Judged(NamedTuple):
-    """The classifier's output for a batch. This is a tuple because older versions of FSDP2 do not
+    """The classifier's output for a batch. It is a tuple, because older versions of FSDP2 do not
     find tensors in dataclasses."""
 
     logits: Tensor
@@ -172,7 +173,8 @@ class Classifier(nn.Module):
     """A linear layer on top of a policy's transformer, with two outputs and no bias."""
 
     likelihood: nn.Linear | None
-    """Maps a solution's log-likelihood to a summand of the logit of `correct`; None if unused."""
+    """Maps a solution's log-likelihood to the term that is added to the logit of `correct`. None if
+    unused."""
 
     def __init__(self, policy: Policy, encoder: Encoder, *, seed: int = 0) -> None:
         super().__init__()
@@ -213,8 +215,8 @@ class Classifier(nn.Module):
         return self.judge(batch)
 
     def judge(self, batch: TokenBatch) -> Judged:
-        """Like `forward`, for use inside `sharding.current.whole`, where the model itself must not
-        be called."""
+        """Does the same as `forward`. Use this method inside `sharding.current.whole`, where the
+        model itself must not be called."""
         with self.policy.arithmetic():
             hidden = self.policy.hidden_states(batch)
             if self.likelihood is not None:
@@ -229,9 +231,9 @@ class Classifier(nn.Module):
         return Judged(logits + nn.functional.pad(evidence, (CORRECT, 0)), logprobs)
 
     def solution_batch(self, solutions: Sequence[tuple[Problem, str]]) -> TokenBatch:
-        """A batch of prompts and solutions, each cut off at its end if the model's context is too
-        short. Every solution ends with the end token, because the classifier reads the state that
-        predicts this token."""
+        """A batch of prompts and solutions. If a prompt or a solution does not fit in the model's
+        context, the end of this prompt or solution is cut off. Every solution still ends with the
+        end token, because the classifier reads the state that predicts this token."""
         longest = None if self.policy.context is None else self.policy.context - 1
         prompts = {problem.id: self.encoder.prompt(problem)[:longest] for problem, _ in solutions}
         before = [prompts[problem.id] for problem, _ in solutions]
@@ -256,7 +258,7 @@ class Classifier(nn.Module):
         return [score_of[key] for key in keys]
 
     def _probabilities(self, batch: TokenBatch) -> Tensor:
-        """Probability that each solution is correct, (B,)."""
+        """Probability that each solution is correct, of shape (B,)."""
         scores = torch.zeros(len(batch), device=self.policy.device)
         whole = sharding.current.whole(self, self.policy.compute_dtype)
         with whole, self.policy.inference():
@@ -280,15 +282,16 @@ class Classifier(nn.Module):
                 save_file(layers, folder / WEIGHTS)
 
     def layers(self) -> dict[str, Tensor]:
-        """Name in the file `WEIGHTS` → weights, for all layers except those of the transformer."""
+        """The weights of all layers outside the transformer, keyed by their names in the file
+        `WEIGHTS`."""
         if self.likelihood is None:
             return {"weight": self.head.weight}
         return {"weight": self.head.weight, **dict(self.likelihood.named_parameters(LIKELIHOOD))}
 
 
 def load_classifier(policy: Policy, encoder: Encoder, folder: Path) -> Classifier:
-    """The classifier that `Classifier.save` wrote to `folder`; `policy` must be loaded from the
-    same folder. Raises: ModelError if the folder contains no classifier."""
+    """The classifier that `Classifier.save` wrote to `folder`. `policy` must have been loaded from
+    the same folder. Raises: ModelError if the folder contains no classifier."""
     classifier = Classifier(policy, encoder)
     try:
         found = load_file(folder / WEIGHTS)
@@ -334,10 +337,11 @@ def accumulate_loss(
 
 
 def dev_metrics(classifier: Classifier, drawn: Sequence[Samples]) -> dict[str, float]:
-    """`dev/accuracy`, the share of problems whose highest-scored solution with an answer is
-    correct; `dev/chance`, the share expected if such a solution is chosen at random; and
-    `dev/chance_margin`, half the width of the 95% interval of their difference, paired by
-    problem."""
+    """How well the classifier chooses one of the solutions to each problem. Solutions without an
+    answer cannot be chosen. `dev/accuracy` is the share of problems whose highest-scored solution
+    is correct. `dev/chance` is the expected share if the solution is chosen at random.
+    `dev/chance_margin` is half the width of the 95% interval of the difference between these
+    shares, paired by problem."""
     chosen = [*map(voting.is_correct, winners(classifier, drawn))]
     chance = [_chance(samples, _may_win(classifier, samples)) for samples in drawn]
     gains = torch.tensor(chosen, dtype=torch.double) - torch.tensor(chance, dtype=torch.double)
@@ -350,8 +354,8 @@ def dev_metrics(classifier: Classifier, drawn: Sequence[Samples]) -> dict[str, f
 
 
 def winners(classifier: Classifier, drawn: Sequence[Samples]) -> list[Graded | None]:
-    """The grade of each problem's highest-scored solution with an answer; None if no solution has
-    one."""
+    """For each problem, the grade of the highest-scored solution that has an answer; None if no
+    solution to the problem has an answer."""
     scores = iter(
         classifier.scores([(samples.problem, text) for samples in drawn for text in samples.texts])
     )
@@ -364,20 +368,21 @@ def winners(classifier: Classifier, drawn: Sequence[Samples]) -> list[Graded | N
 
 
 def _may_win(classifier: Classifier, samples: Samples) -> Callable[[Graded], bool]:
-    """The function that decides whether a solution to a problem may be chosen."""
+    """The function that decides whether a graded solution to the problem may be chosen."""
     grading = getattr(classifier.encoder.format, "grading", None)
     return voting.voters(grading, is_choice=samples.problem.answer.kind == "choice")
 
 
 def _chance(samples: Samples, may_win: Callable[[Graded], bool]) -> float:
-    """The share of correct solutions among those that may be chosen; 0 if there are none."""
+    """Among the solutions that may be chosen, the share that is correct; 0 if no solution may be
+    chosen."""
     verdicts = [graded.verdict for graded in samples.graded if may_win(graded)]
     return verdicts.count(Verdict.CORRECT) / max(1, len(verdicts))
 
 
 def add_scores(path: Path, problems: Sequence[Problem], classifier: Classifier) -> None:
-    """Add `classifier`'s score to every sample in an evaluation file, whose rows are in the order
-    of `problems`. Raises: CheckpointError if the file cannot be written."""
+    """Add the classifier's score to every sample in an evaluation file. The file's rows must be in
+    the order of `problems`. Raises: CheckpointError if the file cannot be written."""
     rows = world.from_main(JsonLines(path).rows)
     solutions = [
         (problem, sample["completion"])

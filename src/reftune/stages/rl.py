@@ -46,7 +46,7 @@ class Rl(TrainingTable, Stage):
         Annotated[Algorithm, BeforeValidator(partial(load_component, group="algorithms"))]
     ] = Field({"kind": "ppo"}, validate_default=True)
     steps: int = Field(gt=0)
-    """Rollouts to sample and train on."""
+    """Number of rollouts to sample and train on."""
     prompts: int = Field(gt=0)
     """Problems per rollout."""
     samples: int = Field(1, gt=0)
@@ -59,15 +59,15 @@ class Rl(TrainingTable, Stage):
     """In the loss, ignore samples that were cut off at `lengths.max_new` (DAPO, §3.4)."""
     temperature: float = Field(1.0, gt=0)
     mismatch_cap: float | None = Field(None, gt=0)
-    """Upper limit, usually 2, of the [importance
-    weights](engines.md#when-sampler-and-trainer-differ) π_train / π_sample."""
+    """Use [importance weights](engines.md#when-sampler-and-trainer-differ) π_train / π_sample,
+    capped at this value (usually 2). Default: no importance weights."""
     value_init: Literal["uniform", "zero"] = "zero"
-    """`zero` keeps the value head of `init`, which is 0 unless PPO trained it. `uniform` draws its
-    weights at random, as ReFT's code does."""
+    """`zero` keeps the initial model's value head. Its weights are 0 unless PPO has already trained
+    it. `uniform` draws new weights at random, as ReFT's code does."""
     value_model: Literal["shared", "separate"] = "shared"
-    """Whether the value head shares the policy's transformer or has one of its own."""
+    """Whether the value head shares the policy's transformer or has its own."""
     value_prefit: int = Field(0, ge=0)
-    """Additional rollouts to which the value head is fitted before PPO starts."""
+    """Number of additional rollouts to which the value head is fitted before PPO starts."""
     eval_every: int = Field(10, gt=0)
     """Steps between dev evaluations."""
 
@@ -168,7 +168,7 @@ class Trainer:
     # --- sample ---
 
     def sample(self, n: int, purpose: str) -> tuple[list[Rollout], dict[str, float]]:
-        """Sample rollout `n` for `purpose`, `rollout` or `prefit`, and return it with its metrics.
+        """Sample rollout `n` and return it with its metrics. `purpose` is `rollout` or `prefit`.
         For a given recipe, the samples depend only on the weights, `n` and `purpose`."""
         train, seed = self.context.splits.train, self.context.seed
         indices = endless_indices(
@@ -186,7 +186,8 @@ class Trainer:
         rollouts = self.context.collector.rewarded(solved)
         if not rollouts:
             self.context.progress.note(
-                f"{self.context.name} {purpose} {n}: every reward is None, so nothing is trained on"
+                f"{self.context.name} {purpose} {n}: every reward is None, so there is nothing to"
+                " train on"
             )
         if purpose == "rollout":
             self._show(n, rollouts)
@@ -207,8 +208,9 @@ class Trainer:
     # --- score ---
 
     def score(self, rollouts: Sequence[Rollout]) -> tuple[RolloutBatch, dict[str, float]]:
-        """The rollouts as a batch, with their values and their log-probabilities under the policy
-        and the reference; and metrics."""
+        """The rollouts as a batch, and metrics. The batch includes the tokens' values and their
+        log-probabilities under the policy. If there is a reference, the batch also includes the
+        log-probabilities under the reference."""
         started = time.perf_counter()
         batch = rollout_batch(rollouts, device=self.policy.device)
         scores = self._policy_scores(rollouts, batch)
@@ -231,8 +233,9 @@ class Trainer:
         return batch, {**metrics, "time/score_s": time.perf_counter() - started}
 
     def _policy_scores(self, rollouts: Sequence[Rollout], batch: RolloutBatch) -> TokenScores:
-        """The samples' scores under the policy that drew them: the engine's scores if it scored
-        every sample and `mismatch_cap` is unset; otherwise, scores from a new forward pass."""
+        """The samples' scores under the policy that drew them. If the engine scored every sample
+        and `mismatch_cap` is unset, these are the engine's scores. Otherwise, a new forward pass
+        computes them."""
         completions = [r.completion for r in rollouts]
         if self.stage.mismatch_cap is not None or not all(c.values for c in completions):
             return self.policy.score(batch.tokens, temperature=self.stage.temperature)
@@ -281,8 +284,8 @@ class Trainer:
         return accumulate_gradient(self.policy, batch.tokens, loss)
 
     def parts(self, batch: RolloutBatch, n: int) -> Iterator[RolloutBatch]:
-        """The minibatches of all passes over `batch`, the batch of rollout `n`. Each minibatch has
-        its own loss weights."""
+        """The minibatches of all passes over `batch`, which contains rollout `n`. Each minibatch
+        has its own loss weights."""
         count = min(self.stage.minibatches, len(batch))
         for update in range(self.stage.updates):
             draw = generator(self.context.seed("minibatches", n), update)
@@ -312,14 +315,14 @@ class Trainer:
         )
 
     def _sample_to_fit(self, n: int) -> list[Rollout]:
-        """Rollout `n` for the value head. Its tokens count towards the stage's cost."""
+        """Sample rollout `n` to fit the value head. Its tokens count towards the stage's cost."""
         rollouts, metrics = self.sample(n, "prefit")
         self.loop.spend(metrics)
         return rollouts
 
     def _features_and_returns(self, batch: RolloutBatch) -> tuple[Tensor, Tensor]:
-        """Hidden states (N, H) and discounted returns (N,) of the response tokens. There is no KL
-        penalty, because the policy still equals its reference."""
+        """Hidden states (N, H) and discounted returns (N,) of the response tokens. The returns
+        include no KL penalty, because the policy still equals its reference."""
         mask = batch.response_mask
         rewards = token_rewards(batch.rewards, batch.logprobs, None, mask, kl_coef=0.0)
         _, returns = gae(
@@ -331,12 +334,13 @@ class Trainer:
 SAMPLES_KEPT = 4
 """Number of solutions stored per step in samples.jsonl. `worth_showing` adds at most two."""
 PROBLEMS_FOLLOWED = 16
-"""Number of training problems, counted from the first, whose solutions take precedence in
-samples.jsonl, so that readers can see how the solutions change."""
+"""In samples.jsonl, solutions to the first `PROBLEMS_FOLLOWED` training problems take precedence.
+Readers can then see how the solutions to a problem change."""
 
 
 def rollout_batch(rollouts: Sequence[Rollout], *, device: torch.device) -> RolloutBatch:
-    """Rollouts as tensors. `logprobs` are the engine's until the trainer computes its own."""
+    """Rollouts as tensors. Until the trainer computes its own log-probabilities, `logprobs`
+    contains the engine's."""
     tokens = token_batch(
         [r.prompt_ids for r in rollouts], [r.completion.token_ids for r in rollouts], device=device
     )
@@ -355,8 +359,8 @@ def rollout_batch(rollouts: Sequence[Rollout], *, device: torch.device) -> Rollo
 
 
 def per_token(tokens: TokenBatch, numbers: Sequence[Sequence[float]]) -> Tensor:
-    """`numbers`, one list per sequence with one number per response token, as a tensor (B, R); 0
-    outside the responses."""
+    """`numbers` as a tensor (B, R) that is 0 outside the responses. `numbers` has one list per
+    sequence, and each list has one number per response token."""
     return tokens.unflatten(torch.tensor(list(chain(*numbers)), device=tokens.tokens.device))
 
 
@@ -402,7 +406,7 @@ def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
 
 
 def _part_means(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """The mean of each named part of the reward, over the samples that have it."""
+    """The mean of each named part of the reward, over the samples that have this part."""
     parts: dict[str, list[float]] = {}
     for rollout in rollouts:
         for name, value in rollout.reward_parts.items():
@@ -439,9 +443,9 @@ def batch_rows(batch: RolloutBatch, policy: Policy) -> list[dict[str, Any]]:
 
 
 def worth_showing(rollouts: Sequence[Rollout], followed: Collection[str]) -> list[Rollout]:
-    """The rollouts to store: up to `SAMPLES_KEPT`, if possible from different problems, starting
-    with the problems in `followed`; then, unless already included, the longest rollout and one
-    whose program reached its time limit."""
+    """The rollouts to store. First, up to `SAMPLES_KEPT` rollouts are chosen, from different
+    problems if possible, starting with the problems in `followed`. Then the longest rollout and one
+    rollout whose program reached its time limit are added, unless they are already included."""
     first = {rollout.problem.id: place for place, rollout in reversed(list(enumerate(rollouts)))}
     places = sorted(
         range(len(rollouts)),

@@ -28,7 +28,7 @@ from reftune.types import Completion, Graded, Problem, Rollout, SamplingParams, 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Solved:
-    """Graded completions in the order of their problems, and their cost."""
+    """Graded completions, in the order of their problems, and the cost of obtaining them."""
 
     problems: Sequence[Problem]
     prompts: list[list[int]]
@@ -68,8 +68,8 @@ class Collector:
         return f"lengths.max_new={counted(self.lengths.max_new, 'token')}{context}"
 
     def trainable(self, splits: Splits, policy: Policy) -> Splits:
-        """`splits` without the training questions whose prompts are too long; unchanged unless the
-        recipe drops such questions."""
+        """`splits` without the training questions whose prompts are too long. If the recipe does
+        not drop such questions, `splits` is returned unchanged."""
         if self.lengths.too_long == "refuse":
             return splits
         limit = self.prompt_limit(policy)
@@ -105,10 +105,10 @@ class Collector:
         seed: int = 0,
     ) -> Solved:
         """One graded completion per problem, greedy unless a temperature is given. To get several
-        completions, repeat the problem. With several processes, each solves a part of the problems,
-        and all receive every completion. If the recipe drops prompts that are too long, their
-        completions are empty. Raises: EngineError if the engine fails; DataError if a prompt is too
-        long and the recipe does not drop it."""
+        completions, repeat the problem. With several processes, each process solves a part of the
+        problems, and every process receives all completions. If the recipe drops prompts that are
+        too long, the completions of such prompts are empty. Raises: EngineError if the engine
+        fails; DataError if a prompt is too long and the recipe does not drop it."""
         started = time.perf_counter()
         prompts, limit = self.prompts(problems, policy), self.prompt_limit(policy)
         own = world.own_part(len(problems))
@@ -120,7 +120,8 @@ class Collector:
             first_position=own.start,
         )
         fits = [len(prompt) <= limit for prompt in prompts[own]]
-        # a prompt that is too long is cut to one token, so that the others keep their positions
+        # a prompt that is too long is cut to one token, so that the other prompts keep their
+        # positions in the batch
         asked = [ids if ok else ids[-1:] for ids, ok in zip(prompts[own], fits, strict=True)]
         traffic.clear()
         with world.together(EngineError), sharding.current.whole(policy, policy.compute_dtype):
@@ -174,9 +175,9 @@ def rewards_of(
     completions: Sequence[Completion],
     graded: Sequence[Graded],
 ) -> list[float | None]:
-    """One reward per completion. The main process computes all of them, so that a reward can
-    compare samples. Raises: RewardError if the reward, which may be the user's own, fails or
-    returns anything but a finite number or None for each completion."""
+    """One reward per completion. The main process computes all rewards, so that a reward function
+    can compare samples. Raises: RewardError if the reward function fails, or if it does not return
+    a finite number or None for each completion."""
     columns, kind = (problems, completions, graded), getattr(reward, "kind", type(reward).__name__)
     try:
         rewards = world.from_main(partial(reward, *columns))
@@ -211,9 +212,8 @@ def collector_of(recipe: Recipe, policy: Policy) -> Collector:
 def of_all_processes(
     completions: Sequence[Completion], graded: Sequence[Graded]
 ) -> tuple[list[Completion], list[Graded]]:
-    """The graded completions of all processes, in the order of their ranks. Tokens and their
-    log-probabilities, values and entropies are exchanged as tensors, and the rest as JSON in one
-    tensor."""
+    """The graded completions of all processes, in rank order. Tokens and their log-probabilities,
+    values and entropies are exchanged as tensors, and the rest as JSON in one tensor."""
     if world.world_size() == 1:
         return list(completions), list(graded)
     ids = torch.tensor([token for c in completions for token in c.token_ids], dtype=torch.long)
@@ -252,8 +252,8 @@ def of_all_processes(
 def _require_whole(
     completions: Sequence[Completion] | None, problems: Sequence[Problem], engine: str
 ) -> None:
-    """Check the engine's completions. Raises: EngineError if one is missing or empty, or lacks
-    log-probabilities."""
+    """Check the engine's completions. Raises: EngineError if a completion is missing or empty, or
+    lacks log-probabilities."""
     found = 0 if completions is None else len(completions)
     if completions is None or found != len(problems):
         raise EngineError(

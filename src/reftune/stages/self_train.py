@@ -34,7 +34,7 @@ continues from the last write."""
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Samples:
-    """The graded solutions of one problem, in the order drawn."""
+    """The graded solutions to one problem, in the order in which they were drawn."""
 
     problem: Problem
     texts: tuple[str, ...]
@@ -50,7 +50,7 @@ class Samples:
 
 
 class Sampled(Stage, ABC):
-    """A stage that samples solutions to the training questions before its first step."""
+    """A stage that samples solutions to the training problems before its first step."""
 
     sampler: str = "warmup"
     """Model that draws the samples: `base` or an earlier method."""
@@ -58,7 +58,7 @@ class Sampled(Stage, ABC):
     """Samples per training problem."""
     temperature: float = Field(1.0, gt=0)
     top_k: int = Field(0, ge=0)
-    """Sample only from the `top_k` most likely tokens. 0 means from all tokens."""
+    """Sample only from the `top_k` most likely tokens. With 0, sample from all tokens."""
 
     reads_questions: ClassVar[bool] = True
 
@@ -69,11 +69,12 @@ class Sampled(Stage, ABC):
     def draw(
         self, context: StageContext, problems: Sequence[Problem], path: Path, *, num: int
     ) -> list[Samples]:
-        """Draw `num` samples of every problem, write them to `path`, one line per problem, and
-        return them. After an interruption, sampling continues as `SAMPLES_AT_ONCE` describes.
+        """Draw `num` solutions to every problem and return them. The solutions are also written to
+        `path`, one line per problem. After an interruption, sampling continues as `SAMPLES_AT_ONCE`
+        describes.
 
-        For given settings, a problem's samples are a function of the sampler's weights, the seed
-        and the problem's position.
+        For given settings, a problem's samples depend only on the sampler's weights, the seed and
+        the problem's position in `problems`.
         """
         rows = from_main(JsonLines(path).rows)
         if len(rows) < len(problems):
@@ -123,8 +124,8 @@ def _samples(problem: Problem, row: Mapping[str, Any]) -> Samples:
 
 
 def describe(drawn: Sequence[Samples]) -> str:
-    """A summary, such as `62% of 8,000 samples are correct; 31 of 1,000 problems have no
-    correct sample`."""
+    """A summary of the samples, such as `62% of 8,000 samples are correct; 31 of 1,000 problems
+    have no correct sample`."""
     correct = sum(len(samples.correct) for samples in drawn)
     total = sum(len(samples.texts) for samples in drawn)
     unsolved = sum(not samples.correct for samples in drawn)
@@ -140,8 +141,8 @@ class SelfTrain(Sampled):
     keep: int = Field(10, gt=0)
     """Maximum number of distinct correct samples kept per problem."""
     gold: Literal["once", "paper"] = "once"
-    """`paper` uses a gold solution twice unless a sample equals it, as in the files of ReFT's
-    authors."""
+    """With `paper`, a gold solution is used twice unless a sample equals it, as in the data files
+    of ReFT's authors."""
     sft: Schedule
     """The keys of an `sft` stage, except `kind`, `init`, `snapshots` and `until`."""
 
@@ -150,7 +151,7 @@ class SelfTrain(Sampled):
         return f"{schedule_line(self.sft, self.init)}, on {sampled}"
 
     def cost(self, *, num_train: int, num_dev: int) -> Cost:
-        """An upper bound on the cost, because samples that repeat are used only once."""
+        """An upper bound on the cost, because repeated samples are used only once."""
         return self.sft.cost_of_rows(
             (1 + self.keep) * num_train, sampled_before=self.samples * num_train
         )
@@ -169,7 +170,7 @@ class SelfTrain(Sampled):
         train_in_epochs(self.sft, context, Imitation(context.policy, examples), start=start)
 
     def examples(self, drawn: Sequence[Samples], context: StageContext) -> list[Example]:
-        """The rows to train on. Raises: DataError if there are none."""
+        """The rows to train on. Raises: DataError if there are no such rows."""
         collector, policy = context.collector, context.policy
         encoder = collector.encoder
         join = join_once if self.gold == "once" else join_as_paper
@@ -191,8 +192,8 @@ class SelfTrain(Sampled):
 
 
 def distinct(texts: Sequence[str]) -> list[str]:
-    """The solutions without repeats: of those that differ only in outer white space or in how the
-    last line writes the answer, such as 1/2 or 0.5, only the first is kept."""
+    """The solutions without repeats. If solutions differ only in leading or trailing white space or
+    in how the last line writes the answer (as 1/2 or 0.5, for example), the first is kept."""
     first: dict[str, str] = {}
     for text in texts:
         first.setdefault(_less_answer(text).strip(), text)
@@ -207,8 +208,8 @@ def _less_answer(text: str) -> str:
 
 
 def join_once(correct: Sequence[str], gold: str | None, keep: int) -> list[str]:
-    """The first `keep` distinct correct solutions, then the gold solution unless it is among
-    them."""
+    """The first `keep` distinct correct solutions, then the gold solution, unless it is already
+    among them."""
     kept = distinct(correct)[:keep]
     return distinct([*kept, *_listed(gold)])
 
@@ -227,5 +228,5 @@ def _listed(gold: str | None) -> list[str]:
 
 
 def gold_text(problem: Problem, encoder: Encoder) -> str | None:
-    """The gold continuation of a problem's prompt; None if there is none."""
+    """The gold continuation of a problem's prompt; None if the problem has no rationale."""
     return None if problem.rationale is None else encoder.format.target(problem)

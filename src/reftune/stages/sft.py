@@ -47,8 +47,8 @@ class Schedule(TrainingTable):
 class Sft(Schedule, Stage):
     kind: Literal["sft"] = "sft"
     snapshots: dict[str, float] = Field(default_factory=dict)
-    """Models to save on the way, as `{NAME: EPOCHS}`: after so many epochs, or when the stage ends
-    if that is earlier, the weights are saved as the method `NAME`."""
+    """Additional methods to save. `{NAME: EPOCHS}` saves the weights after EPOCHS epochs as the
+    method NAME. If the stage ends earlier, it saves its last weights."""
 
     until: Literal["plateau"] | None = None
     """`plateau` ends the stage early if dev accuracy [levels off](handover.md). This needs
@@ -108,7 +108,8 @@ def schedule_line(schedule: Schedule, init: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A prompt and the continuation to learn, including its end token, as token ids."""
+    """The token ids of a prompt and of the continuation to learn. The continuation includes its end
+    token."""
 
     prompt: list[int]
     target: list[int]
@@ -117,9 +118,10 @@ class Example:
 def gold_examples(
     problems: Sequence[Problem], collector: Collector, policy: Policy
 ) -> list[Example]:
-    """One example for each gold rationale of the problems, except those that are too long.
+    """One example for each problem that has a gold rationale. Examples that are too long are left
+    out.
 
-    Raises: DataError if none is left.
+    Raises: DataError if no example is left.
     """
     encoder = collector.encoder
     examples = [
@@ -130,8 +132,8 @@ def gold_examples(
     kept = [e for e in examples if collector.fits(e.prompt, e.target, policy)]
     if not kept:
         raise DataError(
-            f"no training row is left of {len(problems)}: {len(examples)} have a rationale, and"
-            f" none of them fits in {collector.limits(policy)}"
+            f"no training row can be used: {len(examples)} of {len(problems)} have a rationale, and"
+            f" none of these fits in {collector.limits(policy)}"
         )
     return kept
 
@@ -144,8 +146,8 @@ class Task(Protocol):
 
     @property
     def look(self) -> Callable[[], Look] | None:
-        """The dev evaluation of a model that is not a policy. None for a policy: its greedy answers
-        are evaluated instead."""
+        """A function that evaluates the model on dev. None if the model is a policy, because `Loop`
+        can evaluate a policy itself."""
 
     def __len__(self) -> int:
         """Number of examples."""
@@ -193,8 +195,8 @@ def train_in_epochs(
     start: Progression | None = None,
     until_plateau: bool = False,
 ) -> None:
-    """Train on batches of shuffled examples for `schedule.epochs` epochs. `start` includes the cost
-    of creating the examples."""
+    """Train on batches of shuffled examples for `schedule.epochs` epochs. `start` is the stage's
+    state before step 1, including the cost of creating the examples."""
     steps_per_epoch = math.ceil(len(task) / schedule.batch_size)
 
     def steps(epochs: float) -> int:

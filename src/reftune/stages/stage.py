@@ -27,7 +27,7 @@ class StageContext:
     stage: Stage
     recipe: Recipe
     policy: Policy
-    """The model to train in place, loaded from the stage's `init`."""
+    """The model that was loaded from the stage's `init`. The stage trains it in place."""
     splits: Splits
     collector: Collector
     folder: StageFolder
@@ -51,7 +51,7 @@ class Progress:
         """A step is done; its metrics are named `group/name`."""
 
     def rollouts(self, step: int, rollouts: Sequence[Rollout]) -> None:
-        """A step has sampled these solutions. There is at least one."""
+        """A step has sampled these solutions. `rollouts` is not empty."""
 
     def note(self, message: str) -> None:
         """A message for the user, which stays on the screen."""
@@ -62,7 +62,7 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pace:
-    """Seconds per sequence if all devices work in parallel."""
+    """Average seconds per sequence, if all devices work in parallel."""
 
     generate: float
     """Time to sample the response."""
@@ -74,16 +74,17 @@ class Pace:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cost:
-    """The counts that determine a stage's memory (`estimate.Estimate`) and time (`seconds`)."""
+    """The numbers from which a stage's memory (`estimate.Estimate`) and time (`seconds`) are
+    estimated."""
 
     steps: float
     batch: int
     """Sequences in a step."""
     updates: int = 1
-    """Passes over the batch with gradients."""
+    """Forward and backward passes over the batch in a step."""
     scored: int = 0
-    """Maximum number of passes over the batch without gradients. If the engine scores its own
-    samples, fewer are needed."""
+    """Maximum number of forward passes without gradients over the batch in a step. If the engine
+    scores its own samples, fewer passes are needed."""
     sampled: int = 0
     """Solutions sampled in a step."""
     sampled_before: int = 0
@@ -95,12 +96,12 @@ class Cost:
     reference: bool = False
     """Whether the initial policy is kept as a reference."""
     value_model: bool = False
-    """Whether a second transformer is trained for the values."""
+    """Whether a second transformer is trained to predict the values."""
     state_bits: Literal[32, 8] = 32
     """Bits per element of the optimizer's moments."""
 
     def phases(self, pace: Pace) -> dict[str, float]:
-        """Phase of a step → its time in seconds."""
+        """The time of each phase of a step, in seconds."""
         return {
             "generate": self.sampled * pace.generate,
             "score": self.batch * self.scored * pace.score,
@@ -115,19 +116,19 @@ class Cost:
 
 class Stage(Component, ABC):
     """The base class of every stage. `check`, `plan` and runs use only this interface, so they
-    treat your own stage like the built-in ones."""
+    treat your own stage like a built-in stage."""
 
     init: str = "base"
-    """Start from the recipe's `model` (`base`), an earlier method, a folder of LoRA adapters, or
-    another run's stage folder (`runs/NAME/stages/NAME`)."""
+    """Model to start from: `base` (the recipe's `model`), an earlier method, a folder of LoRA
+    adapters, or another run's stage folder (`runs/RUN/stages/STAGE`)."""
 
     is_method: ClassVar[bool] = True
-    """Whether the stage's model answers problems. If not, it is neither evaluated nor read by later
-    stages."""
+    """Whether the stage's model solves problems. If not, the model is neither evaluated as a method
+    nor used by later stages."""
     reads_rationales: ClassVar[bool] = False
     """Whether the stage needs gold rationales."""
     reads_questions: ClassVar[bool] = False
-    """Whether the stage samples solutions to the training questions."""
+    """Whether the stage samples solutions to the training problems."""
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -144,7 +145,8 @@ class Stage(Component, ABC):
         return f"from {self.init}"
 
     def cost(self, *, num_train: int, num_dev: int) -> Cost | None:
-        """The stage's cost for these numbers of problems; None if it cannot be predicted."""
+        """The stage's cost with these numbers of training and dev problems; None if the cost cannot
+        be predicted."""
         return None
 
     @abstractmethod

@@ -1,9 +1,10 @@
-"""Checkpoints: all that changes during a stage and affects its later steps, written atomically as
-safetensors and JSON.
+"""Saves and loads checkpoints. A checkpoint contains everything that changes during a stage and
+affects the stage's later steps.
 
-A checkpoint is a folder, such as `step-000120`, that a single rename puts in place. Loading it
-cannot run code. Its tensors are whole, even if the processes held parts of them, so any number of
-processes can continue from it.
+A checkpoint is a folder, such as `step-000120`, of safetensors and JSON files. Loading these files
+cannot run code. The folder gets this name only once it is complete. The tensors are whole, even if
+each process held only a part of every tensor, so any number of processes can continue from a
+checkpoint.
 """
 
 from __future__ import annotations
@@ -52,9 +53,9 @@ def save_checkpoint(
     state: Mapping[str, Any],
     keep: int = 2,
 ) -> Path:
-    """Write the checkpoint of `step` completely or not at all, and delete all others except the
-    latest `keep` - 1 of earlier steps. Returns the path `folder/step-…`. Raises: CheckpointError
-    for a disk error; older checkpoints then remain."""
+    """Write the checkpoint of `step`, completely or not at all. Then delete all other checkpoints
+    except the latest `keep` - 1 of earlier steps. Return the path `folder/step-…`. Raises:
+    CheckpointError for a disk error; older checkpoints then remain."""
     from safetensors.torch import save_file
 
     final, partial = folder / f"step-{step:06d}", folder / f".partial-step-{step:06d}"
@@ -79,7 +80,7 @@ def save_checkpoint(
     except CheckpointError:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    # any checkpoints of later steps were skipped as damaged
+    # any checkpoints of later steps are damaged, because `load_latest` skipped them
     newest = [path for number, path in _found(folder) if number <= step][-keep:]
     for _, path in _found(folder):
         if path not in newest:
@@ -88,9 +89,8 @@ def save_checkpoint(
 
 
 def load_latest(folder: Path, note: Any = None) -> Checkpoint | None:
-    """Of the checkpoints in `folder` whose checksums match, the one of the latest step; None if
-    there is none. Damaged checkpoints are skipped, and reported through `note(message)` if `note`
-    is given."""
+    """The latest checkpoint in `folder` whose checksums match; None if there is none. Damaged
+    checkpoints are skipped and, if `note` is given, reported through `note(message)`."""
     for step, path in reversed(_found(folder)):
         try:
             return _read(path, step)
@@ -101,8 +101,9 @@ def load_latest(folder: Path, note: Any = None) -> Checkpoint | None:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The optimizer's state, keyed by `optimizer.INDEX.KEY`: the parameter's index, and a name such
-    as `exp_avg`. Learning rates are left out, because they depend only on the step."""
+    """The optimizer's state, keyed by `optimizer.INDEX.KEY`. INDEX is the parameter's index, and
+    KEY is the name of one of the parameter's state tensors, such as `exp_avg`. Learning rates are
+    left out, because they depend only on the step."""
     import torch
 
     states = optimizer.state_dict()["state"]
@@ -116,9 +117,10 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
 
 
 def _flat(state: Mapping[str, Any]) -> dict[str, Any]:
-    """One parameter's state with the tensors of nested dicts moved to the top level. bitsandbytes
-    nests its quantized state, which contains tables that all parameters share. safetensors rejects
-    shared tensors, so the tables are copied. bitsandbytes can load the flat state too."""
+    """One parameter's optimizer state, with the tensors of nested dicts moved to the top level.
+    bitsandbytes stores its quantized state in a nested dict, but can load the flat form too. The
+    quantized state contains tables that all parameters share. safetensors rejects shared tensors,
+    so the tables are copied."""
     nested = [value for value in state.values() if isinstance(value, Mapping)]
     plain = {key: value for key, value in state.items() if not isinstance(value, Mapping)}
     tensors = {key: value for part in nested for key, value in part.items()}
@@ -128,7 +130,7 @@ def _flat(state: Mapping[str, Any]) -> dict[str, Any]:
 def load_optimizer_tensors(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]
 ) -> None:
-    """Restore the state that `optimizer_tensors` returned. `tensors` are whole, even if the
+    """Restore the state that `optimizer_tensors` returned. The tensors are whole, even if the
     parameters are sharded."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, torch.Tensor | int]] = {}
@@ -143,7 +145,7 @@ def load_optimizer_tensors(
 
 def _stored(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor | int:
     """A stored value in the form that the optimizer expects. A scalar becomes an int unless it was
-    stored as a float. A tensor that is not a scalar is cut to this process's part."""
+    stored as a float. Any other tensor is cut to this process's part."""
     if value.dim() > 0:
         return part_of(value, parameter)
     return value if value.is_floating_point() else int(value)

@@ -1,6 +1,6 @@
-"""Files that survive if the process is killed: text files and folders that are complete before a
-rename puts them in place, and JSON Lines files that can be cut back to the length that they had at
-a checkpoint. If there are several processes, only the main one writes."""
+"""Writes files that survive if the process is killed. Text files and folders are complete before a
+rename puts them in place. JSON Lines files can be cut back to the length that they had at a
+checkpoint. If there are several processes, only the main process writes."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace the content of `path` with `text`, by a single rename. Raises: CheckpointError for a
-    disk error."""
+    """Write `text` to a temporary file, then rename this file to `path`. Raises: CheckpointError
+    for a disk error."""
     if not is_main():
         return
     partial = path.with_name(f".{path.name}.partial")
@@ -44,11 +44,12 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Call `fill(partial)` to write a temporary folder `partial`, which then takes the place of
-    `folder`. `fill` is called in every process, because weights may have to be gathered, but it
-    must write only in the main process. If the process is killed between the two renames, the old
-    folder has another name until `restore_folder` is called. Raises: CheckpointError for a disk
-    error."""
+    """Replace `folder` with a new folder, which `fill(partial)` writes at the temporary path
+    `partial`. `fill` is called in every process, because it may have to gather weights from all
+    processes, but it must write only in the main process. Then the old folder is given a temporary
+    name, and the new folder is renamed to `folder`. If the process is killed between these two
+    steps, the old folder keeps the temporary name until `restore_folder` is called. Raises:
+    CheckpointError for a disk error."""
     partial, old = folder.with_name(f".{folder.name}.partial"), _old(folder)
     if not is_main():
         fill(partial)
@@ -70,8 +71,9 @@ def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
 
 
 def restore_folder(folder: Path) -> None:
-    """Undo what a `replace_folder` that was killed has left: put the old folder back if there is no
-    `folder`, and delete it if there is. Raises: CheckpointError for a disk error."""
+    """Clean up if a kill has interrupted `replace_folder`. If `folder` is missing, put the old
+    folder back. If `folder` exists, delete the old folder. Raises: CheckpointError for a disk
+    error."""
     old = _old(folder)
     if not (is_main() and old.exists()):
         return
@@ -87,9 +89,9 @@ def _old(folder: Path) -> Path:
 
 
 def link_files(source: Path, target: Path, *, but: str = "") -> None:
-    """Add all files under `source`, except any named `but`, to the same places under `target`,
-    replacing files there. They are hard links if the file system supports them, otherwise copies.
-    Raises: CheckpointError for a disk error."""
+    """For every file under `source`, create a hard link at the same relative path under `target`,
+    replacing any file that is already there. Files named `but` are skipped. If the file system does
+    not support hard links, the files are copied. Raises: CheckpointError for a disk error."""
     if not is_main():
         return
     with writing(target):
@@ -154,8 +156,8 @@ class JsonLines:
                 file.truncate(size)
 
     def truncate_from(self, first: Callable[[Mapping[str, Any]], bool]) -> None:
-        """Cut the file before the first line that `first` accepts. An incomplete last line is
-        dropped too."""
+        """Cut the file before the first line whose object `first` accepts. An incomplete last line
+        is dropped too."""
         rows = self.rows()
         self.keep(next((i for i, row in enumerate(rows) if first(row)), len(rows)))
 
@@ -188,11 +190,12 @@ def in_parts(
     at_once: int,
 ) -> list[dict[str, Any]]:
     """Write one line per problem to `path`, in parts of `at_once` problems, and return the objects
-    on all lines. `answer(start, part)` returns one object per problem of `part`, in order; `start`
-    is the index of the first. Parts that are already complete in the file are kept."""
+    on all lines. `answer(start, part)` returns one object per problem of `part`, in order. `start`
+    is the index of the part's first problem. Parts that are already complete in the file are
+    kept."""
     results = JsonLines(path)
     done = len(from_main(results.rows))
-    if done < len(problems):  # keep only whole parts, because samples are drawn for whole parts
+    if done < len(problems):  # redo an incomplete part, because samples are drawn part by part
         done -= done % at_once
     results.keep(done)
     for start in range(done, len(problems), at_once):

@@ -1,6 +1,7 @@
-"""The names and places of a run's files, except those inside a model's or a checkpoint's folder,
-which the modules that write them define. Also how a run claims and locks its folder. It rejects a
-folder with the recipe of a different run, or with files but no recipe."""
+"""Defines the names and places of a run's files, and how a run claims and locks its folder. The
+names of the files of a model or a checkpoint are defined in the modules that write these files. A
+run rejects a folder if the folder contains the recipe of a different run, or contains files but no
+recipe."""
 
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """The folder `runs/NAME`; docs/design.md describes the files that people and scripts read."""
+    """The folder `runs/NAME`. docs/design.md describes the files that people and scripts read."""
 
     path: Path
 
@@ -79,15 +80,16 @@ class RunFolder:
         return sorted(path.parent.name for path in self.path.glob("stages/*/stage.json"))
 
     def newest_checkpoint(self) -> Path | None:
-        """Path of the checkpoint written last, among those of all stages; None if there is none."""
+        """Path of the checkpoint that was written last in any stage; None if there is none."""
         found = self.path.glob("stages/*/checkpoints/step-*")
         return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
 @dataclass(frozen=True, slots=True)
 class StageFolder:
-    """The folder `stages/NAME`: a model in Hugging Face format, and the files below. The model is
-    the one that the stage chose on dev or, for a snapshot, the one at the snapshot's step."""
+    """The folder `stages/NAME`. It contains a model in Hugging Face format, and the files below. A
+    stage's folder contains the model that the stage chose on dev. A snapshot's folder contains the
+    model at the snapshot's step."""
 
     path: Path
 
@@ -115,8 +117,8 @@ class StageFolder:
 
     @property
     def drawn(self) -> Path:
-        """Solutions sampled for the training problems, for self-training or for training a reward
-        model."""
+        """Solutions sampled for the training problems. Self-training or a reward model trains on
+        them."""
         return self.path / "sampled.jsonl"
 
     @property
@@ -145,7 +147,7 @@ BEFORE_CLAIM = frozenset(
     + [path.name for path in (FIRST.environment, FIRST.data)]
     + [f".{path.name}.partial" for path in (FIRST.environment, FIRST.data, FIRST.recipe)]
 )
-"""Names of files that may remain from a run killed before it wrote `recipe.yaml`."""
+"""Names of files that may remain from a run that was killed before it wrote `recipe.yaml`."""
 ENVIRONMENT = ("reftune", "torch", "transformers", "accelerate", "peft", "pydantic-monty", "numpy")
 CHANGES_NO_RESULT = ("run_dir", "trackers", "tracker_rollouts", "evaluate.stages")
 """Keys that change none of the files already in a run's folder except its summary and report."""
@@ -193,8 +195,9 @@ def readable_errors(folder: RunFolder) -> Iterator[None]:
 
 
 def data_facts(splits: Splits) -> dict[str, Any]:
-    """The content of `data.json`: the numbers of dropped rows and of problems in each split (for
-    train, with and without a rationale), and a hash of each split."""
+    """The content of `data.json`: the number of problems in each split, the number of rows dropped
+    for each reason, and a hash of each split. Training problems with and without a rationale are
+    counted separately."""
     with_rationale = sum(problem.rationale is not None for problem in splits.train)
     sizes = {"train": with_rationale, "dev": len(splits.dev), "test": len(splits.test)}
     return {
@@ -206,7 +209,7 @@ def data_facts(splits: Splits) -> dict[str, Any]:
 
 
 def split_hashes(splits: Splits) -> dict[str, str]:
-    """Split → a hash of its problems, without the columns that only a reward function reads."""
+    """A hash of each split's problems. Columns that only a reward function reads are not hashed."""
     return {
         split: hashlib.sha256(json.dumps([*map(_hashed, problems)]).encode()).hexdigest()
         for split, problems in (("train", splits.train), ("dev", splits.dev), ("test", splits.test))
@@ -220,7 +223,7 @@ def _hashed(problem: Problem) -> list[Any]:
 
 
 def refuse_changed_data(folder: RunFolder, splits: Splits) -> None:
-    """Check that the problems are those with which the run began. Raises: DataError if not;
+    """Check that the problems have not changed since the run began. Raises: DataError if they have;
     CheckpointError if the run's `data.json` cannot be read."""
     if not folder.data.is_file():
         return
@@ -237,8 +240,9 @@ def refuse_changed_data(folder: RunFolder, splits: Splits) -> None:
 
 
 def refuse_foreign(folder: RunFolder, recipe: Recipe) -> bool:
-    """Whether no run has claimed the folder yet. Raises: the errors of `lengthened_stages`;
-    CheckpointError if the folder has no recipe, but files that are not in `BEFORE_CLAIM`."""
+    """Return True if no run has claimed the folder yet, and False if this run has. Raises: the
+    errors of `lengthened_stages`; CheckpointError if the folder has no recipe but contains files
+    that are not in `BEFORE_CLAIM`."""
     if folder.recipe.is_file():
         lengthened_stages(folder, recipe)
         return False
@@ -299,7 +303,8 @@ def _require_open(folder: RunFolder, recipe: Recipe, name: str) -> None:
 
 
 def _reopen(folder: RunFolder, name: str) -> None:
-    """Make a stage continue from its last checkpoint, and have it evaluated again."""
+    """Delete a stage's results, so that the stage continues from its last checkpoint and is
+    evaluated again."""
     for path in (folder.evaluation(name), folder.choices(name), folder.stage(name).info):
         path.unlink(missing_ok=True)
 
@@ -315,8 +320,8 @@ def _read_own_recipe(path: Path) -> dict[str, Any]:
 
 
 def _as_of_now(old: dict[str, Any]) -> dict[str, Any]:
-    """A stored recipe, with the defaults of keys that reftune has added since it was stored;
-    unchanged if the recipe is no longer valid."""
+    """A stored recipe, completed with the defaults of keys that did not exist when it was stored.
+    If the recipe is no longer valid, it is returned unchanged."""
     try:
         return dict(yaml.safe_load(dump_recipe(parse_recipe(old))))
     except RecipeError:
@@ -339,7 +344,7 @@ def first_difference(old: Any, new: Any, where: str = "") -> str | None:
 
 
 def environment() -> dict[str, Any]:
-    """The versions, machine and command that are recorded for this run."""
+    """The versions, the machine and the command that are recorded in `env.json`."""
     import torch
 
     return {

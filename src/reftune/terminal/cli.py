@@ -2,8 +2,8 @@
 result.
 
 Results go to stdout, everything else to stderr. The exit status is 0 after success, 130 after an
-interruption, 2 after bad input, a failed check or a full disk (with one line on stderr), and 1
-after other errors.
+interruption, 2 after bad input, a failed check or a full disk, and 1 after other errors. A command
+that exits with 2 prints the reason as one line on stderr.
 Heavy modules are imported inside the command that needs them, so that `--help` answers at once.
 """
 
@@ -69,7 +69,7 @@ RunFolderPath = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
-Method = Annotated[str, typer.Option(help="The method whose model to use.")]
+Method = Annotated[str, typer.Option(help="The stage or snapshot whose model is used.")]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         say(f"{error.filename or 'output'}: {error.strerror}")
-        # the interpreter would write what is still in stdout's buffer again at exit
+        # without this, the interpreter would try to write stdout's buffer again when it exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(BAD_INPUT)
     except ReftuneError as error:
@@ -188,7 +188,7 @@ def _show_summary(recipe: Recipe, summary: dict[str, Any], *, as_json: bool) -> 
 @contextmanager
 def _watched(recipe: Recipe, *, quiet: bool) -> Iterator[Progress]:
     """A progress view that is closed at the end, even after an error. After an interruption, a
-    message names the checkpoint to continue from."""
+    message names the checkpoint from which the run can continue."""
     from reftune.stages.loop import Interrupted, stop_signals
     from reftune.storage.run_folder import RunFolder
     from reftune.terminal.live import make_progress
@@ -220,10 +220,11 @@ def init(
         str | None, typer.Option(help="A Hub id, a folder, smollm2-135m, or scratch (a new model).")
     ] = None,
     form: Annotated[
-        Literal["nl", "program"] | None, typer.Option("--format", help="How solutions are written.")
+        Literal["nl", "program"] | None,
+        typer.Option("--format", help="Whether solutions are text (nl) or programs."),
     ] = None,
     test: Annotated[
-        str | None, typer.Option(help="Test questions. Default: DATA's test split, if any.")
+        str | None, typer.Option(help="Test questions. Default: the test split of --data, if any.")
     ] = None,
     question: Annotated[
         str | None, typer.Option(metavar="COLUMN", help="The question's column, if not recognised.")
@@ -235,7 +236,8 @@ def init(
         str | None, typer.Option(metavar="COLUMN", help="The rationale's column.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="The new recipe's path. Default: DATA's name, with .yaml.")
+        Path | None,
+        typer.Option(help="The new recipe's path. Default: the name of --data, with .yaml."),
     ] = None,
 ) -> None:
     """Write a commented recipe for your own data, and print the recipe's path. The command asks
@@ -274,8 +276,8 @@ def init(
 
 
 def _ask(question: str, default: str | None, *, flag: str) -> str:
-    """The user's answer on the terminal; the default if the answer is empty. If there is no
-    terminal, the default, and a line that says so. Raises: RecipeError if there is neither a
+    """The answer that the user types or, if it is empty, the default. If there is no terminal, the
+    result is the default, and a line on stderr says so. Raises: RecipeError if there is neither a
     terminal nor a default."""
     if sys.stdin.isatty():
         return str(typer.prompt(question, default=default, err=True))
@@ -339,7 +341,7 @@ def plan(
     stage: Annotated[
         str | None,
         typer.Option(
-            help="Plan only this stage. Default: all, with the most demanding one's memory."
+            help="Plan only this stage. Default: all stages, and the largest memory among them."
         ),
     ] = None,
     as_json: AsJson = False,
@@ -397,7 +399,7 @@ def sample(
     temperature: Annotated[float, typer.Option(min=0, help="0 means greedy.")] = 0.0,
     as_json: AsJson = False,
 ) -> None:
-    """Print a trained model's solutions, with verdicts."""
+    """Print a trained model's solutions, each with the grader's verdict."""
     from reftune.runs.sample import sample_method, solution_text
 
     rows = sample_method(
@@ -414,12 +416,13 @@ def evaluate(
     recipe: RecipeName,
     overrides: Overrides = None,
     method: Annotated[
-        list[str] | None, typer.Option(help="Evaluate only this method; may be repeated.")
+        list[str] | None,
+        typer.Option(help="Evaluate only the model of this stage or snapshot; may be repeated."),
     ] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Evaluate trained methods of a run."""
+    """Evaluate trained models of a run."""
     from reftune.runs.run import evaluate_methods
 
     loaded = _load(recipe, overrides)
@@ -547,7 +550,8 @@ def export(
 
 
 def _load(name: str, overrides: Sequence[str] | None) -> Recipe:
-    """The recipe that `find_recipe` finds or, if `name` is a run folder, the recipe of that run."""
+    """The recipe of the run folder `name`. If `name` is not a run folder, the recipe that
+    `find_recipe` finds. In both cases, `overrides` are applied."""
     from reftune.recipe import load_recipe
     from reftune.storage.run_folder import RunFolder
 
@@ -558,8 +562,9 @@ def _load(name: str, overrides: Sequence[str] | None) -> Recipe:
 
 
 def find_recipe(name: str) -> Path:
-    """The file `name` or, if there is none, the recipe of that name that comes with reftune. That
-    name may begin with `recipes/` and omit `.yaml`. Raises: RecipeError if there is neither."""
+    """The path of the file `name` or, if there is no such file, of the recipe `name` that comes
+    with reftune. The name of a recipe that comes with reftune may begin with `recipes/` and omit
+    `.yaml`. Raises: RecipeError if neither exists."""
     from reftune.recipe import shipped_recipes
 
     path = Path(name)
@@ -570,7 +575,7 @@ def find_recipe(name: str) -> Path:
     for candidate in (shipped / inside, shipped / f"{inside}.yaml"):
         if candidate.is_file():
             return candidate
-    # accelerate's files configure a launcher
+    # the files in accelerate/ configure a launcher and are not recipes
     recipes = [file for file in shipped.glob("*/*.yaml") if file.parent.name != "accelerate"]
     near = difflib.get_close_matches(
         inside, [str(file.relative_to(shipped)) for file in recipes], cutoff=0

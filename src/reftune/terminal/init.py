@@ -1,4 +1,4 @@
-"""`reftune init` writes a commented recipe for a user's data, after testing it with the checks of
+"""`reftune init` writes a commented recipe for a user's data. Before that, it applies the checks of
 `reftune check` that need no model."""
 
 from __future__ import annotations
@@ -36,17 +36,19 @@ INSTRUCTIONS: Mapping[str, str] = {
 """Kind of format → the instruction that precedes each question for an instruct model."""
 TEMPLATE = Path(__file__).with_name("init.yaml.j2")
 SCRATCH = "scratch"
-"""Stands for a model made from scratch, with the data's vocabulary."""
+"""The name that stands for a model made from scratch, whose vocabulary comes from the data."""
 DEFAULT_MAX_NEW = 256
-"""Token limit of a solution if there is no rationale to measure and the context allows it."""
+"""Token limit of a solution if the data has no rationales to measure and the model's context is
+long enough."""
 LEAST_MAX_NEW = 16
 LONGEST_SCRATCH_PROMPT = 1024
-"""Maximum length of a from-scratch model's prompts, and of its solutions, in tokens. It is raised
-if a larger share than `MAX_TOO_LONG` would exceed it."""
+"""For a model made from scratch, the maximum number of tokens in a prompt, and also in a solution.
+If a share of more than `MAX_TOO_LONG` of the prompts would exceed the maximum, the maximum for
+prompts is raised. The same holds for solutions."""
 MAX_TOO_LONG = 0.1
-"""Largest share of prompts, and of solutions, that may be too long."""
+"""Largest share of prompts that may be too long. The same limit applies to solutions."""
 SMALL_HIDDEN_SIZE = 256
-"""Hidden size up to which a second thread does not help."""
+"""The largest hidden size for which a second thread brings no gain in speed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,8 +70,7 @@ def write_recipe(wishes: Wishes, out: Path) -> Splits:
     """Read the data and the tokenizer, and write the recipe to `out`. Returns: the data as the
     recipe reads it.
 
-    Raises: RecipeError if `out` exists; DataError or ModelError if the recipe could not
-    run.
+    Raises: RecipeError if `out` exists; DataError or ModelError if a run of the recipe would fail.
     """
     if out.exists():
         raise RecipeError(f"{out}: exists already; choose another --out")
@@ -98,8 +99,9 @@ def default_out(data: str) -> Path:
 
 
 def guess_shape(data: str, named: Mapping[str, str] | None = None) -> Shape:
-    """The shape of the training rows of `data`; `named` maps fields to the columns that the user
-    named. Raises: DataError if the data is unreadable, or has no column for question or answer."""
+    """The shape of the training rows of `data`, which says how columns map to fields. `named` maps
+    fields to the columns that the user named. Raises: DataError if the data is unreadable, or has
+    no column for the question or the answer."""
     return recognise(read_rows(data, "train"), named or {})
 
 
@@ -168,7 +170,7 @@ class _Lengths:
 
     max_new: int
     context: int
-    """Context of a from-scratch model."""
+    """Context length, used only for a model made from scratch."""
     drops: bool
     """Whether some prompts are too long and are dropped."""
 
@@ -176,8 +178,8 @@ class _Lengths:
 def _lengths(
     splits: Splits, encoder: Encoder, context: int | None, *, is_scratch: bool
 ) -> _Lengths:
-    """Limits within which nearly all prompts and solutions stay. A prompt and a solution together
-    fit in `context` tokens.
+    """Limits that nearly all prompts and solutions meet. A prompt and a solution together fit in
+    `context` tokens.
 
     Raises: ModelError if too many prompts are too long.
     """
@@ -207,7 +209,7 @@ def _lengths(
 
 
 def _most(sizes: Sequence[int]) -> int:
-    """The largest of the sorted `sizes`, leaving out the share that may be too long."""
+    """The largest of the sorted `sizes` once the top share of `MAX_TOO_LONG` is left out."""
     return sizes[int((len(sizes) - 1) * (1 - MAX_TOO_LONG))]
 
 
@@ -219,8 +221,8 @@ def _tokenizer(model: str, texts: Sequence[str]) -> PreTrainedTokenizerBase:
     if model == SCRATCH:
         if not texts:
             raise DataError(
-                "a model made from scratch learns from rationales, but the data has none; set"
-                " --model"
+                "a model made from scratch learns from rationales, but the data has none; choose"
+                " another --model"
             )
         return word_tokenizer(texts)
     tokenizer: PreTrainedTokenizerBase = _pretrained("AutoTokenizer", model, "tokenizer")

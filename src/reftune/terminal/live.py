@@ -26,8 +26,8 @@ SHOWN = (
     ("response/length", "length", ".0f"),
     ("response/truncated", "truncated", ".0%"),
 )
-"""Metric, label and number format, in the order shown. Metrics that a stage does not log are left
-out."""
+"""Metric, label and number format, in the order in which the numbers are shown. Metrics that a
+stage does not log are left out."""
 
 TOKEN_COUNTS = ("compute/train_tokens", "compute/sampled_tokens")
 MAX_SAMPLE_LINES = 14
@@ -35,8 +35,8 @@ MAX_SAMPLE_CHARACTERS = 1200
 
 
 def make_progress(*, quiet: bool = False, time_s: Callable[[], float] = time.monotonic) -> Progress:
-    """The live view on a terminal that supports it, plain lines elsewhere, and a view that shows
-    nothing if `quiet`."""
+    """If `quiet` is True, a view that shows nothing. If not, a live view if stderr is a terminal
+    that supports it, and a view that prints plain lines in all other cases."""
     if quiet:
         return Progress()
     from rich.console import Console
@@ -59,13 +59,13 @@ class StageView:
     numbers: dict[str, float] = field(default_factory=dict)
     """The latest value of every metric."""
     phase_seconds: dict[str, float] = field(default_factory=dict)
-    """Seconds by phase of a step (`generate`, `update`, …), summed from the second recorded step
-    on."""
+    """Phase of a step (`generate`, `update`, …) → total seconds that the phase took in all recorded
+    steps except the first."""
     num_tokens: float = 0.0
-    """Number of tokens trained on and sampled during `phase_seconds`."""
+    """Number of tokens trained on and sampled in the steps that `phase_seconds` covers."""
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record the metrics of a step. An evaluation at the same step adds to them."""
+        """Record the metrics of a step. An evaluation at the same step adds its own metrics."""
         grown = [
             metrics[name] - self.numbers[name]
             for name in TOKEN_COUNTS
@@ -78,7 +78,7 @@ class StageView:
                 if name.startswith("time/"):
                     phase = name.removeprefix("time/").removesuffix("_s")
                     sums[phase] = sums.get(phase, 0.0) + metrics[name]
-            self.phase_seconds = sums  # a new object: another thread may read the old
+            self.phase_seconds = sums  # a new object, because another thread may read the old one
         self.step = step
         self.numbers.update(metrics)
 
@@ -112,7 +112,7 @@ class StageView:
 
 
 class LineProgress(Progress):
-    """Prints a plain line every few seconds, and one at the end of each stage."""
+    """Prints a plain line every few seconds, and a last line at the end of each stage."""
 
     def __init__(
         self,
@@ -198,7 +198,7 @@ class RichProgress(Progress):
         from rich.table import Table
         from rich.text import Text
 
-        view, last_sample = self._view, self._sample  # another thread may end the stage
+        view, last_sample = self._view, self._sample  # read once: another thread may end the stage
         if view is None:
             return Text("")
         head = Table.grid(padding=(0, 2))
@@ -218,8 +218,8 @@ class RichProgress(Progress):
 
 
 def sample_panel(rollout: Rollout) -> RenderableType:
-    """A solution with its question, verdict and reason, cut to a screenful. Markup in it is shown
-    as text."""
+    """A solution with its question, verdict and reason, shortened to fit on a screen. Any markup in
+    these texts is shown as text."""
     from rich.console import Group
     from rich.panel import Panel
     from rich.text import Text

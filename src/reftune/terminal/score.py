@@ -29,8 +29,9 @@ _Row = tuple[Any, Problem, str]
 def score_file(
     file: Path, kind: Literal["nl", "program"], *, grading: str = "robust"
 ) -> Iterator[dict[str, Any]]:
-    """Grade a file of completions with the format `kind`; see `score_lines`. Raises, before the
-    first result: DataError if a line cannot be read; RecipeError if the grading is unknown."""
+    """Grade a file of completions with the format `kind`; see `score_lines`. Raises: DataError if a
+    line cannot be read; RecipeError if the grading is unknown. Both are raised before anything is
+    graded."""
     try:
         format = Nl(grading=grading) if kind == "nl" else Program(grading=grading)
     except ValidationError as error:
@@ -41,7 +42,7 @@ def score_file(
 
 def score_as_recipe(file: Path, recipe: Recipe) -> Iterator[dict[str, Any]]:
     """Grade a file of completions with a recipe's format, answer kind, sandbox, limits and reward;
-    see `score_lines`. Raises: DataError if a line cannot be read, before the first result;
+    see `score_lines`. Raises: DataError, before anything is graded, if a line cannot be read;
     RewardError if the reward fails."""
     from reftune.stages.rollouts import rewards_of
 
@@ -65,12 +66,12 @@ def score_lines(
     kind: str = "auto",
     reading: Reading = DEFAULT,
 ) -> Iterator[dict[str, Any]]:
-    """`{"id", "completion", "answer", "choices"?, "answer_kind"?}` per line → `{"id", "verdict",
-    "value", "reward", "reason"}` per line.
+    """Grade lines of `{"id", "completion", "answer", "choices"?, "answer_kind"?}`. Yields `{"id",
+    "verdict", "value", "reward", "reason"}` for each line.
 
-    `where` is the file's name, `kind` is the answer kind of lines that state none, and `reading`
-    defines how gold answers are read. Raises: DataError with file and line if a line cannot be
-    read, before anything is graded.
+    `where` is the file's name, `kind` is the answer kind for lines without `answer_kind`, and
+    `reading` defines how gold answers are read. Raises: DataError, before anything is graded, if a
+    line cannot be read. The error names the file and the line.
     """
     rows = [_row(row, place, kind, reading) for place, row in json_lines(where, lines)]
     if not rows:

@@ -1,5 +1,5 @@
-"""Logs metrics to TensorBoard, Weights & Biases or Trackio, through Accelerate's trackers. The
-run's `metrics.jsonl` contains them in any case."""
+"""Logs metrics to TensorBoard, Weights & Biases or Trackio, through Accelerate's trackers. With or
+without trackers, the run's `metrics.jsonl` contains the metrics."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ PROJECT = "reftune"
 
 
 def tracked(progress: Progress, recipe: Recipe) -> Progress:
-    """A view that forwards events to `progress` and also logs them to the recipe's trackers; if
-    there are none, `progress` itself. Raises: the errors of `tracker_names`."""
+    """A view that forwards events to `progress` and also logs them to the recipe's trackers. If
+    there are no trackers, the result is `progress` itself. Raises: the errors of
+    `tracker_names`."""
     names = tracker_names(recipe) if is_main() else []
     return TrackedProgress(progress, names, recipe) if names else progress
 
@@ -41,7 +42,7 @@ def tracker_names(recipe: Recipe) -> list[TrackerName]:
 
 
 def is_installed(package: str) -> bool:
-    """Whether a package can be imported, without importing it."""
+    """Whether a package can be imported. The package is not imported."""
     return importlib.util.find_spec(package) is not None
 
 
@@ -55,7 +56,7 @@ class TrackedProgress(Progress):
         self._stage = ""
 
     def stage(self, name: str, total_steps: int, done_steps: int = 0) -> None:
-        """Open the trackers at the first stage, when the run folder is already claimed."""
+        """Open the trackers at the first stage, after the run has locked its folder."""
         if self._trackers is None:
             self._trackers = [_open(tracker, self._recipe) for tracker in self._names]
         self._stage = name
@@ -78,7 +79,8 @@ class TrackedProgress(Progress):
         self._progress.step(step, metrics)
 
     def rollouts(self, step: int, rollouts: Sequence[Rollout]) -> None:
-        """Log the first `tracker_rollouts` solutions as a table, in trackers that have tables."""
+        """Log the first `tracker_rollouts` solutions as a table, to every tracker that supports
+        tables."""
         rows = [table_row(step, rollout) for rollout in rollouts[: self._recipe.tracker_rollouts]]
 
         def log(tracker: GeneralTracker) -> None:
@@ -126,7 +128,7 @@ def table_row(step: int, rollout: Rollout) -> dict[str, Any]:
 
 
 def _table(tracker: str, columns: list[str], rows: list[list[Any]]) -> Any:
-    """The rows as a tracker's table; None for a tracker without tables."""
+    """The rows as a table of the tracker; None if the tracker does not support tables."""
     if tracker == "wandb":
         import wandb  # type: ignore[import-not-found,unused-ignore]
 
@@ -143,7 +145,7 @@ def _open(name: TrackerName, recipe: Recipe) -> GeneralTracker:
     from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-    PartialState()  # Accelerate's trackers ask which process they are in
+    PartialState()  # tells Accelerate's trackers which process they are in
     try:
         tracker: GeneralTracker = LOGGER_TYPE_TO_CLASS[name](**_settings(name, recipe))
         tracker.start()

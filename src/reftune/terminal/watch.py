@@ -21,8 +21,8 @@ POLL_S = 1.0
 
 
 class RunClock:
-    """The time, in Unix seconds, of the last row shown or, once all rows of a run in progress are
-    shown, the current time."""
+    """Tells the time of the last row shown, in Unix seconds. Once all rows of a run in progress
+    have been shown, it tells the current time."""
 
     def __init__(self) -> None:
         self.row_s: float | None = 0.0
@@ -40,12 +40,12 @@ def watch(
     metrics, current = Tail(RunFolder(folder).metrics), ""
     samples = {name: Tail(RunFolder(folder).stage(name).samples) for name in stages}
     while True:
-        alive = is_alive(folder)  # checked first, to read an ended run to its last line
+        alive = is_alive(folder)  # checked before reading, so that an ended run is read to its end
         for row in metrics.rows():
             clock.row_s = float(row["time"])
             if row["stage"] != current:
                 total = _total_steps(stages.get(row["stage"], {}), row)
-                if total == 0:  # a first dev evaluation: no step has stated the total yet
+                if total == 0:  # a dev evaluation before the first step, when the total is unknown
                     continue
                 current = row["stage"]
                 progress.stage(current, total, int(row["step"]))
@@ -114,9 +114,9 @@ def _stages(folder: Path) -> dict[str, Mapping[str, Any]]:
 
 
 def _total_steps(stage: Mapping[str, Any], row: Mapping[str, Any]) -> int:
-    """The stage's number of steps: its key `steps` or, if that is not set, an extrapolation from
-    its `epochs` and the row's `progress/epoch`. If either of the last two is missing, the result is
-    the row's step."""
+    """The stage's number of steps. If the key `steps` is not set, the number is extrapolated from
+    the key `epochs` and the row's `progress/epoch`. If either of these two is missing, the result
+    is the row's step."""
     if "steps" in stage:
         return int(stage["steps"])
     epochs, epoch = (stage.get("sft") or stage).get("epochs"), row.get("progress/epoch")

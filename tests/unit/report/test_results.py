@@ -165,5 +165,5 @@ def test_methods_that_are_one_model_are_named(write_run: WriteRun) -> None:
         "sft was best on dev when warmup was saved: they are the same model"
     ]
     assert lines(sft={"chosen_step": 40}, reft={"chosen_step": 0}) == [
-        "reft never beat warmup on dev, so its model is that of warmup"
+        "reft never beat warmup on dev, so they are the same model"
     ]

@@ -1,4 +1,4 @@
-"""Finds, before a run starts, problems that would spoil it, and suggests a remedy for each."""
+"""Before a run starts, finds problems that would spoil the run, and suggests a remedy for each."""
 
 from __future__ import annotations
 
@@ -28,12 +28,13 @@ OFFLINE = ("gold_answers", "gold_rationales", "grader_refuses", "reward", "rewar
 """Names of the checks that work without the recipe's own model and data."""
 EXAMPLES = "paper/examples"
 UNSAFE = ("vocabulary", "prompt_length", "memory", "dtype")
-"""If one of these checks fails, the model is not run, because it could crash or be far too slow."""
+"""If one of these checks fails, the model is not run, because running it could crash or be far too
+slow."""
 
 
 def check_recipe(recipe: Recipe) -> CheckReport:
-    """Load data and model, run the checks and, unless the model is unfit to run, sample a few
-    solutions. Nothing is written to the run folder.
+    """Load the data and the model, run the checks, and sample a few solutions unless a check in
+    `UNSAFE` fails. Nothing is written to the run folder.
 
     Raises: ReftuneError if the data or the model cannot be loaded, or if the stage graph or a
     waiver is wrong.
@@ -82,7 +83,7 @@ def check_offline(recipe: Recipe) -> CheckReport:
 
 
 def check_texts(recipe: Recipe, splits: Splits) -> list[Finding]:
-    """Findings on data, format and reward, which do not need the recipe's model."""
+    """The findings about data, format and reward. The checks do not need the recipe's model."""
     shape = ScratchTable(hidden_size=8, layers=1, heads=1, context=8192)
     scratch = ModelTable(scratch=shape, dtype="float32")
     recipe = recipe.model_copy(update={"model": scratch})
@@ -94,8 +95,9 @@ def check_texts(recipe: Recipe, splits: Splits) -> list[Finding]:
 
 
 def _offline_dataset(recipe: Recipe) -> tuple[Component, Finding]:
-    """The recipe's dataset or, if its source is not on this machine, reftune's examples; and a
-    finding that states which. Raises: DataError if there are no examples either."""
+    """Choose the recipe's dataset or, if its source is not on this machine, reftune's examples.
+    Returns: the chosen dataset, and a finding that states where its data come from. Raises:
+    DataError if there are no examples either."""
     dataset: Component = recipe.dataset
     source = getattr(dataset, "train", None)
     if not isinstance(source, str) or Path(source).expanduser().exists():
@@ -120,8 +122,8 @@ def _schedule(recipe: Recipe) -> Finding:
 
 
 def _findings(subject: Subject, checks: Mapping[str, Check]) -> list[Finding]:
-    """One finding per check, in the order of `checks`; a failed check that the recipe waives
-    becomes a warning."""
+    """One finding per check, in the order of `checks`. If a check fails but the recipe waives it,
+    the finding becomes a warning."""
     findings = [replace(check(subject), name=name) for name, check in checks.items()]
     waive = subject.recipe.check.waive
     return [
@@ -176,4 +178,4 @@ CHECKS = _named(
     model.check_dtype,
 )
 MODEL_CHECKS = _named(model.check_accuracy, model.check_logprobs, model.check_time)
-"""Checks that run the model; skipped if a check in `UNSAFE` fails."""
+"""Checks that run the model. They are skipped if a check in `UNSAFE` fails."""

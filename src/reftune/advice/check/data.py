@@ -31,11 +31,11 @@ from reftune.types import ANY_ANSWER, Answer, Completion, Graded, Problem, Verdi
 
 SMALL_DEV = 100
 """With fewer dev problems than this, the choice of a model is mostly luck: at 50% accuracy, the 95%
-interval is about ± 10 points or wider."""
+interval is about ± 10 percentage points or wider."""
 NUM_REWARDED = 64
 """Maximum number of training rows on which the reward is tested."""
 MAX_FALSE_POSITIVES = 0.05
-"""Largest share of wrong solutions that may be rewarded before the check fails."""
+"""The check fails if more than this share of wrong solutions is rewarded."""
 
 
 def check_run_folder(subject: Subject) -> Finding:
@@ -47,7 +47,8 @@ def check_run_folder(subject: Subject) -> Finding:
 
 
 def run_folder_problem(recipe: Recipe, splits: Splits) -> str:
-    """Why a run of this recipe could not use its folder; empty if it could."""
+    """Why a run of this recipe could not use the recipe's run folder. Empty if the run could use
+    the folder."""
     folder = RunFolder(recipe.folder)
     try:
         with readable_errors(folder):
@@ -59,8 +60,8 @@ def run_folder_problem(recipe: Recipe, splits: Splits) -> str:
 
 
 def check_splits(subject: Subject) -> Finding:
-    """Check that there are rationales for supervised stages, test problems, and enough dev problems
-    to choose a model."""
+    """Check that supervised stages have rationales, that there are test problems, and that there
+    are enough dev problems to choose a model."""
     splits = subject.splits
     dropped = (
         ", ".join(f"{count} {reason}" for reason, count in splits.counts.items() if count)
@@ -82,7 +83,8 @@ def check_splits(subject: Subject) -> Finding:
 
 
 def _dev_keys(dataset: Dataset, at: str = "dataset") -> list[str]:
-    """The recipe keys that determine the dev problems; none for some datasets of the user's own."""
+    """The recipe keys that determine the dev problems. A user's own dataset may have no such
+    keys."""
     if isinstance(dataset, Mixture):
         parts = dataset.parts.items()
         return [
@@ -97,7 +99,7 @@ def check_gold_answers(subject: Subject) -> Finding:
     kind `regex` are left out, because a pattern is not an answer."""
     format = subject.recipe.format
     is_program = isinstance(format, Program)
-    if not isinstance(format, Program | Nl):  # for a user's own format, the data decide
+    if not isinstance(format, Program | Nl):  # for a user's own format, look at the rationales
         is_program = any(DEFINITION.search(row.problem.rationale or "") for row in subject.rows)
     problems = [
         replace(each, rationale=_shortest_program(each.answer) if is_program else str(each.answer))
@@ -109,7 +111,8 @@ def check_gold_answers(subject: Subject) -> Finding:
 
 
 def check_gold_rationales(subject: Subject) -> Finding:
-    """Check that gold rationales, encoded to tokens and decoded again, are graded correct."""
+    """Check that gold rationales are graded correct after they are encoded to tokens and decoded
+    again."""
     problems = [row.problem for row in subject.rows]
     texts = [subject.encoder.decode(row.target_ids) for row in subject.rows]
     graded = subject.encoder.grade(problems, texts)
@@ -117,7 +120,7 @@ def check_gold_rationales(subject: Subject) -> Finding:
 
 
 def check_sandbox(subject: Subject) -> Finding:
-    """Count the gold programs that the sandbox monty cannot run."""
+    """Count the gold programs that the sandbox `monty` cannot run."""
     format = subject.recipe.format
     if not isinstance(format, Program):
         return ok("no programs are run")
@@ -136,7 +139,7 @@ def check_sandbox(subject: Subject) -> Finding:
         f" {counted(len(sources), 'gold program')}: {listed}"
     )
     if format.sandbox == "subprocess" or (format.sandbox == "auto" and not packages):
-        return ok(f"{message}; format.sandbox={format.sandbox} provides it")
+        return ok(f"{message}; format.sandbox={format.sandbox} uses it")
     return warn(message, f"set format.sandbox={'subprocess' if packages else 'auto'}")
 
 
@@ -166,7 +169,7 @@ def _gold_finding(
 
 
 def check_grader_refuses(subject: Subject) -> Finding:
-    """Check that empty completions, bare answers and other problems' solutions are not graded
+    """Check that empty completions, bare answers and solutions to other problems are not graded
     correct."""
     problems = [row.problem for row in subject.rows]
     pairs = [
@@ -202,8 +205,8 @@ def _num_correct(subject: Subject, problems: Sequence[Problem], texts: Sequence[
 
 
 def check_reward(subject: Subject) -> Finding:
-    """Check that gold solutions earn more on average than other problems' solutions and than empty
-    completions."""
+    """Check that gold solutions earn a higher mean reward than solutions to other problems, and a
+    higher mean reward than empty completions."""
     rows = subject.rows[:NUM_REWARDED]
     if not rows:
         return ok("there is no gold solution to reward")
@@ -224,14 +227,15 @@ def check_reward(subject: Subject) -> Finding:
     return (
         ok(message)
         if gold > max(others)
-        else fail(message, "there is nothing to learn from this reward")
+        else fail(message, "fix the reward: there is nothing to learn from it")
     )
 
 
 def check_reward_errors(subject: Subject) -> Finding:
-    """Count wrong variants of gold solutions whose reward is high (false positives), and right
-    variants whose reward is low (false negatives). The threshold is halfway between the mean
-    rewards of gold solutions and of empty completions."""
+    """Change gold solutions into variants that are certainly wrong or certainly right. Count wrong
+    variants with a high reward (false positives) and right variants with a low reward (false
+    negatives). The threshold between low and high is halfway between the mean reward of gold
+    solutions and the mean reward of empty completions."""
     rows = [row for row in subject.rows[:NUM_REWARDED] if row.problem.scorer is None]
     problems, golds = [row.problem for row in rows], [row.target for row in rows]
     reads_prints = getattr(subject.recipe.format, "scripts", "") == "read"

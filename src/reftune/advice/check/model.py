@@ -29,21 +29,21 @@ from reftune.text import clock
 from reftune.types import SamplingParams, Verdict
 
 NUM_SAMPLED = 32
-"""Maximum number of dev questions that RL's initial model answers."""
+"""Maximum number of dev problems on which RL's initial model is tested."""
 NUM_SHOWN = 3
-"""Number of sampled answers shown, and of prompts in `check_logprobs`."""
+"""Number of sampled solutions that are shown, and number of prompts in `check_logprobs`."""
 NUM_TIMED = 512
 """Maximum number of rows used to estimate the time."""
 LONG_RUN_S = 24 * 3600
 """Before a run longer than this, the check recommends a trial."""
 MEASURED_ROWS = 64
-"""Number of rows on which speed is measured if no stage states its cost, and the maximum number if
-the engine sets no limit."""
+"""If no stage states its cost, speed is measured on this many rows. If the engine sets no limit,
+speed is never measured on more rows than this."""
 MAX_SLOWDOWN = 8.0
 """The check fails if matmuls in the recipe's dtype take more than this many times as long as in the
 other dtype."""
 PRODUCT = 1024
-"""Maximum number of rows, and of columns, of the weight in a timed matmul."""
+"""A timed matmul uses at most this many rows and this many columns of a weight."""
 MAX_MISMATCH = {"float32": 0.01, "bfloat16": 0.1}
 """Dtype → maximum mean difference between the log-probabilities of engine and policy, in nats per
 token."""
@@ -87,7 +87,7 @@ def requests_at_once(recipe: Recipe, splits: Splits) -> int:
     table = recipe.evaluate
     evaluated = min(len(table.problems(splits)), PROBLEMS_AT_ONCE)
     costs = stage_costs(recipe, num_train=len(splits.train), num_dev=len(splits.dev)).values()
-    # a stage that samples in its steps draws no more at once before them
+    # a stage that samples in its steps does not draw more at once before its first step
     sampled = [cost.sampled or min(cost.sampled_before, SAMPLES_AT_ONCE) for cost in costs]
     return max(len(splits.dev), evaluated * max(1, table.samples), *sampled)
 
@@ -111,7 +111,7 @@ def check_dtype(subject: Subject) -> Finding:
 
 
 def check_accuracy(subject: Subject) -> Finding:
-    """Check how many dev questions RL's initial model solves when it samples at temperature 1."""
+    """Check how many dev problems RL's initial model solves when it samples at temperature 1."""
     problems = subject.splits.dev[:NUM_SAMPLED]
     rows = sample_rows(subject.policy, subject.collector, problems, subject.recipe, temperature=1.0)
     correct = sum(row["verdict"] == Verdict.CORRECT.value for row in rows)
@@ -198,8 +198,8 @@ def check_time(subject: Subject) -> Finding:
 
 
 def num_answers(subject: Subject) -> int:
-    """Number of answers in the final evaluation: a greedy answer per problem and method, plus
-    samples."""
+    """Number of answers in the final evaluation: one greedy answer for each problem and method,
+    plus the samples."""
     table = subject.recipe.evaluate
     answers = [1 + table.num_samples(method) for method in subject.recipe.methods_to_evaluate]
     return len(table.problems(subject.splits)) * sum(answers)

@@ -46,9 +46,9 @@ class Subject:
     """Split → problem id → prompt ids."""
     method: str
     """The method whose weights `policy` has: the first trained method that RL starts from, or
-    `base` if there is none."""
+    `base` if there is no such method."""
     folder_problem: str = ""
-    """Why a run could not use the recipe's run folder; empty if it could."""
+    """Why a run could not use the recipe's run folder. Empty if a run could use the folder."""
 
     @property
     def encoder(self) -> Encoder:
@@ -73,7 +73,7 @@ class Subject:
 
     @property
     def fitting_rows(self) -> list[Row]:
-        """The rows on which a stage can train: those whose prompt and target are not too long."""
+        """The rows on which a stage can train: neither the prompt nor the target is too long."""
         most = self.recipe.lengths.max_new
         return [
             row
@@ -85,7 +85,7 @@ class Subject:
 def subject_of(
     recipe: Recipe, splits: Splits, policy: Policy, method: str = "base", folder_problem: str = ""
 ) -> Subject:
-    """The data as `policy`, which has the weights of `method`, sees it."""
+    """The subject for a check with `policy`, which has the weights of `method`."""
     collector = collector_of(recipe, policy)
     encoder = collector.encoder
     prompts = {
@@ -122,7 +122,7 @@ def _row(problem: Problem, encoder: Encoder, prompt_ids: list[int]) -> Row:
 
 
 def preview_of(subject: Subject) -> Preview | None:
-    """The first training row with a rationale; None if there is none."""
+    """The first training row with a rationale; None if no row has a rationale."""
     if not subject.rows:
         return None
     row = subject.rows[0]

@@ -13,7 +13,7 @@ from reftune.text import counted
 from reftune.types import Conversation
 
 MAX_LONG_TARGETS = 0.1
-"""Largest share of training rows that may be too long before the check fails."""
+"""The check fails if the targets of more than this share of training rows are too long."""
 
 
 def check_boundary(subject: Subject) -> Finding:
@@ -66,8 +66,9 @@ def _spells(decoded: str, row: Row, tokenizer: Any) -> bool:
 
 
 def check_prompt(subject: Subject) -> Finding:
-    """Check that the prompt has the form that the model was trained on: the chat template, if any,
-    with a generation prompt, and one BOS if the tokenizer adds it."""
+    """Check that the prompt has the form that the model was trained on. If the tokenizer has a chat
+    template, the prompt should use it and include a generation prompt. If the tokenizer adds a BOS,
+    the prompt should begin with one BOS."""
     tokenizer, format_ = subject.policy.tokenizer, subject.encoder.format
     problem = subject.problems[0]
     prompt, bos = format_.prompt(problem), bos_of(tokenizer)
@@ -102,8 +103,8 @@ def check_prompt(subject: Subject) -> Finding:
 
 
 def check_prompt_length(subject: Subject) -> Finding:
-    """Check that every prompt is within `max_prompt`, if set, and fits in the model's context with
-    `max_new` tokens after it."""
+    """Check that no prompt is longer than `max_prompt`, if set, and that every prompt fits in the
+    model's context together with `max_new` sampled tokens."""
     limit, prompts = subject.prompt_limit, subject.prompts
     sizes = {split: {id_: len(ids) for id_, ids in of.items()} for split, of in prompts.items()}
     long = {
@@ -135,7 +136,7 @@ def check_prompt_length(subject: Subject) -> Finding:
 
 def check_target_length(subject: Subject) -> Finding:
     """Check that gold rationales, including the end token, fit in `max_new` tokens. Training omits
-    longer ones."""
+    longer rationales."""
     sizes = {row.problem.id: len(row.target_ids) for row in subject.rows}
     limit = subject.recipe.lengths.max_new
     message = f"targets have {spread(sizes.values())} tokens including eos; at most {limit} fit"
@@ -166,7 +167,7 @@ def check_vocabulary(subject: Subject) -> Finding:
     if unwritable:
         return fail(
             f"{counted(len(unwritable), 'target')} with words unknown to the tokenizer",
-            "the model could not write them",
+            "the model could not write them: change the words or the tokenizer",
             unwritable,
         )
     prompts = {
@@ -178,7 +179,7 @@ def check_vocabulary(subject: Subject) -> Finding:
     if unread:
         return warn(
             f"{counted(len(unread), 'prompt')} with words unknown to the tokenizer",
-            "the model cannot tell them apart",
+            "the model cannot tell them apart: change the words or the tokenizer",
             unread,
         )
     return ok(f"{len(subject.policy.tokenizer)} tokens cover prompts and targets")
@@ -215,7 +216,7 @@ def check_eos(subject: Subject) -> Finding:
             f"sampling stops at {tokenizer.decode(ordinary)!r}, which is not a special token",
             "fix eos_token_id in the model's config or generation config",
         )
-    pad = {None: "there is no pad", end: "pad is the end token"}.get(
+    pad = {None: "there is no pad token", end: "pad is the end token"}.get(
         tokenizer.pad_token_id, f"pad is {tokenizer.pad_token!r}"
     )
     return ok(

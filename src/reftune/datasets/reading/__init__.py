@@ -1,1 +1,1 @@
-"""Code that the datasets share, for reading rows and building splits."""
+"""Reads rows and builds splits. Several datasets use this code."""

@@ -1,6 +1,6 @@
-"""The base class of the paper's datasets, which are read as published or from the JSON files of
-ReFT's authors. Each row of the authors' files has item_id, question, answer_value and, except in
-test, answer_cot."""
+"""The base class of the paper's datasets. Each dataset is read either from its original, published
+files or from the JSON files of ReFT's authors. A row of the authors' files has the columns item_id,
+question, answer_value and, except in test, answer_cot."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class PaperDataset(FileDataset):
 
     @abstractmethod
     def published_problem(self, row: Row) -> Problem:
-        """The problem in a row of the dataset as first published. Raises: as
+        """The problem in a row of the published files, as opposed to the authors' files. Raises: as
         `FileDataset.problem`."""
 
     def problem(self, row: Row) -> Problem:
-        """The problem in a row of the authors' files or of the published ones."""
+        """The problem in a row of the authors' files or of the published files."""
         return self.authors_problem(row) if is_authors(row) else self.published_problem(row)
 
     def authors_problem(self, row: Row) -> Problem:
@@ -48,7 +48,7 @@ class PaperDataset(FileDataset):
         )
 
     def file_names(self) -> Mapping[str, Sequence[str]]:
-        """Split → the name of the authors' file; that of train depends on `rationale`."""
+        """Split → the name of the authors' file. For train, the name depends on `rationale`."""
         ending = "nl" if self.rationale == "nl" else "python_sdp"
         return {
             "train": [f"{self.authors_name}_{ending}.json"],
@@ -69,8 +69,8 @@ def is_authors(row: Row) -> bool:
 
 
 def authors_rationale(row: Row, kind: Rationale) -> str | None:
-    """The row's `answer_cot`; None if there is none. Raises: DataError if the rationale is not of
-    this `kind`."""
+    """The rationale in the row's `answer_cot`; None if there is none. Raises: DataError if the
+    rationale is not of the expected `kind`."""
     text = row.optional_text("answer_cot")
     if text is None or ("def solution" in text) == (kind == "program"):
         return text

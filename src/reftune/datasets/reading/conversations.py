@@ -25,12 +25,12 @@ ROLES: Mapping[str, Literal["system", "user", "assistant"]] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Conversation:
-    """A row's turns: those before the model's reply, and the reply."""
+    """The turns of a conversation, divided into the reply and the turns before it."""
 
     before: tuple[Message, ...]
-    """All turns, except the last if that is the assistant's."""
+    """The turns before the reply; all turns if there is no reply."""
     reply: str | None
-    """The last turn if it is the assistant's; otherwise None."""
+    """The text of the last turn, if that turn is the assistant's; otherwise None."""
 
     @property
     def question(self) -> str:
@@ -49,13 +49,13 @@ def is_conversation(value: object) -> bool:
 
 
 def is_answered(turns: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a conversation ends in the assistant's turn."""
+    """Whether a conversation ends with a turn of the assistant."""
     return _role(turns[-1]) == "assistant"
 
 
 def read_conversation(value: Sequence[Mapping[str, Any]], where: str) -> Conversation:
-    """Read a row's turns, leaving out empty system messages. Raises: DataError for any other turn
-    that is not text, or for one with an unknown role."""
+    """Read the turns in a cell, leaving out empty system messages. Raises: DataError if any other
+    turn has an unknown role, no text, or content other than text."""
     turns = tuple(_message(turn, where) for turn in value if not _is_empty_system(turn))
     return Conversation(
         before=turns[:-1] if is_answered(value) else turns,

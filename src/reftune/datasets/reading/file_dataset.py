@@ -1,5 +1,5 @@
-"""The base class of datasets in files or on the Hub. It reads rows, draws dev and counts unusable
-rows."""
+"""The base class of datasets that are read from files or from the Hub. It reads rows, draws the dev
+split and counts unusable rows."""
 
 from __future__ import annotations
 
@@ -21,22 +21,24 @@ Split = Literal["train", "dev", "test"]
 
 
 class Unusable(Exception):
-    """Raised by `problem` to leave a row out. Such rows are counted by error message."""
+    """Raised by `FileDataset.problem` to leave a row out. The row is counted under the exception's
+    message, which states the reason."""
 
 
 class FileDataset(Component):
-    """Base class of a dataset in files or on the Hub. Your own subclass defines `problem`, which
-    turns a row into a problem."""
+    """Base class of datasets that are read from files or from the Hub. To add a dataset of your
+    own, write a subclass with a method `problem`, which turns a row into a problem."""
 
     train: str
-    """File, folder or Hub id; see [sources](datasets.md#sources)."""
+    """Source of the training questions: a file, folder or Hub id; see
+    [sources](datasets.md#sources)."""
     test: str | None = None
-    """The default [depends](datasets.md#sources) on `train`."""
+    """Source of the test questions. The default [depends](datasets.md#sources) on `train`."""
     dev: str | None = None
-    """Default: drawn from the training questions."""
+    """Source of the dev questions. By default, they are drawn from the training questions."""
     dev_size: int | None = Field(None, ge=0)
-    """Number of training questions drawn for dev if `dev` is not set. Default: a tenth, at most
-    500."""
+    """Number of training questions drawn for dev if `dev` is not set. Default: a tenth of them, at
+    most 500."""
     revision: str | None = None
     """Branch, tag or commit, if the data is on the Hub."""
 
@@ -47,8 +49,8 @@ class FileDataset(Component):
 
     @abstractmethod
     def problem(self, row: Row) -> Problem:
-        """The problem in a row. Raises: DataError, which names `row.where`, if the row is invalid;
-        Unusable to leave the row out."""
+        """The problem that a row contains. Raises: DataError if the row is invalid, with
+        `row.where` in the message; Unusable if the row is to be left out."""
 
     @classmethod
     def sample_row(cls, n: int) -> dict[str, Any]:
@@ -57,7 +59,8 @@ class FileDataset(Component):
         raise NotImplementedError
 
     def problems(self, rows: Sequence[Row], split: Split, counts: Counter[str]) -> list[Problem]:
-        """The rows of a split as problems. The rows left out are counted in `counts`, by reason."""
+        """The problems in the rows of a split. Rows that are left out are counted in `counts`, by
+        reason."""
         found = []
         for row in rows:
             try:
@@ -69,21 +72,24 @@ class FileDataset(Component):
     def all_problems(
         self, rows: Mapping[Split, Sequence[Row]], counts: Mapping[Split, Counter[str]]
     ) -> dict[Split, list[Problem]]:
-        """The problems of each split. The rows left out are counted in the split's `counts`."""
+        """The problems of each split. Rows that are left out are counted in the split's entry of
+        `counts`, by reason."""
         return {split: self.problems(rows[split], split, counts[split]) for split in rows}
 
     def trainable(self, splits: Splits) -> Splits:
-        """`splits` without training problems that are unfit to learn from: here, those whose
-        rationale contradicts the gold answer."""
+        """`splits` without training problems that are unfit to learn from. By default, these are
+        the problems whose rationale contradicts the gold answer."""
         return drop_contradictions(splits)
 
     def file_names(self) -> Mapping[str, Sequence[str]]:
-        """Split → the names of its file in a folder that are tried before the usual ones."""
+        """Split → possible names of the split's file in a folder. They are tried before the usual
+        names."""
         return {}
 
     def load(self, *, seed: int) -> Splits:
-        """Read the files, clean the splits, and draw dev with `seed` if the recipe names no dev
-        source. Raises: DataError if the data cannot be read, or if `dev_size` is too large."""
+        """Read the files, clean the splits, and draw the dev split with `seed` if the recipe names
+        no source for it. Raises: DataError if the data cannot be read, or if `dev_size` is too
+        large."""
         rows: dict[Split, Sequence[Row]] = {}
         if self.test is not None or not is_single_split(self.train):
             rows["test"] = self._rows(self.test or self.train, "test")

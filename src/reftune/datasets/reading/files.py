@@ -1,6 +1,6 @@
-"""Reads the records of local files, each with its location. CSV is read with the standard library,
-so that cells stay as written: a table library would lose line numbers or change `007`, `NA` and
-dates."""
+"""Reads the records of local files and notes the location of each record. CSV is read with the
+standard library, because a table library would lose line numbers or change cells such as `007`,
+`NA` and dates."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ LOG = logging.getLogger(__name__)
 Records = Iterator[tuple[str, Mapping[str, Any]]]
 """(location, columns) of each record. The location is `file:line` or, in Parquet, `file: row n`."""
 Line = tuple[str, Sequence[str | None]]
-"""(`file:line`, cells) of each line of a table."""
+"""(`file:line`, cells) of a line of a table."""
 DELIMITERS = ",;\t|"
-"""Possible delimiters of CSV. The one that splits the first line into the most columns is used; on
-a tie, the one listed first here."""
+"""Possible delimiters of CSV. The delimiter that splits the first line into the most columns is
+used. In a tie, the delimiter listed first here wins."""
 
 
 def ending(path: PurePath) -> str:
@@ -38,8 +38,8 @@ def ending(path: PurePath) -> str:
 
 
 def read_file(path: Path) -> Records:
-    """The records of a file, whose ending indicates its format. Raises: DataError if the file
-    cannot be read; the message names the line, if possible."""
+    """The records of a file. The file's ending indicates the format. Raises: DataError if the file
+    cannot be read. If possible, the message names the line."""
     reader = READERS.get(ending(path))
     if reader is None:
         raise DataError(
@@ -50,7 +50,7 @@ def read_file(path: Path) -> Records:
 
 
 def type_name(value: object) -> str:
-    """A value's type, as error messages name it."""
+    """The name of a value's type in error messages."""
     if isinstance(value, bool):
         return "a truth value"
     if isinstance(value, (int, float)):
@@ -99,8 +99,8 @@ def read_text(path: Path, *, fallback: str | None = None) -> str:
 
 
 def _read_json(path: Path) -> Records:
-    """The records of a JSON list, of an object that contains one list of records, or of JSON
-    lines."""
+    """The records of a file that contains a JSON list of records, a JSON object with one such list,
+    or JSON lines."""
     text = read_text(path)
     try:
         whole = _parse_json(text)
@@ -137,14 +137,14 @@ def _read_jsonl(path: Path) -> Records:
 
 
 def _is_table(value: object) -> bool:
-    """Whether a value is a list of objects other than the turns of one conversation."""
+    """Whether a value is a list of objects that are not the turns of a conversation."""
     return isinstance(value, list) and any(
         isinstance(item, dict) and not {"role", "from"} & set(item) for item in value
     )
 
 
 def _json_list(path: Path, text: str, position: int) -> Records:
-    """The objects of a valid JSON list whose content begins at the index `position` of `text`."""
+    """The objects in a valid JSON list, whose content begins at the index `position` of `text`."""
     more, decoder = re.compile(r"[^\s,\]]"), json.JSONDecoder(parse_constant=_constant)
     end, line, counted = re.compile(r"[\s,]*\]"), 1, 0
     while not end.match(text, position) and (begins := more.search(text, position)):
@@ -158,8 +158,8 @@ def _reason(error: Exception) -> str:
 
 
 def json_lines(name: object, lines: Iterable[str]) -> Records:
-    """The object in each line that is not empty. Raises: DataError, with `name` and the line's
-    number, for a line that is not a JSON object."""
+    """The JSON objects in `lines`, one per line. Empty lines are skipped. Raises: DataError, with
+    `name` and the line's number in the message, for a line that is not a JSON object."""
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -185,9 +185,9 @@ def _mapping(value: object, where: str) -> Mapping[str, Any]:
 
 
 def _read_csv(path: Path) -> Records:
-    """The rows of a table in UTF-8, UTF-16 or Windows-1252, which Excel still writes. The delimiter
-    is the one that a first line such as `sep=;` names. Without such a line, it is the one of
-    `DELIMITERS` that splits the header into the most columns."""
+    """The rows of a table in UTF-8, UTF-16 or Windows-1252, which Excel still writes. A first line
+    such as `sep=;` names the delimiter. Without such a line, the delimiter is chosen from
+    `DELIMITERS`."""
     text = read_text(path, fallback="cp1252")
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
@@ -196,7 +196,7 @@ def _read_csv(path: Path) -> Records:
         )
     if "\n" not in text:  # line endings of old Macs
         text = text.replace("\r", "\n")
-    separator = re.match(r"sep=(.)\r?\n", text)  # Excel reads such a line
+    separator = re.match(r"sep=(.)\r?\n", text)  # Excel understands such a line
     body = text if separator is None else text[separator.end() :]
     delimiter = _delimiter(body) if separator is None else separator[1]
     return _table(path, _csv_lines(path, body, delimiter, 1 if separator is None else 2))
@@ -210,7 +210,7 @@ def _delimiter(text: str) -> str:
 
 
 def _csv_lines(path: Path, text: str, delimiter: str, first: int) -> Iterator[Line]:
-    csv.field_size_limit(sys.maxsize)  # a cell that is too long is found later, by its tokens
+    csv.field_size_limit(sys.maxsize)  # long cells are handled later, when tokens are counted
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     line = first
     try:
@@ -245,8 +245,8 @@ def _read_xlsx(path: Path) -> Records:
 
 
 def _cell(cell: Any) -> str | None:
-    """A cell of a spreadsheet as text, such as `13`, `0.5` or `2021-03-05`. The value 0.25 becomes
-    `25%` if the cell shows it as a percentage."""
+    """A cell of a spreadsheet as text, such as `13`, `0.5` or `2021-03-05`. If the cell shows a
+    percentage, so does the text: 0.25 becomes `25%`."""
     value, shown_as = cell.value, re.sub(r'"[^"]*"|\\.', "", cell.number_format or "")
     if value is None:
         return None
@@ -256,12 +256,12 @@ def _cell(cell: Any) -> str | None:
 
 
 def _table(path: Path, lines: Iterable[Line]) -> Records:
-    """The records of a table. The first line that is not empty names the columns; empty cells are
-    null, and empty lines are skipped.
+    """The records of a table. The first line that is not empty names the columns. Empty cells
+    become null, and empty lines are skipped.
 
-    A first column without a name is taken for a pandas index and skipped; any other column without
-    a name must be empty. Raises: DataError for a repeated column name, or a line that does not fit
-    the header.
+    If the first column has no name, it is assumed to be a pandas index and is skipped. Any other
+    column without a name must be empty. Raises: DataError if a column's name is repeated, or if a
+    line does not fit the header.
     """
     header: list[str] | None = None
     for where, cells in lines:
@@ -302,8 +302,8 @@ def _read_parquet(path: Path) -> Records:
 
 
 def plain(value: Any) -> Any:
-    """A value from a data source with Unix line breaks, decimals as ordinary numbers, and NaN as
-    null."""
+    """The plain form of a value from a data source: line breaks become Unix line breaks, decimals
+    become ordinary numbers, and NaN becomes null."""
     if isinstance(value, dict):
         return {name: plain(each) for name, each in value.items()}
     if isinstance(value, list):
@@ -316,7 +316,8 @@ def plain(value: Any) -> Any:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message or, if there is no message, the error's type."""
+    """The first line of an error's message or, if there is no message, the name of the error's
+    type."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 

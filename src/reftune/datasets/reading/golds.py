@@ -1,4 +1,4 @@
-"""Reads cells that contain a gold answer, alone or at the end of a worked solution or
+"""Reads cells that contain a gold answer, either alone or at the end of a worked solution or a
 conversation."""
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from reftune.grading.markers import reasoning_text, statements
 
 
 def worked_solution(text: str) -> str | None:
-    """The worked solution in `text`, which must mark its answer, for example with `####` or a box.
-    None if no answer is marked, or if there is nothing but the answer. The marker `####` and the
-    answer after it are cut off; any other marker stays, with its answer."""
+    """The worked solution in `text`. None if `text` contains no marker of an answer (such as `####`
+    or a box) or contains nothing but the answer. The marker `####` and the answer after it are cut
+    off. Any other marker and its answer are kept."""
     before, hashes, after = text.rpartition("####")
     if hashes and after.strip():
         return before.strip() or None
@@ -24,8 +24,9 @@ def worked_solution(text: str) -> str | None:
 
 
 def marked_text(row: Row, column: str) -> Any:
-    """The value of a cell with a gold answer or, if the cell is a conversation, the conversation's
-    reply. Raises: DataError if the row has no such column, or if there is no reply."""
+    """The value of a cell that contains a gold answer. If the cell is a conversation, this is the
+    assistant's reply. Raises: DataError if the row has no such column, or if the conversation has
+    no reply."""
     value = row.value(column)
     if not is_conversation(value):
         return value

@@ -66,18 +66,18 @@ OPERATIONS: Mapping[str, str] = {
 any other operation gets no program."""
 
 EXACT_CONSTANTS: Mapping[str, str] = {"const_pi": "math.pi", "const_0_2778": "(5 / 18)"}
-"""Exact values of constants that MathQA rounds. With the rounded 0.2778 for converting km/h to m/s,
-results would not match the options."""
+"""Exact values of constants that MathQA rounds. MathQA converts km/h to m/s with 0.2778 instead of
+5/18. With this rounded value, results would not match the options."""
 
 NUMBER = re.compile(r"[0-9]+(?:,[0-9]+)*(?:\.[0-9]+)?|\.[0-9]+")
-"""Matches the numbers that MathQA calls n0, n1, … A comma belongs to a number even if it does not
-group thousands."""
+"""Matches the numbers that MathQA calls n0, n1, … A comma between digits belongs to the number even
+if it does not group thousands."""
 STEP = re.compile(r"\s*(?P<operation>\w+)\((?P<operands>[^()]*)\)\s*")
 
 
 def formula_steps(linear_formula: str, problem: str) -> list[tuple[str, str]] | None:
-    """(name, expression) of each step that the last step needs, in the order of the formula, and of
-    the last step itself. None if the formula cannot be read."""
+    """The last step and all steps that it depends on, each as (name, expression), in the order of
+    the formula. None if the formula cannot be read."""
     numbers = [number.replace(",", "") for number in NUMBER.findall(problem)]
     parsed = [STEP.fullmatch(text) for text in linear_formula.strip().strip("|").split("|")]
     templates = [OPERATIONS.get(match["operation"]) if match else None for match in parsed]

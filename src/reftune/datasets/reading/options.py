@@ -19,13 +19,16 @@ MOST = len(string.ascii_lowercase)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
+    """The options of a row, in the order of the data."""
+
     texts: tuple[str, ...]
     labels: tuple[str, ...] = ()
     """The data's label for each option, in lower case; empty if the options have no labels."""
 
     def letter(self, gold: str, positions_from: int | None) -> str | None:
-        """The letter of the option with the label `gold` or, failing that, at position `gold`,
-        counted from `positions_from`. None if there is no such option."""
+        """The letter of the option with the label `gold`. If no option has this label and
+        `positions_from` is given, `gold` is read as a position, counted from `positions_from`. None
+        if there is no such option."""
         label, places = _bare(gold), range(len(self.texts))
         if label in self.labels:
             return string.ascii_lowercase[self.labels.index(label)]
@@ -35,7 +38,8 @@ class Options:
         return string.ascii_lowercase[place] if place in places else None
 
     def letter_of_text(self, gold: str) -> str | None:
-        """The letter of the only option with the text `gold`; None unless there is exactly one."""
+        """The letter of the option with the text `gold`; None unless exactly one option has this
+        text."""
         places = [place for place, text in enumerate(self.texts) if same_option(gold, text)]
         return string.ascii_lowercase[places[0]] if len(places) == 1 else None
 
@@ -44,7 +48,7 @@ class Options:
         return _bare(gold) in self.labels
 
     def has_text(self, gold: str) -> bool:
-        """Whether `gold` is the text of an option, or a number equal to it."""
+        """Whether `gold` equals the text of an option, either as text or as a number."""
         return any(same_option(gold, text) for text in self.texts)
 
 
@@ -53,13 +57,19 @@ def _bare(label: str) -> str:
 
 
 def read_options(row: Row, columns: str | Sequence[str]) -> Options:
-    """The options of a row. A single column contains a list of option texts,
-    `{text: […], label: […]}`, a list of `{text, label}`, a mapping from labels to texts, in which
-    nulls are skipped, or one of these written as a string. If there are several columns, each
-    contains one option, and blank columns are skipped; the ends of the columns' names are the
-    labels if they are consecutive letters or numbers, as in `option_a`, `option_b`.
+    """The options of a row. If `columns` is a single column, it contains one of these, possibly
+    written as a string:
 
-    Raises: DataError if the only column is missing, or if there are not 2 to 26 options.
+    - a list of option texts
+    - a list of `{text, label}`
+    - `{text: […], label: […]}`
+    - a mapping from labels to texts, in which nulls are skipped
+
+    If there are several columns, each contains one option, and blank columns are skipped. If the
+    names of the columns end in consecutive letters or numbers, as in `option_a`, `option_b`, these
+    letters or numbers are the labels.
+
+    Raises: DataError if a single column is missing, or if there are not 2 to 26 options.
     """
     value = row.value(columns) if isinstance(columns, str) else _in_columns(row, columns)
     options = _options(literal(value) if isinstance(value, str) else value)
@@ -78,14 +88,15 @@ def has_options(row: Row, columns: str | Sequence[str] | None) -> bool:
 
 
 def _is_empty(cell: object) -> bool:
-    """Whether a cell of options is empty, or a mapping with nothing but empty cells."""
+    """Whether a cell for options is empty, or is a mapping that contains only empty cells."""
     if isinstance(cell, Mapping):
         return all(map(_is_empty, cell.values()))
     return cell is None or cell == [] or (isinstance(cell, str) and cell.strip() in ("", "[]"))
 
 
 def _in_columns(row: Row, columns: Sequence[str]) -> Mapping[str, Any] | list[Any]:
-    """The options in several columns, by label if the columns' names contain labels."""
+    """The options in several columns: a mapping from labels to options if the columns' names
+    contain labels, and a list otherwise."""
     filled = [(name, row.get(name)) for name in columns if not row.is_blank(name)]
     labels = {name: re.sub(r".*?(\d+|.)$", r"\1", name.lower()) for name in columns}
     places = [int(label) if label.isdecimal() else ord(label) for label in labels.values()]

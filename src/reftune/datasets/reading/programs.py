@@ -13,8 +13,9 @@ LARGEST_WHOLE = 10**15
 
 
 def program(steps: Sequence[tuple[str, str]], *, result: str | None = None) -> str:
-    """The source of a function `solution()`, which makes the assignment of each (name, expression)
-    in `steps`, first to last, and returns the expression `result`, by default the last name."""
+    """The source of a function `solution()`. For each (name, expression) in `steps`, in order, the
+    function assigns the expression to the name. It then returns the expression `result`, which is
+    the last name by default."""
     result = result or steps[-1][0]
     needs_math = any("math." in expression for _, expression in steps)
     lines = (
@@ -29,7 +30,8 @@ def arithmetic(text: str, names: Mapping[float, str]) -> str | None:
     """`text` as a Python expression, in which each constant that is a key of `names` is replaced by
     its name. None if `text` is not plain arithmetic.
 
-    `48/2` → `48 / 2`; `( 4.0 - 3.0 )` → `4 - 3`; with {24: "clips"}: `48+24` → `48 + clips`.
+    For example, `48/2` becomes `48 / 2`, and `( 4.0 - 3.0 )` becomes `4 - 3`. If `names` is
+    `{24: "clips"}`, `48+24` becomes `48 + clips`.
     """
     try:
         tree = ast.parse(re.sub(r"(?<![\d.])0+(?=\d)", "", text.strip()), mode="eval")

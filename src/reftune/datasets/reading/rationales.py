@@ -14,9 +14,10 @@ TIMEOUT_S = 20.0
 
 
 def drop_wrong_programs(splits: Splits) -> Splits:
-    """Remove training problems without a program, counted as `no_program`, and those whose program
-    does not return the gold answer, counted as `program_disagrees`. Dev keeps such problems, but
-    not their rationales, so that dev is no easier than test."""
+    """Remove training problems without a program, and count them as `no_program`. Also remove
+    training problems whose program does not return the gold answer, and count them as
+    `program_disagrees`. Dev keeps such problems, but not their rationales, so that dev is no easier
+    than test."""
     graded = _graded_programs([*splits.train, *splits.dev])
     splits = drop_untrainable(splits, "no_program", lambda problem: problem.rationale is None)
     return drop_untrainable(
@@ -28,9 +29,10 @@ def drop_wrong_programs(splits: Splits) -> Splits:
 
 def drop_contradictions(splits: Splits, reading: Reading = DEFAULT) -> Splits:
     """Remove training problems whose rationale contradicts the gold answer. They are counted as
-    `program_disagrees` if a program returns another answer, and as `rationale_disagrees` if prose
-    states another. A program that fails and prose without an answer contradict nothing. Dev keeps
-    all problems, but not the contradicting rationales."""
+    `program_disagrees` if the rationale is a program that returns another answer, and as
+    `rationale_disagrees` if it is prose that states another answer. A program that fails does not
+    contradict the gold answer, and neither does prose without an answer. Dev keeps all problems,
+    but not the contradicting rationales."""
     programs = [
         problem
         for problem in (*splits.train, *splits.dev)
@@ -59,7 +61,8 @@ def run_programs(programs: Sequence[str]) -> list[ExecutionResult]:
 
 
 def _graded_programs(problems: Sequence[Problem]) -> dict[str, Graded]:
-    """Problem id → the grade of its program's value; a program that fails is graded as an error."""
+    """Problem id → the grade of the value that the problem's program returns. A program that fails
+    is graded as an error."""
     if not problems:
         return {}
     results = run_programs([problem.rationale or "" for problem in problems])

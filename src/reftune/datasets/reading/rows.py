@@ -1,4 +1,5 @@
-"""Rows of a data source: a local file, a folder with one file per split, or a Hub dataset.
+"""Reads the rows of a data source: a local file, a folder with one file per split, or a Hub
+dataset.
 
 Every row records its location, such as `file:line`, for error messages.
 """
@@ -23,19 +24,21 @@ SPLIT_NAMES: Mapping[str, tuple[str, ...]] = {
     "dev": ("dev", "validation", "valid", "val"),
     "test": ("test",),
 }
-"""Split → names of its file in a folder, without ending, in the order in which they are tried. On
-the Hub, dev is `validation`."""
+"""Split → possible names of the split's file in a folder, without the ending. They are tried in
+this order. On the Hub, the dev split is called `validation`."""
 MISSING = object()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One record of a data source. A column may be nested, such as `reward_model.ground_truth`."""
+    """One record of a data source. Methods that take a column's name also accept the path of a
+    nested column, such as `reward_model.ground_truth`."""
 
     where: str
     """`file:line`, or the source and the row's number if the source has no lines."""
     id: str
-    """`FILE-N` for the Nth row or, on the Hub, `NAME-SPLIT-N`; used if the data has no ids."""
+    """`FILE-N` for row N of a file, or `NAME-SPLIT-N` for row N on the Hub. This becomes the
+    problem's id if the data has no ids."""
     columns: Mapping[str, Any]
 
     def text(self, column: str) -> str:
@@ -51,7 +54,7 @@ class Row:
         return value.strip()
 
     def optional_text(self, column: str) -> str | None:
-        """As `text`, but None if the column is missing, null or blank."""
+        """Like `text`, but None if the column is missing, null or blank."""
         return None if self.is_blank(column) else self.text(column)
 
     def is_blank(self, column: str) -> bool:
@@ -60,8 +63,8 @@ class Row:
         return value is None or (isinstance(value, str) and not value.strip())
 
     def number_gold(self, column: str) -> Answer:
-        """The gold number in a column. Raises: DataError if the column is missing or its value is
-        not one number."""
+        """The gold number in a column. Raises: DataError if the column is missing, or if its
+        value is not a single number."""
         value = self.value(column)
         answer = number_gold(value)
         if answer is None:
@@ -69,7 +72,7 @@ class Row:
         return answer
 
     def others(self, *used: str) -> dict[str, Any]:
-        """Name → value of the columns that are not in `used`."""
+        """Name → value, for all columns that are not in `used`."""
         return {name: value for name, value in self.columns.items() if name not in used}
 
     def value(self, column: str) -> Any:
@@ -83,13 +86,13 @@ class Row:
         return value
 
     def get(self, column: str) -> Any:
-        """As `value`, but None if the row has no such column."""
+        """Like `value`, but None if the row has no such column."""
         value = self._found(column)
         return None if value is MISSING else value
 
     def _found(self, path: str) -> Any:
-        """The value of the column named `path`. If there is no such column, the value that `path`
-        leads to as a dotted path, or MISSING."""
+        """The value of the column named `path`. If there is no such column, `path` is read as the
+        dotted path of a nested column. MISSING if that does not exist either."""
         if path in self.columns:
             return self.columns[path]
         value: Any = self.columns
@@ -105,10 +108,15 @@ def read_rows(
 ) -> list[Row]:
     """All rows of `split` (`train`, `dev` or `test`).
 
-    `source` is a file with an ending in `READERS`, a folder of such files or Parquet shards, or a
-    Hub id, `owner/name[:config[:split]]`, which is read at `revision`. Files in a folder are named
-    after their splits; a file named in `names` takes precedence. Files other than Parquet may be
-    gzipped. Raises: DataError if the source cannot be read or has no rows of the split.
+    `source` is one of these:
+
+    - a file with an ending in `READERS`
+    - a folder of such files, or of Parquet shards
+    - a Hub id, `owner/name[:config[:split]]`, which is read at `revision`
+
+    The files in a folder are named after their splits. If the folder contains a file with one of
+    the names in `names`, that file is read instead. Files other than Parquet may be gzipped.
+    Raises: DataError if the source cannot be read or has no rows of the split.
     """
     path = _path(source)
     if path.is_dir():
@@ -127,15 +135,15 @@ def read_rows(
 
 
 def is_single_split(source: str) -> bool:
-    """Whether `source` is a file, or a Hub id that names a split. Raises: DataError if `source`
-    cannot be looked up."""
+    """Whether `source` is a file, or a Hub id that names a split. Raises: DataError if the
+    system rejects `source` as a path."""
     path = _path(source)
     return path.is_file() or (not path.exists() and _hub_parts(source)[2] != "")
 
 
 def _path(source: str) -> Path:
-    """The source as a path. The `~` of an unknown user is not expanded. Raises: DataError if the
-    system rejects the path."""
+    """The source as a path, with `~` and `~USER` expanded, unless the user is unknown. Raises:
+    DataError if the system rejects the path."""
     try:
         path = Path(source).expanduser()
     except RuntimeError:
@@ -148,8 +156,8 @@ def _path(source: str) -> Path:
 
 
 def refuse_type_changes(rows: Sequence[Row], columns: Sequence[str]) -> None:
-    """Check that each column has values of one type; null fits every type. Raises: DataError for
-    the first row whose value differs in type from those of earlier rows."""
+    """Check that each column has values of only one type. Null fits every type. Raises: DataError
+    for the first row whose value differs in type from the values in earlier rows."""
     for column in columns:
         filled = [(row, value) for row in rows if (value := row.get(column)) is not None]
         for row, value in filled:

@@ -1,4 +1,4 @@
-"""Recognises columns by their common names and, from the columns, the shape of the rows."""
+"""Recognises columns by their names, and the shape of rows by their columns."""
 
 from __future__ import annotations
 
@@ -33,15 +33,16 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "choices": ("choices", "options", "question.choices"),
     "id": ("id", "item_id", "key"),
 }
-"""Field → common names of its column, in the order in which they are tried; compared in lower
-case."""
+"""Field → common names of the field's column. They are tried in this order, and case is
+ignored."""
 LABELLED = ("{}", "option_{}", "option {}", "option{}", "op{}", "choice_{}")
-"""Names of columns that contain one option each; `{}` is the option's letter or number."""
+"""Names of columns that contain one option each. `{}` stands for the option's letter or number."""
 
 
 class Columns(Table):
-    """The names of the data's columns, or paths into them such as `reward_model.ground_truth`. All
-    other columns are passed to reward functions as keyword arguments."""
+    """The names of the data's columns. The name of a nested column is a dotted path, such as
+    `reward_model.ground_truth`. All other columns are passed to reward functions as keyword
+    arguments."""
 
     question: str | list[str] = "question"
     """The question or conversation. Several columns are joined by line breaks."""
@@ -77,8 +78,8 @@ class Shape:
 
 
 def recognise(rows: Sequence[Row], named: Mapping[str, Any]) -> Shape:
-    """The shape of `rows`. `named` maps fields to the columns that the user named. The columns of
-    the other fields are recognised.
+    """The shape of `rows`. `named` maps fields to the columns that the user named. For all other
+    fields, the columns are recognised by their names.
 
     Raises: DataError if no column is found for the question or for the answer.
     """
@@ -114,8 +115,8 @@ class _Found:
         self.by_lower = {str(name).lower(): str(name) for row in rows for name in row.columns}
 
     def first(self, field: str, used: set[str]) -> str | None:
-        """The first column in `NAMES` for a field, among those not in `used`; columns with values
-        come before empty ones. None if there is none."""
+        """The first column that `NAMES` lists for a field and that is not in `used`. Columns with
+        values come before empty columns. None if there is no such column."""
         names = [self.by_lower.get(name, name) for name in NAMES[field]]
         free = [name for name in names if name not in used]
         unfit = (type(None),) if field == "choices" else (type(None), Mapping)
@@ -126,15 +127,15 @@ class _Found:
         return next(iter((*filled, *empty)), None)
 
     def question(self) -> str | list[str] | None:
-        """The question's column. For Alpaca's rows, this is the instruction's column, followed by
-        the input's if there is one. None if no column is found."""
+        """The column of the question. For Alpaca's rows, the column of the instruction and, if
+        there is one, the column of the input. None if no column is found."""
         instruction, context = self.by_lower.get("instruction"), self.by_lower.get("input")
         if instruction is not None and not {"question", "prompt"} & set(self.by_lower):
             return [instruction, context] if context is not None else instruction
         return self.first("question", set())
 
     def choices(self, used: set[str]) -> str | list[str] | None:
-        """One column with all options, or one column per option; None if there are none."""
+        """One column with all options, or one column per option; None if no column is found."""
         for pattern, labels in product(LABELLED, (ascii_lowercase, tuple(map(str, range(1, 27))))):
             names = map(pattern.format, labels)
             columns = [self.by_lower[name] for name in takewhile(self.by_lower.__contains__, names)]
@@ -151,7 +152,7 @@ class _Found:
         )
 
     def any_replied(self, column: str) -> bool:
-        """Whether any cell of the column is a conversation that ends in the assistant's turn."""
+        """Whether any cell of the column is a conversation that ends with the assistant's turn."""
         cells = [row.get(column) for row in self.rows]
         return any(is_conversation(cell) and is_answered(cell) for cell in cells)
 

@@ -1,5 +1,5 @@
-"""Builds splits from problems: removes duplicates and contradictions, draws dev, and leaves
-each question in only one split."""
+"""Builds splits from problems: removes duplicates and contradictions, draws the dev split, and
+leaves each question in only one split."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from reftune.types import Answer, Problem
 Key = Callable[[Problem], str]
 """Computes the key of a problem. Problems with equal keys ask the same question."""
 Asked = tuple[str, Problem]
-"""A problem's key, and the problem."""
+"""A problem's key, and the problem itself."""
 
 LARGEST_DEFAULT_DEV = 500
 TOKEN = re.compile(r"\d+(?:[.,]\d+)*|[^\W\d_]+|[^\w\s]|_")
@@ -60,18 +60,21 @@ def draw_splits(
     key: Key = question_key,
     several_rationales: bool = False,
 ) -> Splits:
-    """The cleaned splits. Rows of train and dev are dropped, and counted, for these reasons:
+    """The cleaned splits. Rows of train and dev are dropped, and counted, for the following
+    reasons:
 
-    - `duplicate`: an earlier row of the split has the same text (apart from spacing), options, gold
-      answer and, in train with `several_rationales`, rationale.
+    - `duplicate`: an earlier row of the split has the same text (apart from spacing), the same
+      options and the same gold answer. If `several_rationales` is true, such a row of train is
+      dropped only if the rationales are the same too.
     - `contradiction`: rows of the split give different gold answers to the same question with the
       same options. None of these rows is kept.
-    - `leak`: the same question, judged by `key`, is in test or, if the row is in train, in dev.
+    - `leak`: test contains a problem with the same `key`. A row of train is also dropped if dev
+      contains such a problem.
 
-    If `dev` is None, the questions of train are sorted by a hash of `seed` and question, and the
-    first `dev_size` become dev, so row order and rationales do not affect the choice. If
-    `dev_size` is None, a tenth of the questions, at most 500, becomes dev. Raises: DataError if
-    `dev_size` leaves nothing to train on.
+    If `dev` is None, the questions of train are sorted by a hash of the question and `seed`, and
+    the first `dev_size` of them become dev. Thus row order and rationales do not affect the choice.
+    If `dev_size` is None, a tenth of the questions, but at most 500, become dev. Raises: DataError
+    if `dev_size` leaves nothing to train on.
     """
     counts: Counter[str] = Counter()
     tested = [(key(problem), problem) for problem in test]
@@ -89,8 +92,8 @@ def draw_splits(
 
 
 def drop_untrainable(splits: Splits, reason: str, unusable: Callable[[Problem], bool]) -> Splits:
-    """Remove the training problems that are `unusable`, and count them as `reason`. Dev keeps such
-    problems, but not their rationales."""
+    """Remove the training problems that are `unusable`, and count them under `reason`. Dev keeps
+    such problems, but not their rationales."""
     train = tuple(problem for problem in splits.train if not unusable(problem))
     dev = tuple(replace(p, rationale=None) if unusable(p) else p for p in splits.dev)
     dropped = len(splits.train) - len(train)
@@ -99,8 +102,8 @@ def drop_untrainable(splits: Splits, reason: str, unusable: Callable[[Problem], 
 
 
 def same_gold(a: Answer, b: Answer) -> bool:
-    """Whether two gold answers agree. Numbers and texts are compared as the grader compares them;
-    other answers must be equal."""
+    """Whether two gold answers agree. Numbers and texts are compared as the grader compares them.
+    Any other answers must be equal."""
     if isinstance(a.value, Fraction) and isinstance(b.value, Fraction):
         first, second = number_of(a), number_of(b)
         return same_number(first, second) or same_number(second, first)
@@ -124,7 +127,8 @@ def _spaced(text: str) -> str:
 def _clean(
     problems: Iterable[Problem], key: Key, several_rationales: bool, counts: Counter[str]
 ) -> list[Asked]:
-    """The problems, in the same order, without contradictions and duplicates, which are counted."""
+    """The problems in the same order, without contradictions and duplicates, which are counted in
+    `counts`."""
     problems = list(problems)
     first: dict[str, Problem] = {}
     questions = [question_key(problem) for problem in problems]
@@ -152,7 +156,7 @@ def _clean(
 def _without(
     asked: Sequence[Asked], elsewhere: Iterable[Asked], counts: Counter[str]
 ) -> list[Asked]:
-    """The problems of `asked` whose question is not asked `elsewhere`; the rest are counted as
+    """The problems in `asked` whose keys do not occur in `elsewhere`. The others are counted as
     leaks."""
     taken = {question for question, _ in elsewhere}
     kept = [(question, problem) for question, problem in asked if question not in taken]
@@ -178,7 +182,8 @@ def _draw(asked: Sequence[Asked], size: int | None, seed: int) -> list[Asked]:
 
 
 def _with_unique_ids(*splits: Sequence[Problem]) -> list[tuple[Problem, ...]]:
-    """The splits with unique ids: a repeated id gets `-2`, `-3`, … from its second use on."""
+    """The splits with unique ids. If several problems have the same id, `-2`, `-3`, … is appended
+    to all but the first."""
     taken = {problem.id for split in splits for problem in split}
     seen: Counter[str] = Counter()
 

@@ -10,8 +10,8 @@ from reftune.types import Conversation, Graded, Problem
 
 
 class Format(Protocol):
-    """The interface of every format. A problem's prompt has the same tokens in every stage, and its
-    target begins right after them."""
+    """The interface of every format. A problem's prompt has the same tokens in every stage. The
+    target begins right after these tokens."""
 
     def prompt(self, problem: Problem) -> str | Conversation:
         """The text that the model continues, or the conversation that it answers. Any text except a

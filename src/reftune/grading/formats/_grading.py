@@ -1,4 +1,4 @@
-"""The recipe key `grading`, which names the grader's rules or a user's own grader."""
+"""The recipe key `grading`, which names either a set of built-in rules or a user's own grader."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def own_grader(grading: str) -> Grader:
 
 def graded_by(grader: Grader, text: str, problem: Problem) -> Graded:
     """The grade that a user's own grader gives. If the grader raises an error, or returns neither a
-    `Graded` nor a bool, the verdict is ERROR, so that failures are counted."""
+    `Graded` nor a bool, the verdict is ERROR, so that such failures can be counted."""
     try:
         verdict = grader(text, problem)
     except Exception as failure:  # noqa: BLE001  a model's text may break a grader

@@ -49,12 +49,12 @@ class _Import:
 
 
 def without_unused_imports(program: str) -> str:
-    """`program` without its unused imports. A statement that imports only unused names becomes
+    """`program` without its unused imports. If a statement imports only unused names, it becomes
     `pass`.
 
-    A name counts as used if it occurs in an f-string or, except after a dot, in code. In a program
-    that uses `eval`, `exec` or `compile`, a name in any string counts as used. Imports of forbidden
-    modules are kept, so that the sandbox notices them. `import *` is kept too.
+    A name counts as used if it occurs in an f-string, or anywhere in code except after a dot. In a
+    program that uses `eval`, `exec` or `compile`, a name in any string counts as used. Imports of
+    forbidden modules are kept, so that the sandbox notices them. `import *` is kept too.
     """
     if "import" not in program:
         return program
@@ -122,7 +122,7 @@ def _used(tokens: Sequence[_Token]) -> set[str]:
 
 
 def _less_unused(statement: _Import, used: set[str]) -> str | None:
-    """The statement without its unused names; None if it does not change."""
+    """The statement without its unused names; None if the statement stays unchanged."""
     kept = [part for part in statement.parts if _bound(part) in used]
     if len(kept) == len(statement.parts) or FORBIDDEN_MODULES.intersection(statement.modules):
         return None
@@ -136,5 +136,5 @@ def _replace(lines: list[str], tokens: Sequence[_Token], replacement: str) -> No
 
 
 def _bound(part: str) -> str:
-    """The name that an import binds, such as `a` for `a.b`."""
+    """The name that an import defines, such as `a` for `import a.b`."""
     return part.rpartition(" as ")[2] if " as " in part else part.partition(".")[0]

@@ -20,7 +20,7 @@ READ_BY: Mapping[str, tuple[str, ...]] = {
     "chat": ("system", "instruction", "template_args"),
     "plain": ("template", "examples"),
 }
-"""A style → the keys that only this style reads."""
+"""Style → the keys that only this style reads."""
 SLOT = "{question}"
 PLAIN = f"{SLOT}\n"
 
@@ -49,8 +49,8 @@ class Prompted(Component):
     """For `plain`: the prompt, which must contain `{question}` once. Default: the question and a
     line break."""
     examples: list[Shot] = Field(default_factory=list)
-    """For `plain`: worked examples before the question. Each is the template with the example's
-    question, followed by its solution and an empty line."""
+    """For `plain`: worked examples before the question. Each consists of the filled-in template,
+    the example's solution and an empty line."""
     stop: list[str] = Field(default_factory=list)
     """Stop strings, in addition to the model's end tokens."""
 

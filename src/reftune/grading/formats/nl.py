@@ -21,18 +21,20 @@ DEFINITION = re.compile(r"^def solution\(", re.MULTILINE)
 
 
 class Nl(Prompted):
-    """A worked solution in natural language, which ends by stating the answer."""
+    """A worked solution in natural language. It ends by stating the answer."""
 
     kind: str = "nl"
     grading: Grading = "robust"
     """`robust` ([our rules](grading.md)), `paper` (the authors' rules), or [your own
-    grader](grading.md#your-own-grader) as `file.py:Name`."""
+    grader](grading.md#your-own-grader), named as `file.py:Name`."""
 
     stop_at: tuple[str, ...] = DEFAULT.stop_at
-    """Strings that mark the start of run-on text, which the grader ignores."""
+    """Strings that mark the start of [run-on text](grading.md#completions), which the grader
+    ignores."""
     markers: tuple[str, ...] = ()
-    """Phrases that announce the answer, in addition to the built-in English ones. A gold solution
-    that does not end by stating its answer gets a last line that begins with the first phrase."""
+    """Phrases that announce the answer, in addition to the built-in English ones. If a gold
+    solution does not end by stating its answer, the first phrase and the answer are added as a last
+    line."""
     decimal: Literal[".", ","] = "."
     """Decimal separator of the model's answers."""
 
@@ -47,8 +49,9 @@ class Nl(Prompted):
         If the rationale's last line already states the answer, no line is added, unless the style
         or grading is `paper`.
 
-        Raises: DataError if there is no rationale, if the rationale is a program or, except under
-        `paper`, if the gold answer is a `regex` and the last line states no match.
+        Raises: DataError if there is no rationale, or if the rationale is a program. DataError is
+        also raised if the gold answer is a `regex` and the last line states no answer that matches
+        it, unless the style or grading is `paper`.
         """
         rationale = gold_rationale(problem)
         if DEFINITION.search(rationale):
@@ -72,7 +75,7 @@ class Nl(Prompted):
         return f"{rationale}\n{phrase} {answer}"
 
     def grade(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Graded]:
-        """One grade per completion, in the same order; expressions are compared in parallel."""
+        """One grade per completion, in the same order. Expressions are compared in parallel."""
         if len(completions) != len(problems):
             raise ValueError(f"{len(problems)} problems and {len(completions)} completions")
         if self.grading == "robust" and any(needs_worker(problem.answer) for problem in problems):
@@ -90,5 +93,6 @@ class Nl(Prompted):
 
 
 def _decimal(answer: Answer) -> str:
-    """The answer as text. A number is spelled so that `float()` can read it, unlike 1/3 or 25%."""
+    """The answer as text. A number is spelled as a decimal without a percent sign, so that
+    `float()` can read it."""
     return spell_decimal(answer.value) if isinstance(answer.value, Fraction) else answer.value

@@ -1,21 +1,25 @@
 """Rationales that are programs.
 
 A completion either continues `def solution():` or contains a whole program. The program is found by
-text search, because only the sandbox parses or runs a model's code. The text is what follows the
-last `</think>`; a completion that ends inside `<think>` has none. The program is the last fenced
-block that defines `solution` or, if no block does, the whole text. If nothing defines `solution`,
-the body of `solution` is the last fenced block with a `return` or, if no block has one, the whole
-text (if it has one).
+text search, because only the sandbox parses or runs a model's code. Only text after the last
+`</think>` counts. If the completion ends inside `<think>`, there is no program. Otherwise, the
+program is the first of the following that exists:
 
-Unused imports are removed. Then the versions below are tried in order, each only if all earlier
-ones ended in an error:
+- the last fenced block that defines `solution`
+- the whole text, if it defines `solution`
+- the last fenced block that contains a `return`; it becomes the body of `solution`
+- the whole text, if it contains a `return`; it becomes the body of `solution`
 
-1. the program or body as it stands;
-2. the same without prose. Of a program's statements at the left margin, only imports, definitions
-   and the assignments before `solution` are kept. A body ends before its first line at the left
-   margin. A body that is not indented ends after its first `return` at the margin;
-3. the program, preceded by the fenced blocks above it that do not define `solution`, as in a
-   notebook.
+Unused imports are removed. Then the following versions are tried in order, until one of them does
+not end in an error:
+
+1. the program or body as it stands
+2. the program or body without prose. A statement at the left margin of a program is kept only if it
+   is an import, a definition, or an assignment before `solution`. An indented body is cut off
+   before its first line at the left margin. A body that is not indented is cut off after its first
+   `return` at the left margin.
+3. the program, preceded by the fenced blocks above it that do not define `solution`, as if the
+   blocks were the cells of a notebook
 """
 
 from __future__ import annotations
@@ -77,11 +81,11 @@ class Program(Prompted):
     kind: str = "program"
     grading: Grading = "robust"
     """`robust` ([our rules](grading.md)), `paper` (the authors' rules), or [your own
-    grader](grading.md#your-own-grader) as `file.py:Name`."""
+    grader](grading.md#your-own-grader), named as `file.py:Name`."""
     timeout_s: float = Field(default=1.0, gt=0, le=60)
     """Seconds that a program may run."""
     memory_mib: int = Field(default=64, ge=16)
-    """MiB of memory that a program may use."""
+    """Memory that a program may use, in MiB."""
     sandbox: SandboxKind = "auto"
     """Which [sandbox](sandbox.md) runs programs."""
     scripts: Literal["refuse", "read"] = "refuse"
@@ -101,8 +105,9 @@ class Program(Prompted):
         )
 
     def prompt(self, problem: Problem) -> str | Conversation:
-        """The prompt in the chosen `style`. In the style `compact`, it ends with the function's
-        header; in the style `paper`, with the header and the question as a docstring."""
+        """The prompt in the chosen `style`. In the style `compact`, the prompt ends with the
+        function's header. In the style `paper`, it ends with the header and a docstring that
+        contains the question."""
         if self.writes_all:
             return self.framed(problem)
         if self.style == "paper":
@@ -110,12 +115,12 @@ class Program(Prompted):
         return f"{question_text(problem)}\n{HEADER}".removesuffix("\n")
 
     def target(self, problem: Problem) -> str:
-        """The gold program without the docstring of `solution`; only the body of `solution` if the
-        prompt already contains the function's header.
+        """The gold program without the docstring of `solution`. If the prompt already contains the
+        function's header, the target is only the body of `solution`.
 
         In the style `compact`, the target begins with the line break before the body, because many
-        tokenizers join this line break with the indent after it. Raises: DataError if there is no
-        program.
+        tokenizers merge this line break and the following indent into one token. Raises: DataError
+        if there is no program.
         """
         body = body_of(gold_rationale(problem))
         if not body:
@@ -153,8 +158,8 @@ class Program(Prompted):
         return (*scripts_in(completion), *functions) if self.scripts == "read" else functions
 
     def _graded(self, problem: Problem, results: Sequence[ExecutionResult]) -> Graded:
-        """The grade of the first program that does not end in an error or, if all do, of the first
-        program."""
+        """The grade of the first program that does not end in an error. If all programs end in an
+        error, the result is the grade of the first program."""
         if not results:
             expected = ", nor does it assign or print an answer" * (self.scripts == "read")
             reason = f"the text defines no solution() and returns nothing{expected}"
@@ -211,8 +216,8 @@ def _without_thoughts(completion: str) -> str:
 
 
 def programs_in(completion: str) -> tuple[str, ...]:
-    """The programs to try, one after the other; none if the completion has neither a `solution` nor
-    a `return`."""
+    """The programs to try, one after the other; none if the completion contains neither a
+    `solution` nor a `return`."""
     text, blocks = _text_and_blocks(completion)
     for program in (*reversed(blocks), textwrap.dedent(text) if text[:1].isspace() else text):
         if _SOLUTION.search(program):
@@ -225,10 +230,11 @@ def programs_in(completion: str) -> tuple[str, ...]:
 
 
 def scripts_in(completion: str) -> tuple[Script, ...]:
-    """The programs to try, one after the other; none if the completion defines `solution`. Indented
-    text without fenced blocks is the body of `solution`. Otherwise, the program is the last fenced
-    block that prints or, at the left margin, assigns to `result` or one of `ANSWER_NAMES`. If no
-    block does but the whole text does, the program is the whole text."""
+    """The programs to try, one after the other; none if the completion defines `solution`. If the
+    text is indented and contains no fenced blocks, it is the body of `solution`. Otherwise, the
+    program is the last fenced block that prints, or that assigns to `result` or one of
+    `ANSWER_NAMES` at the left margin. If there is no such block but the whole text prints or makes
+    such an assignment, the program is the whole text."""
     text, blocks = _text_and_blocks(completion)
     if any(map(_SOLUTION.search, (*blocks, text))):
         return ()
@@ -249,8 +255,8 @@ def _after_helpers(program: str, blocks: list[str]) -> str:
 
 def _answer_of(script: str) -> str:
     """The expression whose value is the answer. It is the first of `ANSWER_NAMES` that the script
-    assigns, else `result` if the script assigns that name and does not print, else `None`, which
-    stands for the printed text."""
+    assigns. If the script assigns none of them, it is `result`, provided that the script assigns
+    `result` and does not print. Otherwise, it is `None`, which stands for the printed text."""
     names = {match["name"] for match in _SCRIPT.finditer(script) if match["name"] is not None}
     first = next((name for name in ANSWER_NAMES if name in names), None)
     return first or ("result" if "result" in names and "print" not in script else "None")
@@ -268,8 +274,8 @@ def _unique(*programs: str) -> tuple[str, ...]:
 
 
 def _without_prose(program: str) -> str:
-    """The definitions, the imports, and the assignments before `solution`; the whole program if
-    `solution` is defined only inside quotes."""
+    """The program's definitions, its imports, and its assignments before `solution`. If `solution`
+    is defined only inside quotes, the result is the whole program."""
     chunks = _chunks(program)
     last = max(
         (index for index, chunk in enumerate(chunks) if _SOLUTION.match(chunk)), default=None
@@ -285,8 +291,8 @@ def _without_prose(program: str) -> str:
 
 
 def _chunks(program: str) -> list[str]:
-    """The lines at the left margin, each with the lines that belong to it: indented or blank lines,
-    closing brackets, and text inside triple quotes."""
+    """The lines at the left margin, each with the following lines that belong to it: indented or
+    blank lines, closing brackets, and text inside triple quotes."""
     chunks: list[list[str]] = []
     in_quotes = False
     for line in program.split("\n"):
@@ -302,8 +308,8 @@ def _chunks(program: str) -> list[str]:
 
 
 def _indented(body: str) -> str:
-    """The body, indented as in a function. The indent is added if the first line has lost it or if
-    the whole body is at the margin."""
+    """The body, indented as in a function. If only the first line has lost its indent, or if the
+    whole body is at the left margin, the missing indent is added."""
     lines = body.strip("\n").rstrip().split("\n")
     while lines and not lines[0].strip():
         del lines[0]
@@ -317,8 +323,8 @@ def _indented(body: str) -> str:
 
 
 def _first_indent(lines: list[str]) -> int:
-    """The indent that the first line should have, judged by the lines that follow it, up to the
-    next one at the left margin."""
+    """The indent that the first line should have, judged by the lines between it and the next line
+    at the left margin."""
     first = _indent(lines[0])
     below = []
     for line in lines[1:]:
@@ -361,8 +367,9 @@ _DOCSTRING = re.compile(
 
 
 def body_of(program: str) -> str | None:
-    """The body of a gold program's `solution` without its docstring, indented by four spaces; None
-    if the program defines no `solution`. Code before the definition moves into the body."""
+    """The body of `solution` in a gold program, without the docstring and indented by four spaces.
+    Code before the definition of `solution` moves into the body. None if the program does not
+    define `solution()`."""
     program = program.replace("\r\n", "\n").expandtabs(4)
     header = _GOLD_HEADER.search(program)
     if header is None:
@@ -383,9 +390,9 @@ def _paper_header(problem: Problem) -> str:
 
 
 def _paper_source(problem: Problem, completion: str) -> str:
-    """The program that the authors run: the header and the completion up to the first blank line,
-    with `sys.exit` replaced by `print`. The program's only global is `math`, so its other
-    definitions are not visible inside `solution`.
+    """The program that the authors run: the header and the completion, cut off at the first blank
+    line, with `sys.exit` replaced by `print`. The only global name is `math`, so that `solution`
+    cannot see anything else that the program defines.
 
     Differs: a completion that begins with `def solution` gets no header, unused imports are
     removed, and the default sandbox lacks sympy.

@@ -1,5 +1,5 @@
-"""A reward turns a rollout's problem, completion and grade into a number. Each reward has its own
-file."""
+"""A reward turns a problem, a completion and the completion's grade into a number. Each reward has
+its own file."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def blame(
     samples: Sequence[Sample],
     error: BaseException,
 ) -> RewardError:
-    """The error of the first sample on which `reward` fails alone; if there is none, the batch's
-    error."""
+    """An error that names the first sample for which `reward` fails when called with this sample
+    alone. If there is no such sample, the error names the whole batch."""
     for sample in samples if len(samples) > 1 else ():
         try:
             reward([sample])
@@ -59,5 +59,5 @@ def blame(
 
 
 def ids(samples: Sequence[Sample]) -> str:
-    """The first and the last problem of a batch, as error messages name it."""
+    """The ids of a batch's first and last problem. Error messages use them to name the batch."""
     return f"{samples[0][0].id} … {samples[-1][0].id}" if samples else "without samples"

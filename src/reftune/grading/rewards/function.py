@@ -1,17 +1,26 @@
 """A user's own reward function, as in `reward: my_reward.py:score`.
 
 The function is called as TRL calls its `reward_funcs`: once per batch, with lists as keyword
-arguments. The lists are the questions as `prompts`, the generated texts as `completions`, their
-tokens as `completion_ids`, the gold answers as `answer`, the grader's `verdicts`, `values` and
-`reasons`, and the columns of the data that reftune does not use. A column named `answer`,
-`verdicts`, `values` or `reasons` replaces the list of that name. The function receives the
-arguments it names, or all of them if it takes `**kwargs`. It may be async. If the function
-fails on a batch, it is called again with one sample at a time, to find one that causes an error.
+arguments. These are the arguments:
+
+- `prompts`: the questions
+- `completions`: the generated texts
+- `completion_ids`: the token ids of these texts
+- `answer`: the gold answers
+- `verdicts`, `values` and `reasons`: the grades
+- each column of the data that reftune does not use, under its own name
+
+A column named `answer`, `verdicts`, `values` or `reasons` replaces the list of that name.
+
+The function receives the arguments that its signature names, or all of them if it takes `**kwargs`.
+It may be async. If the function fails on a batch, it is called again with one sample at a time, to
+find a sample that causes an error.
 
 The function returns a list with one entry per completion: a number, a dict of named parts such as
 `{"correct": 1.0, "short": 0.1}`, or None to exclude the completion from training. Instead of the
-list, it may return a dict of lists, such as `{"correct": [1.0, …], "short": [0.1, …]}`. The parts
-add up to the reward, and each part is logged as `reward_part/NAME`.
+list, the function may return a dict of lists, such as
+`{"correct": [1.0, …], "short": [0.1, …]}`. The parts add up to the reward, and each part is logged
+as `reward_part/NAME`.
 """
 
 from __future__ import annotations
@@ -41,7 +50,7 @@ class FunctionReward(Component):
     `file.py:name`."""
 
     timeout_s: float = Field(600.0, gt=0)
-    """Seconds that a call, which rewards all samples of a step, may take before the run stops."""
+    """Seconds that a call may take before the run stops. One call rewards all samples of a step."""
 
     def model_post_init(self, _: Any) -> None:
         if ":" not in self.kind:
@@ -137,7 +146,8 @@ class FunctionReward(Component):
 
 
 class _TimeUpError(BaseException):
-    """A call ran out of time. The user's code might catch an `Exception`, so this is not one."""
+    """A call ran out of time. This class does not derive from `Exception`, because the user's code
+    might catch every `Exception`."""
 
 
 @contextmanager
@@ -182,8 +192,8 @@ def _columns(samples: Sequence[Sample]) -> dict[str, list[Any]]:
 
 
 def _finished(result: Any) -> Any:
-    """`result` or, if it is awaitable, the result of awaiting it: in a new thread, because this one
-    may already run an event loop."""
+    """`result` itself or, if it is awaitable, the result of awaiting it. An awaitable is awaited in
+    a new thread, because the current thread may already be running an event loop."""
     if not inspect.isawaitable(result):
         return result
 
@@ -195,8 +205,8 @@ def _finished(result: Any) -> Any:
 
 
 def _by_sample(parts: Mapping[Any, Any], count: int) -> Any:
-    """Turn a mapping from part names to lists into one mapping per sample. Any other mapping stays
-    unchanged."""
+    """Turn a mapping from part names to lists into one mapping per sample. Any other mapping is
+    returned unchanged."""
     columns = list(parts.values())
     if not columns or not all(isinstance(c, list | tuple) and len(c) == count for c in columns):
         return parts

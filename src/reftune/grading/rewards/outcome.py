@@ -12,7 +12,7 @@ from reftune.types import Answer, Completion, Graded, Problem, Verdict
 
 
 class Outcome(Component):
-    """The reward of the ReFT paper, §3.1, with rules for answers that are not numbers."""
+    """The reward of the ReFT paper (§3.1), with rules for answers that are not numbers."""
 
     kind: str = "outcome"
     correct: float = Field(default=1.0, allow_inf_nan=False)
@@ -39,8 +39,8 @@ class Outcome(Component):
         return self.partial if is_partial else self.wrong
 
     def _tells_kind(self, gold: Answer) -> bool:
-        """Whether a wrong answer earns `partial`. True if `gold` is a number, an expression or made
-        up of these; for a choice, only with `partial_on_choices`."""
+        """Whether a wrong answer earns `partial`. If `gold` is a choice, this depends on
+        `partial_on_choices`. Otherwise, `gold` must consist only of numbers and expressions."""
         if gold.kind == "choice":
             return self.partial_on_choices
         parts = map(part_answer, gold.items) if gold.items else [gold]

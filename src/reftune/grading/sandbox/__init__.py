@@ -1,21 +1,22 @@
-"""Runs untrusted programs and returns their values, within limits on time, memory and recursion.
+"""Runs untrusted programs within limits on time, memory and recursion, and returns their values.
 
-There are two backends. `monty` interprets Python in Rust, in worker processes, and gives programs
-no access to files, the network, processes or the environment. `subprocess` runs CPython with the
-installed packages, in an isolated process per program. The default, `auto`, runs a program in monty
-first. If the program needs a feature of Python that monty lacks (`gaps.py`), `auto` runs it again
-in a subprocess. With `auto`, programs cannot import third-party packages, so that verdicts do not
-depend on which packages are installed. If the subprocess backend cannot start, `auto` uses monty
-alone.
+There are two backends. `monty` is an interpreter for Python, written in Rust. It runs in worker
+processes and gives programs no access to files, the network, processes or the environment.
+`subprocess` runs CPython with the installed packages, in an isolated process per program. The
+default, `auto`, runs a program in monty first. If the program needs a feature of Python that monty
+lacks (`gaps.py`), `auto` runs it again in a subprocess. With `auto`, programs cannot import
+third-party packages, so that verdicts do not depend on which packages are installed. If the
+subprocess backend cannot start, `auto` uses monty alone.
 
-In both backends, a program is FORBIDDEN if it opens or lists files outside Python's libraries,
-imports a forbidden module, such as `socket` or `ctypes`, or calls a function of `os` or `sys` that
-acts outside the program, such as `os.system` or `sys.exit`. A program cannot hide the file access
-or the import by catching the error. In monty, a program is also FORBIDDEN if it opens any other
-file, reads the environment or uses `__import__`, `globals`, `input`, or dunder attributes that lead
-from an object to the interpreter, such as `().__class__`. Programs may import `os` and `sys` and
-use harmless members of both, such as `sys.maxsize`. Importing a harmless module that is missing,
-such as numpy, is an ERROR.
+In both backends, a program gets the status FORBIDDEN if it opens a file or lists a folder outside
+Python's libraries, imports a forbidden module, such as `socket` or `ctypes`, or calls a function of
+`os` or `sys` that acts outside the program, such as `os.system` or `sys.exit`. A program cannot
+hide the file access or the import by catching the error. In monty, a program also gets this status
+if it opens any file, even one of Python's libraries, reads the environment or uses `__import__`,
+`globals`, `input`, or dunder attributes that lead from an object to the interpreter, such as
+`().__class__`. Programs may import `os` and `sys` and use harmless members of both, such as
+`sys.maxsize`. If a program imports a harmless module that is missing, such as numpy, the status is
+ERROR.
 
 Both backends seed the module `random`. In monty, the clock stands still and `sleep` takes no time,
 so that a program returns the same value every time.
@@ -50,8 +51,9 @@ MAX_SOURCE_CHARS = 100_000
 
 
 class Sandbox:
-    """Runs programs in parallel. No program can pass any state on to another. The workers start
-    when first needed; `close` or garbage collection ends them.
+    """Runs programs in parallel. No program can pass any state to another program. The workers
+    start when they are first needed. They end when `close` is called or the sandbox is
+    garbage-collected.
 
     Sandboxes with equal settings compare equal. A copy of a sandbox, for example in another
     process, starts its own workers.
@@ -64,7 +66,7 @@ class Sandbox:
         workers: int | None = None,
         allow_unisolated: bool = False,
     ) -> None:
-        """`workers` is the maximum number of programs at the same time, by default one per core.
+        """`workers` is the maximum number of programs that run at once, by default one per core.
         `allow_unisolated` lets the subprocess backend start even without isolation."""
         self.limits = limits if limits is not None else SandboxLimits()
         self._kind = backend

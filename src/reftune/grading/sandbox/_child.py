@@ -1,21 +1,21 @@
-"""Runs programs for the subprocess sandbox, each in its own process, forked from this one. This
-file runs as a script in a prepared environment and imports nothing from reftune.
+"""Runs programs for the subprocess sandbox. Each program runs in a process of its own, forked from
+this process. This file runs as a script in a prepared environment and imports nothing from reftune.
 
-A forked process starts with the interpreter running and with common modules already imported, as
-well as slow packages such as numpy if the program needs them. This process only forks processes,
-waits for them and kills them; it never reads a program. Each message on the socket at descriptor 0
-names the working folder of one program to run and carries three descriptors: the program's source,
-a pipe for its result, and a socket for its exit status. When the other end of the status socket
-closes, the program is killed.
+In a forked process, the interpreter is already running, and common modules are already imported. So
+are slow packages such as numpy, if the program needs them. This process only forks processes, waits
+for them and kills them. It never reads a program. Each message on the socket at descriptor 0 asks
+this process to run a program. The message names the program's working folder and carries three file
+descriptors: the program's source, a pipe for its result, and a socket for its exit status. When the
+other end of the status socket closes, the program is killed.
 
-The result consists of lines whose first letter tells their kind. Each refused access adds an `F`
-line. Unless the program is killed, a `P` line follows with the end of its output, if any, and then
-a `V` line with its value or an `E` line with its exception. If the system lacks a required
-protection, the program is not started, and the only line is an `N` line that names what is missing.
-`P`, `V` and `E` lines contain JSON.
+The result consists of lines. The first letter of each line tells the kind of the line. Each refused
+access adds an `F` line. If the program is not killed, more lines follow: a `P` line with the end of
+the program's output, if there is any, and then a `V` line with the program's value or an `E` line
+with its exception. If the system lacks a required protection, the program is not started, and the
+only line is an `N` line that names what is missing. `P`, `V` and `E` lines contain JSON.
 
-The audit hook (`Doorman`) refuses and reports only the well-known ways out. A determined program
-can get past the hook, but not past the kernel's limits.
+The audit hook (`Doorman`) refuses and reports only the well-known ways out of the sandbox. A
+determined program can get past the hook, but not past the kernel's limits.
 """
 
 from __future__ import annotations
@@ -108,8 +108,9 @@ def serve(requests: socket.socket, settings: dict[str, Any]) -> None:
 
 
 def is_closed(waiting: socket.socket) -> bool:
-    """Whether a program's result is no longer awaited. An event from polling does not prove this,
-    because the descriptor may have been closed and reused since."""
+    """Whether the other end of a program's status socket is closed, so that nobody waits for the
+    result any more. A poll event does not prove this, because the descriptor may have been closed
+    and reused since the event."""
     try:
         return waiting.recv(1, socket.MSG_DONTWAIT) == b""
     except BlockingIOError:
@@ -144,7 +145,7 @@ def fork(folder: str, source: int, results: int, settings: dict[str, Any]) -> in
 
 
 def tell_ended(running: dict[int, tuple[int, socket.socket]], ready: select.poll) -> None:
-    """Send the exit status of each process that has ended, and forget the process."""
+    """For each process that has ended, send its exit status and stop keeping track of it."""
     for descriptor, (pid, waiting) in list(running.items()):
         ended, status = os.waitpid(pid, os.WNOHANG)
         if ended:
@@ -211,9 +212,9 @@ def keep_only(results: int) -> None:
 
 def fence_in(readable: list[str]) -> str:
     """Permanently give up access to the network, other processes and the contents of all files
-    except `readable`, as far as the system allows. Without seccomp, other processes may stay within
-    reach. Returns a phrase that names the missing protections of files and the network; empty if
-    none is missing."""
+    except `readable`, as far as the system allows. Without seccomp, other processes may remain
+    accessible. Returns a phrase that names the protections of files and the network that the system
+    lacks. The phrase is empty if the system lacks none."""
     try:
         libc = ctypes.CDLL(None, use_errno=True)
         namespaces = libc.unshare(CLONE_NEWUSER | CLONE_NEWNET | CLONE_NEWIPC) == 0
@@ -231,10 +232,10 @@ def fence_in(readable: list[str]) -> str:
 
 
 def only_read(libc: ctypes.CDLL, paths: list[str]) -> bool:
-    """Use Landlock so that the process can read only the contents of `paths`, and cannot create,
-    write, run or delete files. Landlock does not cover metadata (`stat`, `chmod`). On newer
-    kernels, it also blocks TCP and signals to other processes. Returns False if access to files
-    cannot be restricted."""
+    """Use Landlock so that the process can read the contents of `paths` but of no other files, and
+    cannot create, write, run or delete any file. Landlock does not cover metadata (`stat`,
+    `chmod`). On newer kernels, Landlock also blocks TCP and signals to other processes. Returns
+    False if access to files cannot be restricted."""
     version = libc.syscall(LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), LANDLOCK_VERSION)
     if version < 1:
         return False
@@ -258,7 +259,8 @@ def only_read(libc: ctypes.CDLL, paths: list[str]) -> bool:
 
 def only_call(libc: ctypes.CDLL, table: tuple[int, str] | None) -> bool:
     """Use seccomp to make every system call that is not in `table` fail with EPERM. Returns False
-    if this cannot be done, or if there is no table for the machine."""
+    if this cannot be done, or if `table` is None because this file has no table for the machine's
+    architecture."""
     if table is None:
         return False
     architecture, numbers = table[0], [int(number) for number in table[1].split()]
@@ -287,7 +289,7 @@ ALLOWED_CALLS = {
             " 271 309 318 332 334 439"
         ),
     ),
-    # The same calls without open, stat, lstat, poll, access, select, readlink and time, which this
+    # The same calls, except open, stat, lstat, poll, access, select, readlink and time, which this
     # architecture lacks.
     "aarch64": (
         0xC00000B7,
@@ -336,8 +338,9 @@ class Printed:
 
 
 def as_json(value: Any, dumps: Callable[[Any], str] = json.dumps) -> str:
-    """`value` as JSON. A set becomes a sorted list. Other values that JSON lacks become strings if
-    they have `__float__` or `isoformat`, like Fraction or datetime. Raises: TypeError otherwise."""
+    """`value` as JSON. A set becomes a sorted list. A value of another type that JSON lacks becomes
+    a string if it has `__float__` or `isoformat`, as a Fraction or a datetime does. Raises:
+    TypeError if it has neither."""
     try:
         return dumps(sorted(value, key=repr) if isinstance(value, set | frozenset) else value)
     except TypeError:
@@ -359,7 +362,7 @@ class Doorman:
         if event == "open":
             path, _, flags = args
             reads = flags & (os.O_WRONLY | os.O_RDWR) == 0
-            # Python looks in a file of this name for the source line of a SyntaxError.
+            # To quote the source line of a SyntaxError, Python tries to open the file "<program>".
             refused = (
                 not isinstance(path, int)
                 and path != "<program>"

@@ -1,4 +1,5 @@
-"""The parts of Python that monty lacks, recognised by the error that ends a program."""
+"""Determines which part of Python a program needs but monty lacks, from the error that ends the
+program."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ def gap(result: ExecutionResult) -> str | None:
     """The part of Python that a program needed but monty lacks, such as `yield`, `dict.get as a
     value` or `the module heapq`; None if the program did not end because of such a gap.
 
-    Third-party packages do not count, because verdicts must not depend on what is installed.
+    Third-party packages do not count, because verdicts must not depend on which packages are
+    installed.
     """
     if result.status is not ExecutionStatus.ERROR:
         return None
@@ -34,8 +36,8 @@ def gap(result: ExecutionResult) -> str | None:
 
 
 def missing_package(result: ExecutionResult) -> str | None:
-    """The name of the third-party package that a program could not import; None if there is
-    none."""
+    """The name of the third-party package that a program could not import; None if the program did
+    not fail for this reason."""
     match = re.match(r"ModuleNotFoundError: No module named '([\w.]+)'", result.reason)
     if match is None or _comes_with_python(match[1]):
         return None
@@ -92,4 +94,5 @@ _GAPS: dict[str, str | Callable[[re.Match[str]], str | None]] = {
     r"ValueError: time data .* does not match format": "formats of strptime",
     r"TypeError: object of type '\w+' has no len\(\)": "__len__",
 }
-"""The error that ends a program → the part of Python that the program needed."""
+"""Pattern of the error that ends a program → the part of Python that the program needed, or a
+function that reads this part from the match."""

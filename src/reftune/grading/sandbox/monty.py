@@ -1,4 +1,5 @@
-"""The `monty` backend: pydantic-monty interprets Python in Rust, in worker processes."""
+"""The `monty` backend, which runs programs in worker processes with pydantic-monty, an interpreter
+for Python that is written in Rust."""
 
 from __future__ import annotations
 
@@ -35,7 +36,7 @@ _inherited: list[Any] = []
 
 
 def refuse_after_fork() -> None:
-    """Raise a ReftuneError in a process that was forked after its parent ran a program. monty's
+    """Raise a ReftuneError if this process was forked after its parent had run a program. monty's
     event loop does not survive a fork: the child would hang and could disrupt the parent's loop."""
     if _monty_pid is not None and _monty_pid != os.getpid():
         raise ReftuneError(
@@ -146,7 +147,7 @@ class _Printed:
 
 
 class _Modules(Mapping[str, NoReturn]):
-    """Offers no modules, and records which forbidden ones a program asked for."""
+    """Contains no modules, but records the forbidden modules that a program tries to import."""
 
     def __init__(self, reached: list[str]) -> None:
         self._reached = reached
@@ -164,7 +165,7 @@ class _Modules(Mapping[str, NoReturn]):
 
 
 def _first_line(error: BaseException) -> str:
-    """The first line of an error's message; for monty's errors, this includes the type."""
+    """The first line of an error's message. In monty's errors, this line includes the type."""
     return one_line(str(error)) or type(error).__name__
 
 

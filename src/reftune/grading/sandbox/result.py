@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 MAX_VALUE_BYTES = 1 << 20
-"""Maximum size, in bytes, of the value of a program run by monty."""
+"""Maximum size, in bytes, of a program's value in monty."""
 MAX_PRINTED_CHARS = 2000
 """Number of characters kept from the end of a program's output."""
 
@@ -68,7 +68,7 @@ class SandboxLimits:
 
 
 class Backend(Protocol):
-    """Runs one program per call of `execute`, which several threads may call at once."""
+    """Runs one program per call of `execute`. Several threads may call `execute` at once."""
 
     def execute(self, source: str) -> ExecutionResult: ...
 
@@ -88,8 +88,8 @@ _UNREACHABLE = re.compile(
 
 
 def forbidden_error(text: str) -> bool:
-    """Whether an error message shows that the program used something that the sandbox omits on
-    purpose."""
+    """Whether an error message shows that the program tried to use something that the sandbox omits
+    on purpose."""
     name = re.match(r"NameError: name '(\w+)' is not defined", text)
     if name is not None:
         return name.group(1) in FORBIDDEN_NAMES
@@ -100,5 +100,5 @@ def forbidden_error(text: str) -> bool:
 
 
 def one_line(text: str) -> str:
-    """The first line of `text`, cut to 200 characters, with `�` for unprintable characters."""
+    """The first line of `text`, cut to 200 characters. Unprintable characters become `�`."""
     return "".join(char if char.isprintable() else "�" for char in text.partition("\n")[0][:200])

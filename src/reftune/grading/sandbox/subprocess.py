@@ -1,11 +1,12 @@
 """The `subprocess` backend, which runs each program in a CPython process of its own.
 
 For each combination of slow packages that programs import, there is a forking process: a Python
-interpreter that has already imported these packages. Each program runs in a fork of that process,
-with a fixed environment and an empty temporary folder to work in. Start-up hooks in site-packages
-do not run. Landlock lets the program read only the libraries and write nothing. An allow-list of
-system calls rules out sockets, new processes, threads and signals. Each program has its own
-session, namespaces and resource limits. docs/sandbox.md lists what these protections cover.
+interpreter that has already imported these packages. Each program runs in a fork of the process for
+its packages, with a fixed environment and an empty temporary folder to work in. Start-up hooks in
+site-packages do not run. The kernel's Landlock lets the program read only the libraries and write
+nothing. An allow-list of system calls rules out sockets, new processes, threads and signals. Each
+program has its own session, namespaces and resource limits. docs/sandbox.md lists what these
+protections cover.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ INTERPRETER_MIB = 256
 """MiB of address space for the interpreter and its packages, in addition to the program's limit."""
 ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
 """The environment variables of a program. Without the first two, numpy reserves memory for one
-thread per core. The last one fixes the order of sets of strings."""
+thread per core. The last variable fixes the order in which sets of strings are iterated."""
 SYSTEM_LIBRARIES = (
     "/lib",
     "/lib64",
@@ -156,8 +157,8 @@ def _packages_of(source: str) -> tuple[str, ...]:
 class _Forker:
     """A running interpreter that forks a process for each program.
 
-    If the process that created this object is forked, its children may use the object too, since
-    each program has its own output pipe and status socket.
+    If the process that created this object forks, its child processes may use the object too,
+    because each program has its own output pipe and status socket.
     """
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
@@ -216,9 +217,9 @@ def _end(requests: socket.socket, process: subprocess.Popen[bytes], pid: int) ->
 
 
 def _exchange(output: int, status: socket.socket, timeout_s: float) -> tuple[bytes, int] | None:
-    """Read the program's output until the program ends, runs out of time or writes too much.
-    Afterwards, the program no longer runs. Returns the output and the exit status; None if the
-    forking process died."""
+    """Read the program's output until the program ends, runs out of time or writes too much. A
+    program that is still running is then killed. Returns the output and the exit status; None if
+    the forking process died."""
     deadline, written, code = time.monotonic() + timeout_s, b"", None
     while len(written) <= MAX_OUTPUT_BYTES:
         ready, _, _ = select.select([output], [], [], max(0.0, deadline - time.monotonic()))
@@ -264,7 +265,7 @@ def _read(output: bytes, returncode: int) -> ExecutionResult:
             return ExecutionResult(status=ExecutionStatus.OK, value=content, printed=printed)
         return _ended(_status(str(content)), str(content))
     if returncode == NOT_ISOLATED:
-        return failure(f"the system lacks {last[:200]} (allow_unisolated runs without it)")
+        return failure(f"the system lacks {last[:200]} (set allow_unisolated to run without it)")
     if returncode in (-signal.SIGALRM, -signal.SIGKILL, -signal.SIGXCPU):
         return _ended(ExecutionStatus.TIMEOUT, "the program was killed when its time was up")
     return failure(f"the process ended with status {returncode}")

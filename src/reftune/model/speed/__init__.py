@@ -5,11 +5,12 @@ rounding errors. To remove it, change its callers:
   `llama.is_written_out`, `attention.read_packed` and `llama.read_packed`: keep the branch of
   `_predictors` that pads.
 - `engines/kv.py` calls `llama.is_written_out`, `llama.Decoder` and `llama.packed_linears`: keep
-  `forward`, which calls transformers. Without packing, the trainer scores the engine's samples.
+  `forward`, which calls transformers. Without packing, the engine does not score the samples, but
+  the trainer does.
 - `stages/outline.py` treats `ATTENTION` like `sdpa`: keep `sdpa`.
 - `terminal/cli.py` calls `allocator.keep_freed_memory`: drop the call.
 
-Dropout masks depend on the layout of the sequences, so without this folder, a run with dropout
-draws different, equally likely masks. `tests/unit/test_speed.py` compares runs with and without the
-folder.
+Dropout masks depend on the layout of the sequences. Without this folder, a run with dropout
+therefore draws masks that are different but equally likely. `tests/unit/test_speed.py` compares
+runs with and without the folder.
 """

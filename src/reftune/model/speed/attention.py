@@ -1,8 +1,8 @@
 """Lets transformers' own models read sequences without padding between them.
 
 The sequences follow one another without gaps, and a prompt that several of them share appears once.
-Sequences are padded only for attention, in groups of similar length, and shared prompts are
-repeated there.
+For attention only, sequences are padded in groups of similar length, and shared prompts are
+repeated.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def has_window(config: Any) -> bool:
 
 
 def read_packed(backbone: Any, packed: PackedTokens) -> Tensor:
-    """The final hidden states (T, H) of packed tokens; `backbone` is the transformer without its
+    """The final hidden states (T, H) of packed tokens. `backbone` is the transformer without its
     output embedding."""
     # transformers passes a four-dimensional mask on unchanged; nothing reads its values
     mask: Any = torch.empty(1, 1, 1, 1, device=packed.tokens.device)
@@ -90,8 +90,8 @@ def read_packed(backbone: Any, packed: PackedTokens) -> Tensor:
 def attend_in_groups(
     module: nn.Module, states: Sequence[Tensor], packing: Packing, **options: Any
 ) -> Tensor:
-    """The attention output (S, heads, D) for queries, keys and values (S, heads, D) in padded
-    slots, computed group by group."""
+    """The attention output (S, heads, D), computed group by group. `states` contains the queries,
+    keys and values in padded slots. Each of these three tensors is (S, heads, D)."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     parts = (part.split([rows * length for rows, length in packing.sizes]) for part in states)
@@ -122,8 +122,8 @@ def _attend(
     """The attention output (B, tokens, heads, D) for `query`, `key` and `value`, each (B, heads,
     tokens, D). With `packing`, B is 1 and `mask` is ignored.
 
-    On a CPU, attention runs in fp32, because its backward pass is slow in bf16. Only a single new
-    token, which attends to a cache, keeps the given dtype.
+    On a CPU, attention runs in fp32, because its backward pass is slow in bf16. But if there is
+    only one new token, which attends to a cache, attention runs in the dtype of `query`.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -160,8 +160,9 @@ def _pad(tokens: Tensor, packing: Packing) -> Tensor:
 
 
 def sum_slots(slots: Tensor, packing: Packing) -> Tensor:
-    """The gradient (T, …) of each token: the sum of the gradients (S, …) of its slots. Empty slots
-    have gradient 0, because no token attends to them."""
+    """The gradient (T, …) of each token, which is the sum of the gradients of the token's slots.
+    `slots` (S, …) contains these gradients. Empty slots have gradient 0, because no token attends
+    to them."""
     total = slots.index_select(0, packing.order)
     for tokens, further in zip(packing.repeats[::2], packing.repeats[1::2], strict=True):
         more = total.index_select(0, tokens) + slots.index_select(0, further)

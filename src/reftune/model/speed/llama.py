@@ -1,18 +1,19 @@
 """Runs Llama-like transformers with few PyTorch calls, for training and for decoding.
 
 In small models, PyTorch's calls and autograd take longer than the arithmetic itself. This file
-writes out the transformer's blocks. Each maps hidden states h to
+therefore writes out the transformer's blocks. Each block maps hidden states h to h'':
 
     h' = h + W_o attention(turn(W_q x), turn(W_k x), W_v x),    x = norm(h)
     h'' = h' + W_down (silu(W_gate y) · W_up y),                y = norm(h')
 
-where `turn` applies rotary positions, and Qwen3 normalizes queries and keys before it. The two
-halves of this file replace these parts of transformers' own code:
+Here, `turn` applies rotary positions. In Qwen3, queries and keys are normalized before they are
+turned. One half of this file is for training, and the other half is for decoding. The halves
+replace the following parts of transformers' code:
 
     part                   in training: `read_packed`        in decoding: `Decoder`
     norm                   `_RmsNorm`                        one call of PyTorch
     queries, keys, values  turned and padded: `_TurnAndPad`  one product for all three
-    attention              `attention.attend_in_groups`      over the cache, to all rows at once
+    attention              `attention.attend_in_groups`      over the cache, for all rows at once
     silu(gate) · up        `_GatedSilu`                      one product for gate and up
     products               the layers themselves             `product`
 
@@ -47,8 +48,8 @@ FEW_ROWS = 16
 """Number of input rows for which the layout of a packed weight is chosen. This layout speeds up
 products with more or fewer rows just as much."""
 LARGE = 2**18
-"""In fp32, oneDNN computes products with weights of at least this many elements. It is faster than
-MKL for few rows, because MKL hardly divides such products among threads."""
+"""In fp32, oneDNN computes products whose weight has at least this many elements. If there are few
+input rows, oneDNN is faster than MKL, which hardly divides such products among threads."""
 Product = Callable[[Tensor], Tensor]
 """Multiplies rows (…, I) in any dtype by a weight, giving (…, O) in the weight's dtype."""
 
@@ -83,7 +84,8 @@ def gate_up(mlp: Any) -> list[nn.Linear]:
 
 
 def num_heads(attention: Any) -> tuple[int, int]:
-    """The numbers of query heads and key heads; there are as many value heads as key heads."""
+    """The number of query heads and the number of key heads, which is also the number of value
+    heads."""
     config = attention.config
     return config.num_attention_heads, config.num_key_value_heads
 
@@ -92,8 +94,9 @@ def num_heads(attention: Any) -> tuple[int, int]:
 
 
 def read_packed(backbone: Any, packed: PackedTokens, *, recompute: bool = False) -> Tensor:
-    """The final hidden states (T, H) of packed tokens; `backbone` is the transformer without its
-    output embedding. With `recompute`, only each block's input is kept for the backward pass."""
+    """The final hidden states (T, H) of packed tokens. `backbone` is the transformer without its
+    output embedding. With `recompute`, only the input of each block is kept for the backward
+    pass."""
     hidden: Tensor = backbone.embed_tokens(packed.tokens)
     cos, sin = (part[0, :, None] for part in backbone.rotary_emb(hidden, packed.positions[None]))
     read = partial(recomputed, _read_block) if recompute else _read_block
@@ -114,7 +117,8 @@ def _read_block(block: Any, hidden: Tensor, cos: Tensor, sin: Tensor, packing: P
 
 
 def _dropped(block: nn.Module, name: str, states: Tensor) -> Tensor:
-    """`states` after the block's dropout, if the family has one."""
+    """`states` after the block's dropout layer `name`, or unchanged if the block has no such
+    layer."""
     dropout = getattr(block, name, None)
     dropped: Tensor = states if dropout is None else dropout(states)
     return dropped
@@ -234,8 +238,8 @@ def _turn(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Decoder:
-    """A causal LM prepared for decoding, valid only until the LM's weights change; see
-    `engines.kv`."""
+    """A causal LM prepared for decoding; see `engines.kv`. A `Decoder` is valid only until the LM's
+    weights change."""
 
     def __init__(self, model: Any, dtype: torch.dtype, *, pack: bool) -> None:
         self.embedding = model.get_input_embeddings().weight.detach()
@@ -245,8 +249,8 @@ class Decoder:
         self.head = product([model.get_output_embeddings()], dtype, pack=pack)
 
     def __call__(self, tokens: Tensor, mask: Tensor, cache: Any) -> Tensor:
-        """The final hidden states (B, H) of each row's last token, from new tokens (B, S) and the
-        mask (B, T) of cached and new tokens. Rows are padded on the left."""
+        """The final hidden state of each row's last token, (B, H). `tokens` (B, S) are the new
+        tokens, and `mask` (B, T) covers cached and new tokens. Rows are padded on the left."""
         with torch.autocast(tokens.device.type, enabled=False):
             rows, length = tokens.shape
             positions = (mask.cumsum(1) - 1).clamp_(min=0)[:, -length:].flatten()
@@ -266,7 +270,8 @@ class Decoder:
         return self.head(hidden).float()
 
     def _places(self, mask: Tensor) -> Tensor | None:
-        """(N,) Flat indices of the tokens in `mask` (B, S); None if padding is read too."""
+        """(N,) Indices of the tokens in the flattened `mask` (B, S); None if padding is read
+        too."""
         if mask.shape[1] == 1 or not self.pack:
             return None
         return mask.flatten().nonzero().squeeze(1)
@@ -293,8 +298,8 @@ class _Layout(NamedTuple):
 
 
 class _Block:
-    """A block of the transformer. Attributes of its modules are read only here, because PyTorch
-    takes long to look them up."""
+    """A block of the transformer. The attributes of its modules are looked up only once, when the
+    `_Block` is created, because PyTorch is slow at looking them up."""
 
     def __init__(self, block: Any, dtype: torch.dtype, pack: bool) -> None:
         attention, mlp = block.self_attn, block.mlp
@@ -353,8 +358,8 @@ def _plain_norm(norm: Any) -> Callable[[Tensor], Tensor]:
 
 
 def _visible(mask: Tensor, length: int) -> Tensor:
-    """(B, 1, S, T), True if a new token attends to a place. Even padding attends to itself, because
-    a softmax over nothing is NaN."""
+    """(B, 1, S, T), True where a new token attends to a place. Even padding attends to itself,
+    because a softmax over nothing is NaN."""
     visible = mask.bool()[:, None, None, :]
     if length == 1:
         return visible
@@ -371,9 +376,9 @@ def packed_linears(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Inside the `with` block, compute linear layers with a read-only copy of their weights in
     `dtype`, in oneDNN's layout.
 
-    Their products then take a half to two thirds of the time that they take with the original
-    weights. Copying 134 million weights takes 0.1 s. Layers that `_can_be_packed` rejects stay
-    unchanged, such as small ones in fp32 and all layers on devices other than the CPU.
+    The layers' products then take between half and two thirds of the time that they take with the
+    original weights. Copying 134 million weights takes 0.1 s. Layers that `_can_be_packed` rejects,
+    such as small layers in fp32 and all layers on devices other than the CPU, stay unchanged.
     """
     layers = [
         module
@@ -390,11 +395,11 @@ def packed_linears(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 
 def product(layers: Sequence[nn.Linear], dtype: torch.dtype, *, pack: bool = True) -> Product:
-    """A single product in `dtype` that computes the outputs of `layers` for the same rows, side by
-    side.
+    """A single product in `dtype` that computes the outputs of all `layers` for the same input
+    rows. The outputs are side by side.
 
     If oneDNN's layout would be faster than the ordinary one, the product uses a copy of the weights
-    in this layout or, without `pack`, an ordinary copy of the same size.
+    in oneDNN's layout. Without `pack`, the copy is of the same size but in the ordinary layout.
     """
     weight = _joined([layer.weight for layer in layers], dtype)
     bias = None if layers[0].bias is None else _joined([layer.bias for layer in layers], dtype)

@@ -16,7 +16,8 @@ from reftune.results.summary import Group, ScoreTable, label_of, num_samples, vo
 from reftune.results.tables import display
 
 MAX_POINTS = 300
-"""Maximum number of points per series; a longer series is averaged in this many buckets."""
+"""Maximum number of points per series. A longer series is divided into this many buckets, and each
+bucket is averaged."""
 
 STEPS, PASSES = "steps", "sequences"
 """Labels of the horizontal axes."""
@@ -26,7 +27,7 @@ Number = float | None
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Series:
-    """One line, or one layer of an area chart."""
+    """One line of a line chart, or one layer of an area chart."""
 
     label: str
     colour: str
@@ -72,8 +73,8 @@ NUM_COLOURS = 8
 
 
 def method_colours(labels: Sequence[str]) -> dict[str, str]:
-    """Label of a method → CSS variable of its colour. Methods named in `_COLOURS` have fixed
-    colours, unless there are several groups of runs."""
+    """Label of a method → CSS variable of the method's colour. If there is only one group of runs,
+    the methods in `_COLOURS` have fixed colours."""
     if any("/" in label for label in labels):
         return {
             label: f"--method-{1 + index % (NUM_COLOURS - 1)}" for index, label in enumerate(labels)
@@ -96,7 +97,7 @@ class Entry:
     group: Group
     method: str
     name: str
-    """The name shown to the reader; it includes the group if there are several groups."""
+    """The name shown to the reader. If there are several groups, it includes the group's label."""
     colour: str
 
     @property
@@ -119,8 +120,8 @@ def entries(groups: Sequence[Group]) -> list[Entry]:
 
 
 def training_charts(groups: Sequence[Group], metrics: Sequence[Metric]) -> list[Chart]:
-    """A chart for each metric that some stage measured at more than one step. With several
-    seeds, lines show the mean and bands the range over seeds."""
+    """A chart for each metric that some stage measured at more than one step. If there are several
+    seeds, lines show the mean over seeds, and bands show the range."""
     charts = []
     for metric in metrics:
         series = [
@@ -167,7 +168,8 @@ def _passes_at(run: RunResults, method: str, steps: Sequence[float]) -> list[flo
 def _aligned(
     stages: Sequence[StageResults], metric: str
 ) -> tuple[list[float], np.ndarray[Any, Any]]:
-    """The steps at which every run measured `metric`, and the metric's values (runs, steps)."""
+    """The steps at which every run measured `metric`, and the metric's values at these steps. The
+    values have the shape (runs, steps)."""
     by_run = [
         {row.step: row.values[metric] for row in stage.metrics if metric in row.values}
         for stage in stages
@@ -178,7 +180,7 @@ def _aligned(
 
 
 def _clean(values: Sequence[float] | np.ndarray[Any, Any]) -> list[Number]:
-    """The values rounded to five significant digits; None for non-finite ones, which are not
+    """The values rounded to five significant digits. A non-finite value becomes None and is not
     drawn."""
     return [float(f"{value:.5g}") if math.isfinite(value) else None for value in map(float, values)]
 
@@ -225,13 +227,13 @@ def dev_chart(groups: Sequence[Group]) -> Chart | None:
     series = [
         _dev_series(entry)
         for entry in entries(groups)
-        if entry.stages[0].kind != "reward_model"  # its dev accuracy is that of reranking
+        if entry.stages[0].kind != "reward_model"  # its dev accuracy is the accuracy of reranking
     ]
     drawn = tuple(found for found in series if found is not None)
     if not drawn:
         return None
     band = (
-        "The band runs from the lowest to the highest seed."
+        "The band shows the range over seeds."
         if any(len(group.runs) > 1 for group in groups)
         else "The band is the 95% interval of each point."
     )
@@ -272,8 +274,8 @@ def _dev_series(entry: Entry) -> Series | None:
 
 
 def _dev_curve(run: RunResults, method: str) -> list[_Look]:
-    """The stage's dev evaluations, with passes counted from the base model. If the model that the
-    stage started from was evaluated, that evaluation comes first."""
+    """The stage's dev evaluations, in which `passes` counts from the base model. If the stage's
+    initial model was evaluated, that evaluation comes first."""
     stage, before = run.stages[method], _passes_before(run, method)
     looks, start = _looks(stage), _chosen(run, stage.init)
     if start is not None and stage.metrics and looks and looks[0].step != 0:
@@ -282,7 +284,8 @@ def _dev_curve(run: RunResults, method: str) -> list[_Look]:
 
 
 def _looks(stage: StageResults) -> list[_Look]:
-    """The dev evaluations in the stage's metrics; for a snapshot, the one in its `stage.json`."""
+    """The dev evaluations in the stage's metrics or, for a snapshot, the dev evaluation in its
+    `stage.json`."""
     if stage.metrics or stage.chosen_step is None:
         return [
             _Look(
@@ -307,7 +310,7 @@ def _looks(stage: StageResults) -> list[_Look]:
 
 
 def _chosen(run: RunResults, method: str) -> _Look | None:
-    """The dev evaluation of a method's chosen model; None if there is none."""
+    """The dev evaluation of a method's chosen model; None if that model was not evaluated."""
     stage = run.stages.get(method)
     looks = [] if stage is None else _looks(stage)
     return next((look for look in looks if stage and look.step == stage.chosen_step), None)
@@ -326,8 +329,8 @@ def _passes_before(run: RunResults, method: str) -> float:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EqualCompute:
-    """The best dev accuracies of two methods within the same number of sequences trained on since
-    the base model."""
+    """The best dev accuracy that each of two methods reached within `passes` training sequences,
+    counted from the base model."""
 
     a: str
     b: str
@@ -338,7 +341,7 @@ class EqualCompute:
 
 def equal_compute(chart: Chart, a: str, b: str) -> EqualCompute | None:
     """The best dev accuracies of `a` and `b` within the number of training sequences that both
-    reached; None if either accuracy is missing."""
+    reached. None if either method has no dev accuracy within this number."""
     found = {series.label: series for series in chart.series}
     if a not in found or b not in found:
         return None
@@ -358,8 +361,8 @@ def _best_until(series: Series, passes: float) -> float | None:
 
 
 def verdict_charts(groups: Sequence[Group]) -> list[Chart]:
-    """Charts of the share of each verdict among sampled solutions, by step; one chart per `rl`
-    stage with several steps."""
+    """A chart for each `rl` stage with several steps. It shows, step by step, the share of each
+    verdict among the sampled solutions."""
     layers = [
         (f"verdict/{verdict}", words, f"--verdict-{verdict}") for verdict, words in VERDICTS.items()
     ]
@@ -368,8 +371,8 @@ def verdict_charts(groups: Sequence[Group]) -> list[Chart]:
 
 
 def time_charts(groups: Sequence[Group]) -> list[Chart]:
-    """Charts of the seconds that each phase of a step takes; one chart per stage with several
-    phases."""
+    """A chart for each stage whose steps have several phases. It shows how many seconds each phase
+    of a step takes."""
     layers = [
         (metric, words, f"--phase-{index}") for index, (metric, words) in enumerate(PHASES.items())
     ]
@@ -393,8 +396,8 @@ def _area_charts(
     explain: str,
     unit: Unit,
 ) -> list[Chart]:
-    """One chart per stage that measured at least two of the `layers` at several steps. Each layer,
-    from the bottom up, is a metric, a name and a colour."""
+    """One chart per stage that measured at least two of the `layers` at several steps. A layer
+    consists of a metric, a name and a colour. The layers are listed from the bottom up."""
     charts = []
     for entry in entries(groups):
         found = [(name, colour, _means(entry.stages, key)) for key, name, colour in layers]

@@ -16,10 +16,10 @@ from reftune.results.metrics import Unit
 from reftune.results.page.charts import Chart, Number, Series
 
 LETTER, BOLD_LETTER = 6.6, 7.2
-"""Width in pixels of a letter in an axis label, and of a letter in the name of a line."""
+"""Width of a letter in pixels: in the label of an axis, and in the name of a line."""
 SMALLEST_RANGE = 1e-300
-"""If the ends of an axis are closer than this, they count as equal, because fractions of their
-distance would round to 0."""
+"""If the two ends of an axis are closer than this, they count as equal, because fractions of the
+distance between them would round to 0."""
 MANY_POINTS = 40
 """A noisy line with more points than this is drawn pale, under its running mean."""
 NAME_HEIGHT = 15
@@ -34,7 +34,7 @@ class Drawing:
 
     svg: Markup
     keys: tuple[tuple[str, str], ...]
-    """Colours and names for a legend; empty if the chart needs none."""
+    """Colours and names for a legend; empty if the chart needs no legend."""
 
 
 def draw(chart: Chart, width: int, height: int, *, is_hero: bool = False) -> Drawing:
@@ -157,7 +157,7 @@ class _Plot:
 
 
 def _values(numbers: Sequence[Number] | None) -> Values:
-    """The numbers as an array, with NaN for gaps."""
+    """The numbers as an array. NaN stands for None, which is a gap in the line."""
     return np.array([math.nan if y is None else y for y in numbers or ()], dtype=float)
 
 
@@ -222,7 +222,7 @@ def _without_spikes(ys: Values) -> float:
 
 
 def nice_ticks(low: float, high: float, count: int) -> list[float]:
-    """About `count` round numbers from `low` to `high`."""
+    """About `count` evenly spaced round numbers between `low` and `high`."""
     if not high > low:
         return [low]
     power = 10 ** math.floor(math.log10((high - low) / count))
@@ -247,7 +247,7 @@ def _axes(chart: Chart, plot: _Plot) -> list[Markup]:
     texts = [_step_text(tick, is_short=plot.width <= 560) for tick in ticks]
     places = [float(plot.x(tick)) for tick in ticks]
     texts[-1:] = [f"{text} {chart.x_label}" for text in texts[-1:]]
-    free = math.inf  # labels are placed from the right, and those that would collide are left out
+    free = math.inf  # from right to left, each label is drawn unless it would collide
     for x, text in reversed(list(zip(places, texts, strict=True))):
         size = LETTER * len(text)
         left = min(x - size / 2, plot.width - size)
@@ -359,8 +359,8 @@ class _Name:
 
 
 def _name(series: Series, x: float, y: float, plot: _Plot) -> _Name:
-    """The name of a line, to the right of the line's end. In the page's main chart, the name of a
-    line that ends early is above the end."""
+    """The name of a line, to the right of the line's end. In the page's main chart, if a line ends
+    early, its name is above the line's end."""
     size = BOLD_LETTER * len(series.label)
     if not plot.is_hero or _ends_late(series, plot.last_x):
         return _Name(series, x + 8, y + 4)

@@ -20,12 +20,12 @@ WIDTH, HEIGHT, TITLE = 680, 320, 30
 ZOOM = 2
 """Pixels of the PNG per pixel of the SVG."""
 ROW, BAR = 34, 26
-"""Height of a bar, in pixels, with and without the gap below it."""
+"""Height of a bar in pixels: with the gap below it, and without the gap."""
 
 
 def write_figures(run_dirs: Sequence[Path | str], folder: Path | str) -> list[Path]:
-    """Write the figure `accuracy`, with bars and intervals, and a figure for each curve, such as
-    `dev_accuracy` and `maj@k`, each as .png and .svg. Returns: the paths.
+    """Write the bar chart `accuracy`, and a line chart for each curve, such as `dev_accuracy` or
+    `maj@k`. Each figure is written as .png and .svg. Returns: the paths.
 
     Raises: DataError if a run is missing, damaged or unfinished, or if runs are not comparable;
     CheckpointError if the folder cannot be written.
@@ -79,7 +79,8 @@ def _titled(title: str, drawing: Markup, height: int) -> str:
 
 
 def _bars(table: ScoreTable) -> str:
-    """A bar chart of greedy accuracies; the line through a bar's end is its 95% interval."""
+    """A bar chart of greedy accuracies. The line through the end of each bar is the 95%
+    interval."""
     colours = method_colours([method.label for method in table.methods])
     names = [display(method.label) for method in table.methods]
     left = 14 + LETTER * max(map(len, names))

@@ -1,4 +1,5 @@
-"""Chooses the problems and sampled solutions that the report shows, within a budget of bytes."""
+"""Chooses the problems and sampled solutions that the report shows, so that they fit in a budget of
+bytes."""
 
 from __future__ import annotations
 
@@ -20,17 +21,17 @@ SAMPLES_BYTES = 2_000_000
 MAX_PROBLEMS = 2_000
 MAX_SAMPLES = 1_200
 EXTREMES = 12
-"""Number of longest samples, and of samples whose programs ran longest, that are chosen first from
-each stage."""
+"""From each stage, the samples chosen first are the `EXTREMES` longest samples and the `EXTREMES`
+samples whose programs ran longest."""
 
 Json = dict[str, Any]
 
 
 def problems(methods: Sequence[MethodScore]) -> Json:
-    """Problems of the final evaluation, with each method's greedy answer in the first seed of its
-    group.
+    """Problems of the final evaluation, each with the greedy answer of every method. If there are
+    several seeds, the answer is that of the first seed.
 
-    Problems on which methods disagree are chosen first. All chosen problems are shown in the
+    Problems on which methods disagree are chosen first. The chosen problems are shown in the
     evaluation's order.
     """
     colours = method_colours([method.label for method in methods])
@@ -48,8 +49,9 @@ def problems(methods: Sequence[MethodScore]) -> Json:
 
 
 def samples(groups: Sequence[Group]) -> Json:
-    """Solutions sampled in training. The stages of all runs take turns, and each adds one solution
-    per turn: first its longest and slowest, then others spread evenly over its steps."""
+    """Solutions sampled in training. The stages of all runs take turns, and each stage adds one
+    solution per turn. A stage first adds its longest solutions and those whose programs ran
+    longest, then others that are spread evenly over its steps."""
     stages = entries(groups)
     pools = [
         (index, run.seed, run.stages[entry.method].samples)
@@ -86,8 +88,9 @@ def _within(rows: Iterable[tuple[Any, Json]], budget: int) -> list[Json]:
 
 
 def _order(pool: Sequence[TrainingSample]) -> list[int]:
-    """Indices of samples, those to include first at the front: the longest and slowest, then every
-    2ⁿ-th with decreasing n, so that even the first few are spread over the whole stage."""
+    """Indices of samples in the order in which to include them. The longest samples and those whose
+    programs ran longest come first. Then comes every 2ⁿ-th sample, with decreasing n, so that even
+    a few samples are spread over the whole stage."""
     tokens = [sample.attempt.num_tokens or 0 for sample in pool]
     seconds = [sample.attempt.graded.program_s or 0.0 for sample in pool]
     extreme = {

@@ -43,8 +43,8 @@ def write_report(groups: Sequence[Group], path: Path) -> None:
 
 
 def render_report(groups: Sequence[Group]) -> str:
-    """The page's HTML. Whatever comes from a model or a data file is escaped: in JSON by
-    `script_json`, elsewhere by the template."""
+    """The page's HTML. All text from a model or a data file is escaped: `script_json` escapes the
+    text in JSON, and the template escapes all other text."""
     table = score_table(groups)
     dev = charts.dev_chart(groups)
     panels = _panels(groups, table)
@@ -85,7 +85,7 @@ def render_report(groups: Sequence[Group]) -> str:
 
 @cache
 def _template() -> Template:
-    """The page's template, cached because compiling it takes longer than rendering it."""
+    """The page's template. It is cached, because compiling it takes longer than rendering it."""
     environment = Environment(
         loader=FileSystemLoader(ASSETS),
         autoescape=True,
@@ -132,7 +132,7 @@ class _Panel:
 
     @property
     def columns(self) -> int:
-        """Maximum number of columns, chosen so that a row rarely has only one chart."""
+        """Maximum number of charts in a row, chosen so that a row rarely has only one chart."""
         count = len(self.charts)
         return count if count <= 4 else 4 if count in (7, 8) else 3
 
@@ -179,8 +179,8 @@ def _heading(groups: Sequence[Group], table: ScoreTable) -> Headline:
 
 
 def _coloured_parts(title: str, table: ScoreTable) -> list[tuple[str, str]]:
-    """The title as pairs of text and CSS variable. The variable is empty unless the text is a
-    method's name."""
+    """The parts of the title. Each part is a pair of its text and the CSS variable of its colour.
+    The variable is empty unless the text is a method's name."""
     colours = charts.method_colours([method.label for method in table.methods])
     by_name = {display(label): colour for label, colour in colours.items()}
     longest_first = sorted(map(re.escape, by_name), key=len, reverse=True)
@@ -204,7 +204,7 @@ def _kicker(groups: Sequence[Group]) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Scale:
-    """A horizontal axis, with positions in percent of its width."""
+    """A horizontal axis. Positions are in percent of its width."""
 
     ticks: tuple[float, ...]
     """Round values, from one end of the axis to the other."""
@@ -217,7 +217,8 @@ class _Scale:
 
 
 def _scale(bounds: Iterable[float]) -> _Scale:
-    """An axis with round ticks around `bounds`, which are shares or differences of shares."""
+    """An axis whose ticks are round numbers that enclose `bounds`, which are accuracies or
+    differences in accuracy."""
     known = [*bounds] or [0.0, 1.0]
     spread = max(known) - min(known)
     step = next((step for step in (0.01, 0.02, 0.05, 0.1, 0.2) if spread / step <= 7), 0.25)
@@ -239,8 +240,8 @@ def _facts(method: MethodScore) -> list[str]:
 
 
 def _votes(table: ScoreTable) -> str:
-    """A text that explains the marks of the votes in the chart of accuracies; empty if there are no
-    votes."""
+    """A text that explains the marks for votes in the chart of accuracies. If there are no votes,
+    it is empty."""
     kinds = {rule.partition("@")[0] for method in table.methods for rule in method.votes}
     marks = {
         "maj": "the majority’s answer (diamond)",
@@ -251,8 +252,8 @@ def _votes(table: ScoreTable) -> str:
 
 
 def _difference_rows(table: ScoreTable) -> dict[str, Any] | None:
-    """Comparisons of greedy accuracy with the baseline and with the best method, and a scale that
-    includes 0; None if there are no comparisons."""
+    """The comparisons of greedy accuracy that involve the baseline or the best method, and an axis
+    that includes 0 and all their intervals. None if there are no such comparisons."""
     labels, best = {method.label for method in table.methods}, leader(table)
     greedy = [found for found in table.comparisons if {found.a, found.b} <= labels]
     ends = [table.baseline, *([] if best is None else [best.label])]
@@ -269,9 +270,9 @@ def _evidence(found: Comparison) -> str:
 
 
 def _pair(table: ScoreTable) -> dict[str, Any] | None:
-    """The labels of the baseline and of the best of the other methods, with four counts of problems
-    in the first seed: solved by both, only by that method, only by the baseline, and by neither.
-    None if there are fewer than two methods, or if the two were not compared."""
+    """How many problems the baseline, `b`, and the best other method, `a`, solve in the first seed.
+    `counts` contains the numbers of problems that both, only `a`, only `b`, and neither of them
+    solved. None if there is no other method, or if `a` and `b` were not compared."""
     best = leader(table)
     if best is None or table.between(best.label, table.baseline) is None:
         return None
@@ -292,8 +293,8 @@ def _equal(dev: charts.Chart | None, table: ScoreTable) -> charts.EqualCompute |
 
 
 def _recipe_differences(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
-    """The recipe keys, except name, seed and run_dir, in which groups differ, each with the groups'
-    values in the order of `groups`."""
+    """Each recipe key in which groups differ, with its values in the order of `groups`. The keys
+    `name`, `seed` and `run_dir` are left out."""
     flat = [dict(_leaves(group.runs[0].settings)) for group in groups]
     keys = dict.fromkeys(key for leaves in flat for key in leaves)
     return [
@@ -304,7 +305,7 @@ def _recipe_differences(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
 
 
 def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """The dotted key and the value of every leaf, such as `stages.reft.steps` and `40`."""
+    """Yields the dotted key and the value of every leaf, such as `stages.reft.steps` and `40`."""
     if isinstance(value, Mapping) and value:
         for name, inner in value.items():
             yield from _leaves(inner, f"{key}.{name}" if key else str(name))

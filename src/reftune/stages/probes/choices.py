@@ -2,7 +2,7 @@
 
 Greedy answers can show four warning signs: the reasoning derives a value other than the chosen
 option's, the choice changes when the options trade places, accuracy is hardly above chance, and the
-same questions are not solved without options.
+model does not solve the same questions without options.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ class Derivation(enum.Enum):
     OTHER = "other"
     """Another option's value."""
     NO_OPTION = "no_option"
-    """A value that matches no option, or several."""
+    """A value that matches no option or several options."""
     ABSENT = "absent"
     """No value."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChoiceRow:
-    """The results of asking one question unchanged, with its options moved and, if its gold option
-    is a number, without options."""
+    """The results of asking one question up to three times: unchanged, with its options moved, and
+    without options. A question is asked without options only if its gold option is a number."""
 
     id: str
     num_options: int
@@ -65,7 +65,8 @@ class ChoiceRow:
     correct: bool
     derivation: Derivation
     agrees: bool | None
-    """Whether the same option was chosen after it moved; None if no option was chosen at first."""
+    """Whether the same option was chosen after the options had been moved; None if no option was
+    chosen from the unchanged question."""
     numeric: bool | None
     """Whether the question was solved without options; None if the gold option is not a number."""
 
@@ -74,7 +75,8 @@ class ChoiceRow:
 
 
 def stem(problem: Problem) -> str:
-    """The question, without any last lines that only list the lettered options."""
+    """The problem's question. If its last lines only list the lettered options, these lines are
+    left out."""
     lines = problem.question.strip().splitlines()
     options = zip(LETTERS, problem.choices, strict=False)
     wanted = _words("".join(map("".join, options)))
@@ -121,11 +123,12 @@ def without_options(problem: Problem) -> Problem | None:
 def derived_values(
     format: Format, problems: Sequence[Problem], completions: Sequence[str]
 ) -> list[str | None]:
-    """The number that each solution derives before it chooses an option; None if there is none.
+    """The number that each solution derives before it chooses an option; None if it derives no
+    number.
 
     In a natural-language solution, this is the last number before the answer. In a program, it is
-    the returned value or, if the last `return` looks up an option, the value computed last before
-    that line.
+    the returned value. If the program's last `return` only looks up an option, the number is
+    instead the last value computed before that line.
     """
     if not isinstance(format, Program):
         return [last_number(reasoning_text(text)) for text in completions]
@@ -137,8 +140,9 @@ def derived_values(
 
 
 def _returning_derived(program: str) -> str:
-    """The program, changed to return the last computed value if its last `return` looks up an
-    option. Empty if there is no `return` or no such value."""
+    """The program, changed if necessary so that it returns the value that it derives. If its last
+    `return` looks up an option, that line is changed to return the last value computed before it.
+    Empty if there is no `return` or no such value."""
     ends = list(_RETURN.finditer(program))
     if not ends:
         return ""
@@ -213,8 +217,8 @@ def chosen(graded: Graded, problem: Problem) -> str | None:
 
 
 def _numeric(policy: Policy, collector: Collector, problems: Sequence[Problem]) -> dict[str, bool]:
-    """Problem id → whether the problem is solved without options. If no answer can be read, the
-    derived value is judged instead."""
+    """Problem id → whether the problem is solved without options. If no answer can be read from a
+    solution, the value that the solution derives is judged instead."""
     asked = [numeric for numeric in map(without_options, problems) if numeric is not None]
     if not asked:
         return {}
@@ -265,7 +269,8 @@ def choice_metrics(rows: Sequence[ChoiceRow]) -> dict[str, float]:
 
 
 def above_chance(rows: Sequence[ChoiceRow]) -> dict[int, tuple[int, float]]:
-    """Number of options → (number of such questions, their accuracy minus 1 / options)."""
+    """Number of options → (number of questions with that many options, accuracy on these questions
+    minus 1 / number of options)."""
     groups: dict[int, list[bool]] = {}
     for row in rows:
         groups.setdefault(row.num_options, []).append(row.correct)

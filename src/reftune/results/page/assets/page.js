@@ -11,7 +11,7 @@ const chip = (verdict) => html("span", { class: "chip", "data-sign": SIGNS[verdi
 
 const tokenCount = ({ tokens }) => (tokens === null ? "" : html("span", {}, tokens === 1 ? "1 token" : `${thousands(tokens)} tokens`));
 
-const unbroken = (text) => text.replace(/^\n(?=.)/, ""); // a program's first token begins with the line break after its header
+const unbroken = (text) => text.replace(/^\n(?=.)/, ""); // a program's first token begins with the line break after the line `def solution():`
 
 const runTime = (seconds) => (seconds < 1 ? `${plain(1000 * seconds)} ms` : `${plain(seconds)} s`);
 
@@ -56,7 +56,7 @@ function startProblems({ methods, rows, total }) {
   const kept = filters.map((filter) => ({ ...filter, rows: rows.filter(filter.keep) })).filter((filter) => filter.rows.length);
   kept.forEach((filter, index) => $("problem-filter").append(html("option", { value: index }, `${filter.name} (${filter.rows.length})`)));
   $("problem-filter").value = String(Math.max(0, kept.findIndex((filter) => filter.name === "methods disagree")));
-  $("problems-count").textContent = rows.length < total ? `${thousands(rows.length)} of ${thousands(total)} problems are on this page. Those on which methods disagree were chosen first. The run folder’s eval/ has all of them.` : "";
+  $("problems-count").textContent = rows.length < total ? `${thousands(rows.length)} of ${thousands(total)} problems are on this page. Problems on which methods disagree were chosen first. All problems are in the run folder’s eval/.` : "";
 
   let found = [], place = 0;
   const search = () => {
@@ -161,7 +161,7 @@ function startSamples({ methods, rows, total }) {
   }
   function token(piece, logprob) {
     if (logprob === null) return piece;
-    const doubt = Math.min(1, -logprob / 3); // full shade below 5%
+    const doubt = Math.min(1, -logprob / 3); // full shade if the probability is below 5%
     if (piece === "") piece = END;
     const indent = piece.trim() ? piece.match(/^\s*/)[0] : "";
     return [indent, html("span", { class: "token", style: `background: rgba(var(--shade), ${(0.6 * doubt).toFixed(2)})`,
