@@ -1,5 +1,6 @@
 """Variants of the generated word problems: `Planted` gives the answer away by its place among the
-options, `Terse` has solutions without their working, and `Long` has long ones. In a recipe:
+options, `Terse` has solutions without their working, `Long` has long ones, and `FewRationales` has
+solutions to only some of the training questions. In a recipe:
 `dataset: {kind: demo/variants.py:Planted, planted: 0.6}`."""
 
 from __future__ import annotations
@@ -49,6 +50,18 @@ class Terse(WordProblems):
         if self.rationale == "nl":
             return "terse", f"That is {story.answer.value}."
         return "terse", f"def solution():\n    return {story.answer.value}"
+
+
+class FewRationales(WordProblems):
+    """Only the first training questions have rationales. The others have only an answer."""
+
+    rationales: int = Field(ge=1)
+    """Number of training questions with a rationale."""
+
+    def load(self, *, seed: int) -> Splits:
+        splits = super().load(seed=seed)
+        rest = [replace(each, rationale=None) for each in splits.train[self.rationales :]]
+        return replace(splits, train=(*splits.train[: self.rationales], *rest))
 
 
 class Long(WordProblems):

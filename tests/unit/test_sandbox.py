@@ -590,10 +590,10 @@ NO_NAMESPACES = {"libc.unshare(": "1 + ("}
 @pytest.mark.parametrize(
     ("lacking", "message"),
     [
-        (NO_LANDLOCK, "the system lacks Landlock, to fence off files .allow_unisolated"),
+        (NO_LANDLOCK, "the system lacks Landlock, to fence off files .set allow_unisolated"),
         (
             NO_SECCOMP | NO_NAMESPACES,
-            "the system lacks seccomp or namespaces, to cut off the network .allow_unisolated",
+            "the system lacks seccomp or namespaces, to cut off the network .set allow_unisolated",
         ),
     ],
 )
