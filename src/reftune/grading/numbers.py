@@ -212,7 +212,7 @@ def numbers_equal(predicted: Number, gold: Number) -> bool:
 
     Here, d is the number of decimals of the less precise number, but at least 2. If only one number
     is written as a fraction, the other number determines d. Two fractions must be exactly equal.
-    Printed floats are rounded first (see `FLOAT_DIGITS`).
+    A number that is written with all digits of a float is rounded first (see `FLOAT_DIGITS`).
     """
     predicted, gold = _without_float_noise(predicted), _without_float_noise(gold)
     gap = abs(predicted.value - gold.value)

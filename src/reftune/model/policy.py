@@ -192,8 +192,8 @@ class Policy(nn.Module):
             layers.recompute(block)
 
     def compile_blocks(self) -> None:
-        """Compile the transformer blocks, to fuse their small operations in passes over whole
-        sequences. Copies of the blocks are not compiled.
+        """Compile the transformer blocks, which fuses their small operations. Decoding with a
+        cache does not use the compiled blocks. A later copy of a block is not compiled.
 
         Raises: ModelError if there is no C++ compiler.
         """
