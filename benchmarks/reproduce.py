@@ -104,7 +104,7 @@ OPEN = [
     "**The only pretrained model** trained to the end is SmolLM2-135M-Instruct, on generated "
     "questions that need one arithmetic step. Over three seeds, GRPO gains 9.9 points [6.2, 13.4] "
     "over a short warm-up, but as many gradient passes of further SFT gain 12.1 points [8.6, 16.1] "
-    "more than GRPO. From a finished warm-up, GRPO gains 1.7 points [−0.9, 5.0], n.s. "
+    "more than GRPO. From a longer warm-up, GRPO gains 1.7 points [−0.9, 5.0], n.s. "
     "([log](experiments/smollm2-instruct.md)).",
     "**No run on real data** is complete. [SmolLM2 on SVAMP](experiments/smollm2-svamp.md) "
     "reports 28 RL steps on two CPU cores, and three warm-ups on a GPU, where time ran out before "
