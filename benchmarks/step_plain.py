@@ -33,8 +33,8 @@ class PlainStep:
         self.workload, self.dtype = workload, dtype
         self.tokenizer: Any = AutoTokenizer.from_pretrained(workload.model, padding_side="left")
         self.tokenizer.pad_token = self.tokenizer.eos_token
-        model = AutoModelForCausalLM.from_pretrained(workload.model, dtype=torch.float32)
-        self.model: Any = nn.Module.to(model, workload.device).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(workload.model, dtype=torch.float32)
+        self.model = model.to(workload.device).eval()
         self.reference: Any = copy.deepcopy(self.model).requires_grad_(False)
         self.head = nn.Linear(self.model.config.hidden_size, 1).to(workload.device)
         self.parameters = [*self.model.parameters(), *self.head.parameters()]

@@ -265,7 +265,7 @@ class Loop:
         return self.total_steps if self.state.ends_at is None else self.state.ends_at
 
     def _share(self, n: int) -> float:
-        """The learning rates at step `n`, as a share of their peaks."""
+        """The share of its peak that each learning rate has at step `n`."""
         share = rate(self.table.optimizer, step=n, total_steps=self.total_steps)
         ends_at = self.state.ends_at
         if ends_at is None:

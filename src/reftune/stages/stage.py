@@ -145,8 +145,8 @@ class Stage(Component, ABC):
         return f"from {self.init}"
 
     def cost(self, *, num_train: int, num_dev: int) -> Cost | None:
-        """The stage's cost with these numbers of training and dev problems; None if the cost cannot
-        be predicted."""
+        """The stage's cost with `num_train` training and `num_dev` dev problems. None if the cost
+        cannot be predicted."""
         return None
 
     @abstractmethod
