@@ -153,6 +153,7 @@ def credited(policy: Policy, reference: Policy, samples) -> RolloutBatch:
         tokens=tokens,
         rewards=rewards,
         groups=torch.arange(len(samples)),
+        gold=torch.zeros(len(tokens), dtype=torch.bool),
         sampling_logprobs=scores.logprobs,
         logprobs=scores.logprobs,
         values=scores.values,

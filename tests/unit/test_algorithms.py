@@ -39,6 +39,7 @@ def batch(
         tokens=tokens,
         rewards=torch.tensor(rewards),
         groups=torch.tensor(groups),
+        gold=torch.zeros(len(tokens), dtype=torch.bool),
         sampling_logprobs=logprobs,
         logprobs=logprobs,
     )

@@ -380,25 +380,19 @@ def test_a_run_folder_that_cannot_be_used_is_left_as_it_is(
     [
         (
             ["rl", "recipe.yaml", RL],
-            r"runs/tiny/stages/sft: method sft is not trained yet; `reftune run` trains it",
+            r"runs/tiny/stages/sft: not trained yet; `reftune run` trains it",
         ),
         (
             ["rl", "recipe.yaml", RL, "stages.reft.init=stf"],
             r"stages\.reft\.init: stf is not an earlier method; known here: base, sft",
         ),
-        (
-            ["eval", "recipe.yaml", "--method", "sft"],
-            r"runs/tiny/stages/sft: method sft is not trained yet",
-        ),
+        (["eval", "recipe.yaml", "--method", "sft"], r"runs/tiny/stages/sft: not trained yet"),
         (
             ["eval", "recipe.yaml", "--method", "runs/other/stages/sft"],
-            r"tiny: no method runs/other/stages/sft; it has sft",
+            r"tiny: evaluates no method runs/other/stages/sft; evaluate.stages allows sft",
         ),
-        (["eval", "recipe.yaml"], r"runs/tiny/stages/sft: method sft is not trained yet"),
-        (
-            ["sample", "recipe.yaml", "--method", "sft"],
-            r"runs/tiny/stages/sft: method sft is not trained yet",
-        ),
+        (["eval", "recipe.yaml"], r"runs/tiny/stages/sft: not trained yet"),
+        (["sample", "recipe.yaml", "--method", "sft"], r"runs/tiny/stages/sft: not trained yet"),
         (
             ["sample", "recipe.yaml", RANKER, "--method", "ranker"],
             r"ranker: a reward model, which answers no questions",

@@ -24,6 +24,7 @@ def rollouts() -> RolloutBatch:
         tokens=tokens,
         rewards=torch.tensor([1.0, 0.1]),
         groups=torch.tensor([0, 1]),
+        gold=torch.zeros(len(tokens), dtype=torch.bool),
         sampling_logprobs=per_token,
         logprobs=per_token * 10,
     )

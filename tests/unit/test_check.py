@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from checking import UNMEASURED, check_only
 from reftune.advice.check import (
@@ -19,9 +20,11 @@ from reftune.advice.check import (
     data,
 )
 from reftune.advice.check.model import requests_at_once
+from reftune.advice.check.tokens import check_vocabulary
 from reftune.datasets import Splits, load_splits
 from reftune.engines.kv import Kv
 from reftune.engines.scripted import Scripted
+from reftune.engines.vllm import Vllm
 from reftune.errors import RecipeError, RewardError
 from reftune.grading.formats.nl import Nl
 from reftune.grading.formats.program import Program
@@ -362,6 +365,38 @@ def test_words_of_dev_that_the_vocabulary_lacks_are_found():
 
     found = finding("vocabulary", dataset=Foreign(kind="sums"))
     assert (found.level, found.rows) == ("warn", ("dev odd",))
+
+
+def test_a_tokenizer_that_calls_its_end_token_unknown_knows_every_word():
+    class Tokens(list):  # GPT2Tokenizer: unk, bos and eos are all <|endoftext|>
+        unk_token_id = bos_token_id = 1
+
+    embeddings = SimpleNamespace(weight=torch.zeros(9, 1))
+    policy = SimpleNamespace(
+        tokenizer=Tokens("abcdefghi"),
+        stop=SimpleNamespace(ids=frozenset([1])),
+        model=SimpleNamespace(get_input_embeddings=lambda: embeddings),
+    )
+    row = SimpleNamespace(problem=addition(0), ids=[1, 4, 5, 1], target_ids=[5, 1])
+    subject: Any = SimpleNamespace(policy=policy, rows=[row], prompts={"dev": {"a": [1, 4]}})
+    assert check_vocabulary(subject).level == "ok"
+
+
+def test_rows_with_equal_answers_do_not_blame_the_reward():
+    def same(i: int, problem: Problem) -> Problem:
+        return replace(addition(0), id=problem.id)
+
+    found = finding("reward", dataset=Sums(kind="sums", edit=same))
+    assert (found.level, found.message) == (
+        "ok",
+        "a gold solution earns 1, an empty completion earns 0",
+    )
+
+
+def test_a_colocated_engines_share_counts_as_used_memory():
+    whole = Vllm(kind="vllm", memory=0.9)
+    found = finding("memory", engine=whole)
+    assert found.message.endswith("the largest part for engine's copy")
 
 
 def test_supervised_stages_without_rationales_are_refused():

@@ -266,8 +266,9 @@ def test_a_recipe_is_found_as_a_path_before_those_that_come_with_reftune(
         find_recipe("nope")
 
 
-def test_a_run_folder_names_its_recipe_wherever_it_was_moved(calls: SimpleNamespace):
-    moved = Path("elsewhere/tiny")
+@pytest.mark.parametrize("place", ["elsewhere/tiny", "exp #2/tiny", "2026-05-01", "a: b"])
+def test_a_run_folder_names_its_recipe_wherever_it_was_moved(calls: SimpleNamespace, place: str):
+    moved = Path(place)
     moved.mkdir(parents=True)
     (moved / "recipe.yaml").write_text(f"{RECIPE}run_dir: runs/tiny\n")
     assert status("run", str(moved), "seed=3") == 0

@@ -33,6 +33,7 @@ def batch(rewards: list[float], values: list[list[float]]) -> RolloutBatch:
         tokens=tokens,
         rewards=torch.tensor(rewards),
         groups=torch.arange(len(rewards)),
+        gold=torch.zeros(len(tokens), dtype=torch.bool),
         sampling_logprobs=logprobs,
         logprobs=logprobs,
         values=tokens.unflatten(torch.tensor([value for row in values for value in row])),

@@ -31,6 +31,11 @@ def seconds(**stages: Any) -> dict[str, float]:
     return {name: cost.seconds(PACE, num_dev=20) for name, cost in costs.items()}
 
 
+def test_supervised_training_takes_only_the_rows_with_a_rationale():
+    costs = stage_costs(recipe(sft=SFT, reft=RL), num_train=100, num_rationales=10)
+    assert (costs["sft"].steps, costs["reft"].steps) == (4 * 10 / 8, 8)
+
+
 OPTIMIZER = {"learning_rate": 1e-3}
 SCHEDULE = {"epochs": 4, "batch_size": 8, "eval_every": 2, "optimizer": OPTIMIZER}
 SFT = Sft(**SCHEDULE)

@@ -57,14 +57,17 @@ def test_a_damaged_line_is_named(lines):
 def test_cutting_back_drops_a_torn_line_so_that_the_next_one_is_whole(lines):
     with lines.path.open("a") as file:
         file.write('{"stage": "reft", "st')
-    lines.truncate_from(lambda row: row["stage"] == "report")
+    lines.keep_of(lambda row: row["stage"] == "report", 0)
     lines.append({"step": 4})
     assert steps(lines) == [0, 1, 2, 3, 4]
 
 
-def test_cutting_back_to_a_stage_forgets_it_and_all_after(lines):
-    lines.truncate_from(lambda row: row["stage"] == "reft")
-    assert steps(lines) == [0, 1]
+def test_cutting_back_a_stage_leaves_the_lines_of_the_others(lines):
+    lines.append({"stage": "sft", "step": 4})
+    lines.keep_of(lambda row: row["stage"] == "reft", 1)
+    assert steps(lines) == [0, 1, 2, 4]
+    lines.keep_of(lambda row: row["stage"] == "sft", 0)
+    assert steps(lines) == [2]
 
 
 def test_only_so_many_lines_are_kept(lines):

@@ -177,6 +177,15 @@ def test_the_plan_states_that_nothing_fits(make_recipe):
     assert plan.sharding is None and list(plan.memory) == ["one"]
 
 
+def test_with_a_server_the_steps_are_those_of_the_split(make_recipe):
+    hardware = Hardware(gpus=4, memory=80e9, kind="h100", mfu=0.4)
+    server = make_recipe(engine={"kind": "vllm", "server": "http://host:8000"})
+    plan, colocated = make_plan(server, hardware), make_plan(make_recipe(), hardware)
+    assert (plan.topology, colocated.topology) == ("split", "colocated")
+    assert plan.steps["reft"].seconds == plan.split["reft"]["seconds"]
+    assert colocated.steps["reft"].seconds < colocated.split["reft"]["seconds"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

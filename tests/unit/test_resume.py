@@ -23,12 +23,20 @@ from crash import assert_same_outcome, outcome, run_all
 from reftune.datasets import Splits
 from reftune.errors import CheckpointError, DataError, RecipeError
 from reftune.recipe import Recipe, dump_recipe
-from reftune.runs.run import open_run, run_stages
+from reftune.runs.run import evaluate_methods, open_run, run_stages
 from reftune.stages.stage import Progress
-from reftune.storage.run_folder import split_hashes
+from reftune.storage.files import JsonLines
+from reftune.storage.run_folder import RunFolder, split_hashes
 from reftune.types import Answer, Message, Problem
 
 MakeRecipe = Callable[..., Recipe]
+OTHER = {
+    "kind": "sft",
+    "init": "warmup",
+    "epochs": 1,
+    "batch_size": 8,
+    "optimizer": {"learning_rate": 1.0e-3},
+}
 
 
 class Noting(Progress):
@@ -142,6 +150,21 @@ def test_a_run_stopped_inside_many_steps_goes_on_to_the_same_bits(straight, make
     ]
 
 
+def test_a_stage_that_goes_on_leaves_the_metrics_of_a_stage_that_ran_meanwhile(make_recipe):
+    recipe = make_recipe(stages={"reft": {"init": "warmup"}, "other": OTHER})
+    with pytest.raises(KeyboardInterrupt):
+        run_all(recipe, Stopping("reft", 4))
+    with open_run(recipe, Progress()) as run:
+        run.train("other")
+    run_all(recipe)
+    rows = JsonLines(RunFolder(recipe.folder).metrics).rows()
+    steps = {
+        name: [row["step"] for row in rows if row["stage"] == name and "optim/lr" in row]
+        for name in ("reft", "other")
+    }
+    assert steps == {"reft": [1, 2, 3, 4], "other": [1, 2, 3]}
+
+
 def test_a_finished_run_does_nothing_when_started_again(make_recipe, straight, kept):
     recipe = make_recipe(run_dir=str(kept["folder"]))
     before = {
@@ -185,6 +208,18 @@ def test_an_evaluation_killed_anywhere_goes_on_to_the_same_lines(
         assert path.read_bytes() == kept["in parts of 4"]
     finally:
         path.write_bytes(original)
+
+
+def test_a_method_is_evaluated_before_the_others_are_trained(make_recipe):
+    recipe = make_recipe()
+    run_stages(recipe, kinds={"sft"}, progress=Progress())
+    summary = evaluate_methods(recipe, ["sft"], progress=Progress())
+    assert list(summary["methods"]) == ["sft"]
+    assert not (recipe.folder / "summary.json").exists(), "the run is not finished"
+    with pytest.raises(
+        RecipeError, match=r"tiny: evaluates no method warmup; evaluate.stages allows sft, reft"
+    ):
+        evaluate_methods(recipe, ["warmup"], progress=Progress())
 
 
 # --- kill -9 --------------------------------------------------------------------------------------
@@ -440,6 +475,6 @@ def test_errors_of_the_run_itself_are_not_taken_for_those_of_its_folder(make_rec
 def test_a_stage_whose_start_is_not_trained_yet_is_refused(make_recipe):
     with (
         open_run(make_recipe(), Progress()) as run,
-        pytest.raises(RecipeError, match="method warmup is not trained yet"),
+        pytest.raises(RecipeError, match="stages/warmup: not trained yet"),
     ):
         run.train("reft")

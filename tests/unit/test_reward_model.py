@@ -20,7 +20,7 @@ from reftune.model.policy import Policy
 from reftune.model.weights import word_tokenizer
 from reftune.recipe import Recipe
 from reftune.runs.models import check_stage_graph
-from reftune.runs.run import Run, open_run
+from reftune.runs.run import Run, evaluate_methods, open_run, run_stages
 from reftune.stages import reward_model
 from reftune.stages.optimizer import OptimizerTable, make_optimizer, optimizer_step
 from reftune.stages.reward_model import (
@@ -356,11 +356,11 @@ def test_a_run_with_a_reward_model_scores_every_sample_once(make_reranked):
         run.train("judge")
         assert recipe.methods_to_evaluate == ["sft"], "a reward model answers no problems"
         run.evaluation.answer("sft")
-        run.evaluation.score_samples()
+        run.evaluation.score_samples(["sft"])
         path = recipe.folder / "eval" / "sft.jsonl"
         scored = path.read_bytes()
         run.evaluation.answer("sft")
-        run.evaluation.score_samples()
+        run.evaluation.score_samples(["sft"])
     assert path.read_bytes() == scored
     scores = [
         [sample["score"] for sample in json.loads(line)["samples"]] for line in scored.splitlines()
@@ -411,7 +411,7 @@ def test_a_file_that_was_answered_before_is_only_scored(make_reranked):
         path = recipe.folder / "eval" / "sft.jsonl"
         answered = [json.loads(line) for line in path.read_text().splitlines()]
         assert not any("score" in sample for row in answered for sample in row["samples"])
-        run.evaluation.score_samples()
+        run.evaluation.score_samples(["sft"])
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     for row in rows:
         row["samples"] = [
@@ -423,8 +423,32 @@ def test_a_file_that_was_answered_before_is_only_scored(make_reranked):
     scored = path.read_bytes()
     path.write_text("".join(json.dumps(row) + "\n" for row in answered))
     named = make_reranked(rerank=str(recipe.folder / "stages" / "judge"))
-    Run(named, Progress()).evaluation.score_samples()
+    Run(named, Progress()).evaluation.score_samples(["sft"])
     assert path.read_bytes() == scored
+
+
+def test_a_reward_model_that_is_not_trained_is_named_before_anything_is_evaluated(make_reranked):
+    recipe = make_reranked()
+    run_stages(recipe, kinds={"sft"}, progress=Progress())
+    with pytest.raises(RecipeError, match=r"stages/judge: not trained yet; `reftune run` trains"):
+        evaluate_methods(recipe, ["sft"], progress=Progress())
+    assert not (recipe.folder / "eval").exists()
+
+
+def test_a_method_is_scored_although_anothers_evaluation_is_incomplete(make_recipe):
+    stages = {"sft": {"epochs": 1}, "reft": None, "judge": REWARD_MODEL}
+    evaluate = {"samples": 2, "stages": None, "rerank": "judge", "limit": 4}
+    recipe = make_recipe(stages=stages, evaluate=evaluate)
+    with open_run(recipe, Progress()) as run:
+        run.train("sft")
+        run.train("judge")
+        run.evaluation.answer("warmup")
+    path = recipe.folder / "eval" / "warmup.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
+    summary = evaluate_methods(recipe, ["sft"], progress=Progress())
+    assert list(summary["methods"]) == ["sft"]
+    assert "score" not in path.read_text()
+    assert "score" in (recipe.folder / "eval" / "sft.jsonl").read_text()
 
 
 def test_another_runs_reward_model_is_found_by_its_folder_and_its_tokenizer_checked(

@@ -323,6 +323,9 @@ def test_a_finished_stage_with_more_steps_goes_on_to_the_bits_of_a_longer_one(
     short = {"run_dir": str(tmp_path / "run"), "stages": {"reft": {"save_every_s": 1000}}}
     run_all(make_recipe(**short))
     longer = make_recipe(**{**short, "stages": {"reft": {"save_every_s": 1000, "steps": 6}}})
+    (tmp_path / "run/summary.json").write_text("{}")
+    with open_run(longer, Progress()) as run:
+        assert not run.folder.summary.exists(), "it would state the accuracy of the shorter run"
     run_all(longer)
     run_all(longer)  # nothing is left to do
     straight = make_recipe(

@@ -4,6 +4,8 @@ The real engine is tested by `make test-vllm`.
 """
 
 import importlib.util
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from crash import assert_same_outcome, outcome
 from reftune.engines import traffic
-from reftune.engines.vllm import SHARED_MEMORY, Vllm, own_servers, request
+from reftune.engines.vllm import SHARED_MEMORY, Colocated, Vllm, own_servers, request
 from reftune.errors import EngineError, RecipeError
 from reftune.processes.world import World, inhabited
 from reftune.recipe import LoraTable
@@ -250,6 +252,19 @@ def test_a_server_that_takes_no_weights_is_told_how_to_start(server, make_policy
         match=r"answered 404: \{\}; expected VLLM_SERVER_DEV_MODE=1 in the server's environment",
     ):
         engine(server).generate(make_policy(), PROMPTS, params())
+
+
+def test_a_colocated_engine_that_dies_is_one_line():
+    def die(*args, **kwargs):
+        raise RuntimeError("EngineCore encountered\nan issue")
+
+    colocated = object.__new__(Colocated)
+    colocated.engine = SimpleNamespace(collective_rpc=die, generate=die)
+    told = "EngineCore encountered an issue; VLLM_LOGGING_LEVEL=INFO shows more"
+    with pytest.raises(EngineError, match=f"^engine vllm: weights were not loaded: {told}$"):
+        colocated.load(Path())
+    with pytest.raises(EngineError, match=f"^engine vllm: sampling failed: {told}$"):
+        colocated.sample([], [])
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vllm is installed")

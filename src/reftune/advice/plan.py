@@ -180,6 +180,9 @@ def make_plan(
     fits = [way for way in usable if memory[way].fits]
     way = fits[0] if fits else min(usable, key=lambda way: memory[way].peak)
     sampling = {name: planners[name][way] for name in wanted if costs[name].sampled}
+    splits = {name: of.best_split() for name, of in sampling.items() if hardware.gpus > 1}
+    has_server = getattr(recipe.engine, "server", None) is not None
+    samplers = {name: split["sampling_gpus"] for name, split in splits.items() if has_server}
     return Plan(
         recipe=recipe.name,
         stage=stage,
@@ -190,10 +193,10 @@ def make_plan(
         response=recipe.lengths.max_new,
         sizes={way: planned.estimate.sizes for way, planned in planners[stage].items()},
         memory=memory,
-        topology="split" if getattr(recipe.engine, "server", None) else "colocated",
+        topology="split" if has_server else "colocated",
         sharding=way if fits else None,
-        split={name: of.best_split() for name, of in sampling.items() if hardware.gpus > 1},
-        steps={name: of.step() for name, of in sampling.items()},
+        split=splits,
+        steps={name: of.step(samplers=samplers.get(name)) for name, of in sampling.items()},
         assumed={
             "gpus": hardware.gpus,
             "gpu": hardware.kind,

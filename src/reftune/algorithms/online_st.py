@@ -51,7 +51,6 @@ class OnlineSt(Algorithm):
     def weights(self, batch: RolloutBatch) -> Tensor:
         """The tokens of the correct samples share half of the weight equally. The tokens of the
         gold solutions share the other half equally."""
-        assert batch.gold is not None
         mask, gold = batch.response_mask, batch.gold[:, None]
         return 0.5 * token_weights(mask & ~gold, "token") + 0.5 * token_weights(
             mask & gold, "token"
@@ -63,7 +62,7 @@ class OnlineSt(Algorithm):
 
         Source: ReFT's code (arXiv:2401.08967, §4.2). Differs: none.
         """
-        assert batch.weights is not None and batch.gold is not None
+        assert batch.weights is not None
         nll = -scores.logprobs * batch.weights
         gold = nll[batch.gold].sum()
         sampled = nll.sum() - gold

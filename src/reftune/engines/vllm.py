@@ -226,7 +226,7 @@ class Colocated:
             os.environ.setdefault(name, value)
         with torch.random.fork_rng([]):
             vllm = _vllm()
-            try:
+            with _engine_errors("did not start"):
                 self.engine: Any = vllm.LLM(
                     model=str(folder),
                     skip_tokenizer_init=True,
@@ -240,29 +240,38 @@ class Colocated:
                     use_tqdm_on_load=False,
                     worker_extension_cls="reftune.engines._vllm_worker.Repacking",
                 )
-            except Exception as error:  # noqa: BLE001 - vLLM may fail on a model or device in any way
-                reason = " ".join(str(error).split())[:300]
-                raise EngineError(
-                    f"engine vllm: did not start: {reason}; VLLM_LOGGING_LEVEL=INFO shows more"
-                ) from None
 
     def load(self, folder: Path) -> None:
-        self.engine.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
-        self.engine.collective_rpc("repack")
-        self.engine.reset_prefix_cache()
+        with _engine_errors("weights were not loaded"):
+            self.engine.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+            self.engine.collective_rpc("repack")
+            self.engine.reset_prefix_cache()
 
     def sample(
         self, prompts: Sequence[list[int]], requests: Sequence[dict[str, Any]]
     ) -> list[Sampled]:
-        outputs = self.engine.generate(
-            [{"prompt_token_ids": prompt} for prompt in prompts],
-            [_vllm().SamplingParams(**request, detokenize=False) for request in requests],
-            use_tqdm=False,
-        )
+        with _engine_errors("sampling failed"):
+            outputs = self.engine.generate(
+                [{"prompt_token_ids": prompt} for prompt in prompts],
+                [_vllm().SamplingParams(**request, detokenize=False) for request in requests],
+                use_tqdm=False,
+            )
         return [_sampled(output.outputs[0]) for output in outputs]
 
     def stop(self) -> None:
         self.engine.llm_engine.engine_core.shutdown()
+
+
+@contextlib.contextmanager
+def _engine_errors(what: str) -> Iterator[None]:
+    """Turn any exception of vLLM inside the block into an EngineError, which says `what`."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - vLLM may fail on a model or device in any way
+        reason = " ".join(str(error).split())[:300]
+        raise EngineError(
+            f"engine vllm: {what}: {reason}; VLLM_LOGGING_LEVEL=INFO shows more"
+        ) from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -219,14 +219,13 @@ class RolloutBatch:
     """(B,)"""
     groups: Tensor
     """(B,) Samples of the same problem have the same integer."""
+    gold: Tensor
+    """(B,) True for gold rationales, which the policy did not sample."""
     sampling_logprobs: Tensor
     """Log-probabilities reported by the engine."""
     logprobs: Tensor
     """Log-probabilities under the policy that drew the samples, as computed by the trainer. If the
     trainer does not compute them, they come from the engine."""
-    gold: Tensor | None = None
-    """(B,) True for gold rationales, which the policy did not sample; None if the batch contains no
-    gold rationales."""
     ref_logprobs: Tensor | None = None
     values: Tensor | None = None
     advantages: Tensor | None = None
@@ -244,7 +243,7 @@ class RolloutBatch:
     @property
     def sampled_mask(self) -> Tensor:
         """(B, R), True on response tokens that the policy sampled."""
-        return self.response_mask if self.gold is None else self.response_mask & ~self.gold[:, None]
+        return self.response_mask & ~self.gold[:, None]
 
     def rows(self, index: Tensor) -> RolloutBatch:
         """The samples at `index`, padded only to the longest response among them."""

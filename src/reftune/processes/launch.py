@@ -35,15 +35,18 @@ def processes(environment: Mapping[str, str] = os.environ) -> Iterator[None]:
     with status 1. Raises: RecipeError for a launcher setting that is not supported; ProcessError if
     another process has died."""
     global _store
-    if _store is not None or not _is_launched(environment):
+    is_alone = int(environment.get("WORLD_SIZE", "1")) == 1
+    if is_alone:
+        wanted_sharding(environment)  # refuses what is not supported
+    if is_alone or _store is not None:
         yield
         return
     import torch.distributed as dist
 
-    _choose_gpu(environment)
     heartbeat = None
     try:
         how = wanted_sharding(environment)
+        _choose_gpu(environment)
         world, _store, heartbeat = _join(environment)
         with inhabited(world), held(how):
             if not is_main():
@@ -68,12 +71,12 @@ def processes(environment: Mapping[str, str] = os.environ) -> Iterator[None]:
 
 
 def first_to_tell() -> bool:
-    """Whether this process is the first to end early and should therefore report why."""
-    own = int(os.environ.get("RANK", "0"))
+    """Whether this process is the first to end early and should therefore report why. Processes
+    that cannot connect report similar errors; then the first process of each machine reports."""
     if _store is None:
-        return own == 0  # processes that cannot connect report similar errors; one is enough
+        return int(os.environ.get("LOCAL_RANK", "0")) == 0
     try:
-        return _is_first(_store, own)
+        return _is_first(_store, int(os.environ.get("RANK", "0")))
     # the store ended with the main process, which has reported its error; if that process was
     # killed, the launcher reports it
     except RuntimeError:
@@ -104,26 +107,13 @@ def _end(world: World, store: Any, missing: int) -> None:
     os._exit(1)
 
 
-def _is_launched(environment: Mapping[str, str]) -> bool:
-    if (
-        "WORLD_SIZE" not in environment
-        and {"ACCELERATE_USE_CPU", "MASTER_ADDR"} <= environment.keys()
-    ):
-        raise RecipeError(
-            "launcher: accelerate starts one process on the CPU even if it is asked for several;"
-            " expected torchrun"
-        )
-    wanted_sharding(environment)
-    return int(environment.get("WORLD_SIZE", "1")) > 1
-
-
 def _choose_gpu(environment: Mapping[str, str]) -> None:
-    """If the machine has GPUs, use the GPU whose index is this process's local rank. Raises:
-    RecipeError if the machine has fewer GPUs than processes."""
+    """If the machine has GPUs, use the GPU whose index is this process's local rank. Raises, in
+    every process of the machine: RecipeError if the machine has fewer GPUs than processes."""
     import torch
 
     local, gpus = int(environment.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if gpus and local >= gpus:
+    if gpus and int(environment.get("LOCAL_WORLD_SIZE", local + 1)) > gpus:
         raise RecipeError(
             f"launcher: more processes than GPUs on this machine, which has {gpus}; expected at"
             " most one per GPU"
@@ -174,6 +164,14 @@ anyway."""
 
 def wanted_sharding(environment: Mapping[str, str]) -> Sharding:
     """The sharding that the launcher requests. Raises: RecipeError for an unsupported setting."""
+    if (
+        "WORLD_SIZE" not in environment
+        and {"ACCELERATE_USE_CPU", "MASTER_ADDR"} <= environment.keys()
+    ):
+        raise RecipeError(
+            "launcher: accelerate starts one process on the CPU even if it is asked for several;"
+            " expected torchrun"
+        )
     for name, remedy in REFUSED.items():
         value = environment.get(name, "false")
         if value.lower() not in (*UNASKED, AS_WE_DO.get(name)):

@@ -87,23 +87,6 @@ def gather(value: T) -> list[T]:
     return gathered
 
 
-def join_tensors(part: Tensor) -> Tensor:
-    """The one-dimensional parts of all processes, joined in order of rank. Parts may differ in
-    length."""
-    if _world is ALONE:
-        return part
-    import torch
-    import torch.distributed as dist
-
-    sizes = [torch.zeros(1, dtype=torch.long) for _ in range(world_size())]
-    dist.all_gather(sizes, torch.tensor([len(part)]))
-    padded = part.new_zeros(int(max(sizes)))
-    padded[: len(part)] = part
-    parts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded)
-    return torch.cat([one[:size] for one, size in zip(parts, sizes, strict=True)])
-
-
 def from_main(make: Callable[[], T]) -> T:
     """Call `make()` only in the main process, and return its value in every process."""
     if _world is ALONE:

@@ -43,6 +43,7 @@ def table_command(
     *,
     layout: Literal["auto", "methods", "paper"] = "auto",
     k: int | None = None,
+    finished: bool = True,
 ) -> str:
     """The output of `reftune table RUN…`: the results of the final evaluation, formatted as `text`,
     `markdown`, `latex` or `json`.
@@ -51,10 +52,11 @@ def table_command(
     follows the paper's tables. `auto` chooses `paper` if the runs differ in task or kind of
     rationale, and `methods` if not. Votes use the first `k` samples of each problem, or all samples
     if `k` is None.
-    Raises: DataError if a run is missing, damaged or unfinished, if runs are not comparable, if
-    there are fewer than `k` samples per problem, or if `fmt` is unknown.
+    Raises: DataError if a run is missing or damaged, if a run is unfinished and `finished` is True,
+    if runs are not comparable, if there are fewer than `k` samples per problem, or if `fmt` is
+    unknown.
     """
-    runs = read_runs(run_dirs)
+    runs = read_runs(run_dirs, finished=finished)
     if layout == "paper" or (layout == "auto" and paper.is_several_tasks(runs)):
         return paper.render(paper.cells(runs, k=k), fmt)
     return render_table(score_table(comparable_groups(runs), k=k), fmt)

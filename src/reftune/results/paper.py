@@ -103,6 +103,7 @@ def _cell(place: Place, runs: Sequence[RunResults], k: int | None) -> Cell:
         **dict(zip(("model", "task", "rationale"), place, strict=True)),
         "seeds": table.num_seeds,
         "problems": read_json(RunFolder(runs[0].folder).data).get("problems", {}),
+        "baseline": table.baseline,
         "methods": {
             method.method: {rule: _score(place, table, method, rule) for rule in method.scores}
             for method in table.methods
@@ -120,9 +121,7 @@ def _score(place: Place, table: ScoreTable, method: MethodScore, rule: str) -> d
     is_same = table.split == "test" and method.greedy.n == _paper_sizes(column).get("test")
     rows = published()["accuracy"].get(model, {}) if is_same else {}
     return method.scores[rule].to_row() | {
-        "significant_against_baseline": (
-            None if method.label == table.baseline else against is None or against.significant
-        ),
+        "significant_against_baseline": None if against is None else against.significant,
         "paper": rows.get(method.method + suffix, {}).get(column),
     }
 
@@ -219,14 +218,11 @@ def _mean(scores: Sequence[Mapping[str, Any] | None]) -> str:
 
 def _note(found: Sequence[Cell]) -> str:
     seeds = ", ".join(map(str, sorted({cell["seeds"] for cell in found})))
-    baseline = next(
-        method
-        for method, scores in found[0]["methods"].items()
-        if scores[GREEDY]["significant_against_baseline"] is None
-    )
+    baselines = ", ".join(dict.fromkeys(display(cell["baseline"]) for cell in found))
+    own = " (each task's own baseline)" if "," in baselines else ""
     return (
         "Percent of problems solved, ± half the width of the 95% interval. Number of seeds:"
-        f" {seeds}. {NOT_SIGNIFICANT}: not significantly different from {display(baseline)} on the"
+        f" {seeds}. {NOT_SIGNIFICANT}: not significantly different from {baselines}{own} on the"
         " same problems. In brackets: the paper's accuracy for the same model, task, rationale"
         " and number of test questions, if the paper reports one."
     )

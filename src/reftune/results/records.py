@@ -142,7 +142,8 @@ def read_run(folder: Path | str) -> RunResults:
             name: _read_evals(files.evaluation(name), recipe)
             for name in wanted
             if files.evaluation(name).exists()
-        }
+        },
+        _num_problems(recipe, read_json(files.data)),
     )
     return RunResults(
         folder=files.path,
@@ -206,16 +207,21 @@ def _evaluated_methods(
     return answering if chosen is None else [name for name in answering if name in chosen]
 
 
-def _whole(evals: Mapping[str, tuple[EvalRow, ...]]) -> dict[str, tuple[EvalRow, ...]]:
-    """The evaluations that are complete. An evaluation is incomplete if it contains only the first
-    part of the longest evaluation's problems."""
-    ids = {name: [row.id for row in rows] for name, rows in evals.items()}
-    longest = max(ids.values(), key=len, default=[])
-    return {
-        name: evals[name]
-        for name, found in ids.items()
-        if len(found) == len(longest) or found != longest[: len(found)]
-    }
+def _num_problems(recipe: Mapping[str, Any], data: Mapping[str, Any]) -> int:
+    """Number of problems in a complete evaluation; 0 if `data`, the content of data.json, does not
+    say."""
+    sizes, table = data.get("problems") or {}, recipe.get("evaluate") or {}
+    size = int(sizes.get(evaluated_split(recipe), 0))
+    return min(size, table.get("limit") or size)
+
+
+def _whole(
+    evals: Mapping[str, tuple[EvalRow, ...]], num_problems: int
+) -> dict[str, tuple[EvalRow, ...]]:
+    """The evaluations that are complete: those of `num_problems` or, if another evaluation has
+    more, as many as that one."""
+    size = max([num_problems, *map(len, evals.values())])
+    return {name: rows for name, rows in evals.items() if len(rows) == size}
 
 
 def read_json(path: Path) -> dict[str, Any]:

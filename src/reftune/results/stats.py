@@ -95,13 +95,7 @@ class Comparison:
 
 
 def compare(
-    a: str,
-    correct_a: ArrayLike,
-    b: str,
-    correct_b: ArrayLike,
-    *,
-    generator: np.random.Generator,
-    num_resamples: int = NUM_RESAMPLES,
+    a: str, correct_a: ArrayLike, b: str, correct_b: ArrayLike, *, generator: np.random.Generator
 ) -> Comparison:
     """Compare methods `a` and `b`. `correct_a` states for each problem whether `a` solved it.
     `correct_b` states the same for `b`, with the problems in the same order."""
@@ -113,7 +107,7 @@ def compare(
         a=a,
         b=b,
         difference=float(right_a.mean() - right_b.mean()),
-        ci95=paired_bootstrap(right_a, right_b, generator=generator, num_resamples=num_resamples),
+        ci95=paired_bootstrap(right_a, right_b, generator=generator),
         p_mcnemar=mcnemar_exact(int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())),
         n=right_a.size,
     )
@@ -136,25 +130,17 @@ def mcnemar_exact(only_a: int, only_b: int) -> float:
     return float(min(Fraction(1), Fraction(2 * tail, 2**m)))
 
 
-def paired_bootstrap(
-    a: ArrayLike,
-    b: ArrayLike,
-    *,
-    generator: np.random.Generator,
-    num_resamples: int = NUM_RESAMPLES,
-) -> Interval:
+def paired_bootstrap(a: ArrayLike, b: ArrayLike, *, generator: np.random.Generator) -> Interval:
     """95% percentile interval of mean(a) − mean(b) from a bootstrap over problems. The two outcomes
     of a problem are always drawn together."""
     differences = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
-    return crossed_bootstrap(differences[None, :], generator=generator, num_resamples=num_resamples)
+    return crossed_bootstrap(differences[None, :], generator=generator)
 
 
 # --- across seeds ---------------------------------------------------------------------------------
 
 
-def crossed_bootstrap(
-    values: ArrayLike, *, generator: np.random.Generator, num_resamples: int = NUM_RESAMPLES
-) -> Interval:
+def crossed_bootstrap(values: ArrayLike, *, generator: np.random.Generator) -> Interval:
     """95% percentile interval of the mean of `values`, whose shape is (seeds, problems). All seeds
     must have answered the same problems.
 
@@ -168,21 +154,18 @@ def crossed_bootstrap(
     # distinct column occurs
     sorts, counts = np.unique(matrix, axis=1, return_counts=True)
     problems = (
-        generator.multinomial(num_problems, counts / num_problems, size=num_resamples)
+        generator.multinomial(num_problems, counts / num_problems, size=NUM_RESAMPLES)
         / num_problems
     )
     seeds = (
-        generator.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), size=num_resamples)
+        generator.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), size=NUM_RESAMPLES)
         / num_seeds
     )
     return _percentiles(np.einsum("rs,su,ru->r", seeds, sorts, problems, optimize=True))
 
 
 def hierarchical_bootstrap(
-    values: Sequence[ArrayLike],
-    *,
-    generator: np.random.Generator,
-    num_resamples: int = NUM_RESAMPLES,
+    values: Sequence[ArrayLike], *, generator: np.random.Generator
 ) -> Interval:
     """95% percentile interval of the average of the seeds' means. `values` has one array per seed,
     and the seeds may have answered different problems.
@@ -192,7 +175,7 @@ def hierarchical_bootstrap(
     understates their spread.
     """
     num_seeds = len(values)
-    drawn = generator.integers(num_seeds, size=(num_resamples, num_seeds))
+    drawn = generator.integers(num_seeds, size=(NUM_RESAMPLES, num_seeds))
     means = np.empty(drawn.shape)
     for index, outcomes in enumerate(values):
         chosen = drawn == index

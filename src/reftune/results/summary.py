@@ -158,8 +158,8 @@ class ScoreTable:
 
 
 def summarize(group: Group) -> dict[str, Any]:
-    """The content of `summary.json` for a single finished run, including a comparison of every pair
-    of methods."""
+    """The content of `summary.json` for a single run, including a comparison of every pair of
+    evaluated methods."""
     (run,) = group.runs
     table = score_table([group])
     return {
@@ -255,9 +255,9 @@ def _same_problems(evals: Iterable[Sequence[EvalRow]]) -> bool:
     return len({tuple((row.id, row.question, row.gold) for row in rows) for rows in evals}) <= 1
 
 
-def score_table(groups: Sequence[Group], *, k: int | None = None, seed: int = 0) -> ScoreTable:
+def score_table(groups: Sequence[Group], *, k: int | None = None) -> ScoreTable:
     """Scores and paired comparisons of all methods. Votes use the first `k` samples of each problem
-    or, if `k` is None, the first `num_samples`. `seed` seeds the bootstrap.
+    or, if `k` is None, the first `num_samples`.
 
     Raises: DataError if `k` is given and no method has samples, or if a method with samples has
     fewer than `k` samples for some problem.
@@ -268,7 +268,7 @@ def score_table(groups: Sequence[Group], *, k: int | None = None, seed: int = 0)
         ]
         voting.check_k(k, max(map(num_samples, evals), default=0))
     shared = all(_share_problems(group.runs) for group in groups)
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     methods = tuple(
         _method_score(group, name, label_of(groups, group, name), k, shared, generator)
         for group in groups

@@ -3,7 +3,7 @@ also sampled, and a reward model scores the samples."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -118,12 +118,13 @@ class FinalEvaluation:
         )
         write_rows(path, found)
 
-    def score_samples(self) -> None:
-        """If the recipe reranks, score the samples of all methods with the reward model."""
+    def score_samples(self, methods: Collection[str]) -> None:
+        """If the recipe reranks, score the samples of `methods`, which are evaluated, with the
+        reward model."""
         name = self.recipe.evaluate.rerank
         if name is None:
             return
-        paths = [self.folder.evaluation(method) for method in self.recipe.methods_to_evaluate]
+        paths = [self.folder.evaluation(method) for method in methods]
         unscored = [path for path in paths if not is_scored(world.from_main(JsonLines(path).rows))]
         if not unscored:
             return

@@ -139,10 +139,10 @@ def check_stage_graph(recipe: Recipe) -> None:
     for name, stage in recipe.stages.items():
         for method in stage.needs:
             if method not in known and not is_model_folder(method):
-                key = next(key for key in type(stage).model_fields if getattr(stage, key) == method)
+                keys = [key for key in type(stage).model_fields if getattr(stage, key) == method]
                 raise RecipeError(
-                    f"stages.{name}.{key}: {method} is not an earlier method; known here:"
-                    f" {', '.join(known)}"
+                    f"{'.'.join(['stages', name, *keys[:1]])}: {method} is not an earlier method;"
+                    f" known here: {', '.join(known)}"
                 )
         for method in recipe.saved_by(name):
             if method in made:
@@ -165,19 +165,17 @@ def check_stage_graph(recipe: Recipe) -> None:
 
 
 def require_trained(recipe: Recipe, names: Collection[str]) -> None:
-    """Check that each of `names` is a finished method or the path of a model folder. Raises:
-    RecipeError if a name is neither."""
+    """Check that each of `names` is a finished method or reward model, or the path of a model
+    folder. Raises: RecipeError if a name is none of these."""
     for name in names:
         folder = RunFolder(recipe.folder).stage(name)
         if not (folder.is_done or is_model_folder(name)):
-            if name not in recipe.methods:
+            if name not in recipe.methods and name not in recipe.stages:
                 raise RecipeError(
                     f"{name}: neither a method of this recipe ({', '.join(recipe.methods)}) nor a"
                     " model folder"
                 )
-            raise RecipeError(
-                f"{folder.path}: method {name} is not trained yet; `reftune run` trains it"
-            )
+            raise RecipeError(f"{folder.path}: not trained yet; `reftune run` trains it")
 
 
 def stage_folder(recipe: Recipe, name: str) -> StageFolder:

@@ -40,7 +40,7 @@ def run_recipe(recipe: Recipe, *, progress: Progress) -> dict[str, Any]:
                 run.report()
             for method in run.evaluated_after(stage):
                 run.evaluation.answer(method)
-        run.evaluation.score_samples()
+        run.evaluation.score_samples(recipe.methods_to_evaluate)
         return run.summarize()
 
 
@@ -70,19 +70,23 @@ def evaluate_methods(
     recipe: Recipe, methods: Collection[str], *, progress: Progress
 ) -> dict[str, Any]:
     """Evaluate `methods`. If `methods` is empty, evaluate all methods that the recipe evaluates.
-    Returns: the summary. Raises: RecipeError if a method is not in the recipe or is not trained
-    yet; the errors of `run_recipe`."""
+    Returns: the summary of all methods evaluated so far.
+    Raises: RecipeError if a method is not in the recipe or in its `evaluate.stages`, or if a method
+    or the reward model that reranks is not trained yet; the errors of `run_recipe`."""
     check_stage_graph(recipe)
     for method in methods:
-        if method not in recipe.methods:
-            known = ", ".join(recipe.methods)
-            raise RecipeError(f"{recipe.name}: no method {method}; it has {known}")
+        if method not in recipe.methods_to_evaluate:
+            known = ", ".join(recipe.methods_to_evaluate)
+            raise RecipeError(
+                f"{recipe.name}: evaluates no method {method}; evaluate.stages allows {known}"
+            )
     methods = methods or recipe.methods_to_evaluate
-    require_trained(recipe, methods)
+    rerank = recipe.evaluate.rerank
+    require_trained(recipe, [*methods, *([rerank] if rerank in recipe.stages else [])])
     with open_run(recipe, progress) as run:
         for method in methods:
             run.evaluation.answer(method)
-        run.evaluation.score_samples()
+        run.evaluation.score_samples(methods)
         return run.summarize()
 
 
@@ -186,13 +190,15 @@ class Run:
         return sorted(methods, key=lambda method: method == init)
 
     def summarize(self) -> dict[str, Any]:
-        """Write summary.json and report.html from the run's files, and return the summary."""
+        """Write report.html from the run's files and, if all methods are evaluated, summary.json.
+        Returns: the summary of the methods that are evaluated."""
         from reftune.results import read_groups, summarize, write_report
 
         def written() -> dict[str, Any]:
-            groups = read_groups([self.folder.path])
+            groups = read_groups([self.folder.path], finished=False)
             summary = summarize(*groups)
-            write_atomically(self.folder.summary, json.dumps(summary, indent=2))
+            if not any(run.missing for group in groups for run in group.runs):
+                write_atomically(self.folder.summary, json.dumps(summary, indent=2))
             write_report(groups, self.folder.report)
             return summary
 

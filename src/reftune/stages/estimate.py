@@ -215,10 +215,16 @@ def estimates(
     }
 
 
-def stage_costs(recipe: Recipe, *, num_train: int = 1, num_dev: int = 1) -> dict[str, Cost]:
-    """The cost of each stage. Stages that cannot predict their cost are left out."""
+def stage_costs(
+    recipe: Recipe, *, num_train: int = 1, num_rationales: int | None = None, num_dev: int = 1
+) -> dict[str, Cost]:
+    """The cost of each stage. Stages that cannot predict their cost are left out. Of `num_train`
+    training problems, `num_rationales` have a rationale; by default, all have one."""
+    supervised = num_train if num_rationales is None else num_rationales
     costs = {
-        name: stage.cost(num_train=num_train, num_dev=num_dev)
+        name: stage.cost(
+            num_train=supervised if stage.reads_rationales else num_train, num_dev=num_dev
+        )
         for name, stage in recipe.stages.items()
     }
     return {name: cost for name, cost in costs.items() if cost is not None}

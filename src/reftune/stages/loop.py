@@ -376,7 +376,7 @@ class Loop:
     # --- files ---
 
     def _resume(self) -> bool:
-        """Restore the stage from its newest checkpoint, and cut the logs back to their length at
+        """Restore the stage from its newest checkpoint, and remove what the stage has logged since
         that checkpoint. Returns: whether there was a checkpoint."""
         context = self.context
         found = load_latest(context.folder.checkpoints, note=context.progress.note)
@@ -385,11 +385,11 @@ class Loop:
         )
         if found is None:
             self.samples.truncate(0)
-            context.metrics.truncate_from(lambda row: row["stage"] == context.name)
+            context.metrics.keep_of(self._is_own, 0)
             return False
         state = dict(found.state)
         try:
-            metrics_bytes, samples_bytes = state.pop("metrics_bytes"), state.pop("samples_bytes")
+            metrics_rows, samples_bytes = state.pop("metrics_rows"), state.pop("samples_bytes")
             self.state = Progression(**state)
             load_trainable(self.model, found.tensors)
             load_optimizer_tensors(self.optimizer, found.tensors)
@@ -401,7 +401,7 @@ class Loop:
             ) from None
         self._adopt_best()
         self._is_saved = True
-        context.metrics.truncate(metrics_bytes)
+        context.metrics.keep_of(self._is_own, metrics_rows)
         self.samples.truncate(samples_bytes)
         if self.state.step == self.state.ends_at:
             context.progress.note(
@@ -418,15 +418,20 @@ class Loop:
     def _save(self) -> Path:
         for log in (self.context.metrics, self.samples):
             log.sync()
-        sizes = {"metrics_bytes": self.context.metrics.size(), "samples_bytes": self.samples.size()}
+        rows = sum(map(self._is_own, self.context.metrics.rows()))
+        logged = {"metrics_rows": rows, "samples_bytes": self.samples.size()}
         self._is_saved = True
         return save_checkpoint(
             self.context.folder.checkpoints,
             step=self.state.step,
             tensors=whole_tensors({**trainable(self.model), **optimizer_tensors(self.optimizer)}),
-            state={**asdict(self.state), **sizes},
+            state={**asdict(self.state), **logged},
             keep=self.table.keep,
         )
+
+    def _is_own(self, row: Mapping[str, Any]) -> bool:
+        """Whether a row of metrics.jsonl, which all stages share, is this stage's."""
+        return bool(row["stage"] == self.context.name)
 
     def _snapshot(self, method: str, accuracy: float) -> None:
         """Save the current weights as `method`, with their accuracy on dev."""

@@ -154,10 +154,11 @@ class Trainer:
         batch, scored = self.score(selected)
         batch, weighed = correct_mismatch(self.algorithm.credit(batch), self.stage.mismatch_cap)
         metrics |= {**scored, **weighed}
+        masks = self.stage.mask_truncated
         kept = [
             i
             for i, r in enumerate(selected)
-            if not (self.stage.mask_truncated and r.completion.finish_reason == "length")
+            if not (masks and r.source == "policy" and r.completion.finish_reason == "length")
         ]
         if not kept:
             return metrics

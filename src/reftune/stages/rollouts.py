@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
-
-import numpy as np
-import torch
 
 from reftune.datasets import Splits
 from reftune.engines import Engine, traffic
@@ -23,7 +18,7 @@ from reftune.model.policy import Policy
 from reftune.processes import sharding, world
 from reftune.recipe import LengthTable, Recipe
 from reftune.text import counted, shown
-from reftune.types import Completion, Graded, Problem, Rollout, SamplingParams, Verdict
+from reftune.types import Completion, Graded, Problem, Rollout, SamplingParams
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,12 +131,12 @@ class Collector:
         completions = [c if ok else unasked for c, ok in zip(completions, fits, strict=True)]
         generated = time.perf_counter()
         graded = self.encoder.grade(problems[own], [c.text for c in completions])
-        completions, graded = of_all_processes(completions, graded)
+        parts = world.gather((completions, graded))
         return Solved(
             problems=problems,
             prompts=prompts,
-            completions=completions,
-            graded=graded,
+            completions=[each for own, _ in parts for each in own],
+            graded=[each for _, own in parts for each in own],
             generate_s=generated - started,
             grade_s=time.perf_counter() - generated,
             traffic=sum(world.gather(traffic), Counter()),
@@ -207,46 +202,6 @@ def collector_of(recipe: Recipe, policy: Policy) -> Collector:
         reward=recipe.reward,
         lengths=recipe.lengths,
     )
-
-
-def of_all_processes(
-    completions: Sequence[Completion], graded: Sequence[Graded]
-) -> tuple[list[Completion], list[Graded]]:
-    """The graded completions of all processes, in rank order. Tokens and their log-probabilities,
-    values and entropies are exchanged as tensors, and the rest as JSON in one tensor."""
-    if world.world_size() == 1:
-        return list(completions), list(graded)
-    ids = torch.tensor([token for c in completions for token in c.token_ids], dtype=torch.long)
-    scores = torch.tensor(
-        [x for c in completions for x in (*c.logprobs, *c.values, *c.entropies)], dtype=torch.double
-    )
-    rows = [
-        (
-            *(len(c.token_ids), len(c.values), c.text, c.finish_reason),
-            *(g.verdict.value, g.value, g.reason, g.program_s),
-        )
-        for c, g in zip(completions, graded, strict=True)
-    ]
-    lines = np.frombuffer("".join(f"{json.dumps(row)}\n" for row in rows).encode(), np.uint8)
-    tokens, numbers = (iter(world.join_tensors(part).tolist()) for part in (ids, scores))
-    whole: tuple[list[Completion], list[Graded]] = ([], [])
-    joined = world.join_tensors(torch.from_numpy(lines.copy())).numpy().tobytes().decode()
-    for line in joined.splitlines():
-        length, valued, text, finish_reason, verdict, value, reason, program_s = json.loads(line)
-        whole[0].append(
-            Completion(
-                token_ids=tuple(islice(tokens, length)),
-                text=text,
-                logprobs=tuple(islice(numbers, length)),
-                values=tuple(islice(numbers, valued)),
-                entropies=tuple(islice(numbers, valued)),
-                finish_reason=finish_reason,
-            )
-        )
-        whole[1].append(
-            Graded(verdict=Verdict(verdict), value=value, reason=reason, program_s=program_s)
-        )
-    return whole
 
 
 def _require_whole(

@@ -155,15 +155,21 @@ class JsonLines:
             with writing(self.path), self.path.open("r+b") as file:
                 file.truncate(size)
 
-    def truncate_from(self, first: Callable[[Mapping[str, Any]], bool]) -> None:
-        """Cut the file before the first line whose object `first` accepts. An incomplete last line
-        is dropped too."""
-        rows = self.rows()
-        self.keep(next((i for i, row in enumerate(rows) if first(row)), len(rows)))
-
     def keep(self, count: int) -> None:
         """Cut the file after `count` lines. An incomplete last line is dropped too."""
         self.truncate(sum(len(line) + 1 for line in self._lines()[:count]))
+
+    def keep_of(self, is_own: Callable[[Mapping[str, Any]], bool], count: int) -> None:
+        """Of the lines whose object `is_own` accepts, keep only the first `count`. All other lines
+        stay. An incomplete last line is dropped. Raises: CheckpointError for a disk error or a
+        damaged line."""
+        if not is_main():
+            return
+        lines, rows = self._lines(), self.rows()
+        excess = set([i for i, row in enumerate(rows) if is_own(row)][count:])
+        kept = b"".join(line + b"\n" for i, line in enumerate(lines) if i not in excess)
+        if len(kept) < self.size():
+            write_atomically(self.path, kept.decode())
 
     def rows(self) -> list[dict[str, Any]]:
         """The objects on all complete lines; an incomplete last line is ignored. Raises:

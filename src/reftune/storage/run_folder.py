@@ -156,7 +156,8 @@ CHANGES_NO_RESULT = ("run_dir", "trackers", "tracker_rollouts", "evaluate.stages
 @contextmanager
 def claimed(folder: RunFolder, recipe: Recipe, splits: Splits) -> Iterator[None]:
     """Claim the folder for this run, and lock it inside the block. `recipe` replaces the folder's
-    own; a stage for which it sets more steps or epochs is reopened, so that it continues. Raises:
+    own; a stage for which it sets more steps or epochs is reopened, so that it continues. If stages
+    are reopened or added, the old summary is deleted. Raises:
     the errors of `refuse_foreign`; DataError if the problems have changed since the run began;
     CheckpointError if the folder is in use or cannot be written."""
     with ExitStack() as stack:
@@ -169,8 +170,11 @@ def claimed(folder: RunFolder, recipe: Recipe, splits: Splits) -> Iterator[None]
                 write_atomically(folder.data, json.dumps(data_facts(splits), indent=2))
             else:
                 refuse_changed_data(folder, splits)
-                for name in lengthened_stages(folder, recipe):
+                own, longer = _read_own_recipe(folder.recipe), lengthened_stages(folder, recipe)
+                for name in longer:
                     _reopen(folder, name)
+                if longer or any(stage not in own["stages"] for stage in recipe.stages):
+                    folder.summary.unlink(missing_ok=True)
             # written last, because it claims a new folder for this run
             text = dump_recipe(recipe)
             if not folder.recipe.is_file() or folder.recipe.read_text(encoding="utf-8") != text:

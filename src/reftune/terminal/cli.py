@@ -178,7 +178,7 @@ def _show_summary(recipe: Recipe, summary: dict[str, Any], *, as_json: bool) -> 
     if as_json:
         show(summary)
     else:
-        tables = [table_command([recipe.folder], "text"), choices_table(summary)]
+        tables = [table_command([recipe.folder], "text", finished=False), choices_table(summary)]
         print("\n\n".join(filter(None, tables)))
         for line in remarks(read_run(recipe.folder)):
             say(line)
@@ -557,7 +557,7 @@ def _load(name: str, overrides: Sequence[str] | None) -> Recipe:
 
     own = RunFolder(Path(name)).recipe
     if own.is_file():
-        return load_recipe(own, [*(overrides or ()), f"run_dir={name}"])
+        return load_recipe(own, [*(overrides or ()), f"run_dir={json.dumps(name)}"])
     return load_recipe(find_recipe(name), overrides or ())
 
 

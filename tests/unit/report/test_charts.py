@@ -81,6 +81,25 @@ def test_a_stage_is_drawn_from_where_it_started(write_run: WriteRun) -> None:
     assert sft.low[1] == pytest.approx(wilson(50, 100)[0], abs=1e-4)
 
 
+def test_a_stage_that_starts_from_another_runs_model_counts_that_models_training(
+    write_run: WriteRun,
+) -> None:
+    first, second = write_run("first"), write_run("second", methods=("reft",))
+    for stage, facts in (
+        ("warmup", {"chosen_step": 2, "steps": 4, "sequence_passes": 400}),
+        ("sft", {"init": "warmup", "chosen_step": 5, "steps": 5, "sequence_passes": 50}),
+    ):
+        path = first / "stages" / stage / "stage.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **facts}))
+    path = second / "stages" / "reft" / "stage.json"
+    init = str(first / "stages" / "sft")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "init": init}))
+    write_metrics(second, [look("reft", 0, 0.4, 0), look("reft", 1, 0.6, 80)])
+    chart = dev_chart(read_groups([second]))
+    assert chart is not None
+    assert chart.series[0].x == [250, 330]
+
+
 def test_a_snapshot_is_one_point_of_the_stage_that_left_it(write_run: WriteRun) -> None:
     folder = write_run()
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())

@@ -219,6 +219,16 @@ def test_the_main_curves_are_written_as_figures(write_run: WriteRun, tmp_path: P
         assert content.startswith(b"\x89PNG") if path.suffix == ".png" else b"ReFT" in content, path
 
 
+def test_there_are_figures_even_if_nothing_is_solved(write_run: WriteRun, tmp_path: Path) -> None:
+    folders = [write_run(f"run-{seed}", seed=seed) for seed in (0, 1)]
+    for path in (path for folder in folders for path in (folder / "eval").iterdir()):
+        path.write_text(path.read_text().replace('"correct"', '"wrong"'))
+    assert {path.stem for path in write_figures(folders, tmp_path / "two")} >= {"accuracy"}
+    recipe = folders[0] / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("evaluate:\n", "evaluate:\n  stages: []\n"))
+    assert "accuracy" not in {path.stem for path in write_figures(folders[:1], tmp_path / "none")}
+
+
 def test_the_same_runs_give_the_same_figures(
     write_run: WriteRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

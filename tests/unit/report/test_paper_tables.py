@@ -100,6 +100,16 @@ def test_differences_that_are_not_significant_are_marked(write_task: WriteRun) -
     assert "n.s." in lines["ReFT"] and "n.s." not in lines["SFT"]
 
 
+def test_a_score_that_was_not_compared_is_not_called_significant(write_task: WriteRun) -> None:
+    (cell,) = json.loads(table_command([write_task(num_samples=2)], "json", layout="paper"))
+    assert cell["baseline"] == "sft"
+    found = {
+        rule: score["significant_against_baseline"]
+        for rule, score in cell["methods"]["reft"].items()
+    }
+    assert found["pass@2"] is None and isinstance(found["maj@2"], bool)
+
+
 def test_markdown_and_latex_hold_the_same_tables(write_task: WriteRun) -> None:
     folders = [write_task(test=1319), write_task(rationale="nl")]
     assert table_command(folders, "markdown").count("| CodeLLAMA-7B | ReFT |") == 1

@@ -87,6 +87,16 @@ def test_an_evaluation_being_written_counts_as_missing(write_run: WriteRun) -> N
     assert (list(run.evals), run.missing) == (["warmup", "sft"], ("reft",))
 
 
+def test_the_only_evaluation_counts_as_missing_while_it_is_written(write_run: WriteRun) -> None:
+    folder = write_run(methods=["warmup"], num_problems=24)
+    data = {"problems": {"train": 1000, "dev": 300, "test": 40}}
+    (folder / "data.json").write_text(json.dumps(data))
+    assert read_run(folder).missing == ("warmup",)
+    recipe = (folder / "recipe.yaml").read_text()
+    (folder / "recipe.yaml").write_text(recipe.replace("evaluate:\n", "evaluate:\n  limit: 24\n"))
+    assert not read_run(folder).missing
+
+
 def test_a_reward_model_is_not_evaluated(write_run: WriteRun) -> None:
     folder = write_run()
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())

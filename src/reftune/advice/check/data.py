@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 from reftune.advice.check.report import Finding, fail, ok, warn
-from reftune.advice.check.subject import Subject, learns_from_rationales, mean
+from reftune.advice.check.subject import Row, Subject, learns_from_rationales, mean
 from reftune.datasets import Dataset, Splits
 from reftune.datasets.mixture import Mixture
 from reftune.errors import CheckpointError, DataError, RecipeError, RewardError
@@ -172,11 +172,7 @@ def check_grader_refuses(subject: Subject) -> Finding:
     """Check that empty completions, bare answers and solutions to other problems are not graded
     correct."""
     problems = [row.problem for row in subject.rows]
-    pairs = [
-        (a.problem, b.target)
-        for a, b in pairwise(subject.rows)
-        if a.problem.answer != b.problem.answer
-    ]
+    pairs = other_solutions(subject.rows)
     accepted = {
         "an empty completion": _num_correct(subject, problems, [""] * len(problems)),
         "the bare answer": _num_correct(
@@ -197,6 +193,14 @@ def check_grader_refuses(subject: Subject) -> Finding:
     return fail(message, remedy) if accepted["an empty completion"] else warn(message, remedy)
 
 
+def other_solutions(rows: Sequence[Row]) -> list[tuple[Problem, str]]:
+    """Pairs of a problem and the solution to the problem in the next row, if the two have different
+    answers."""
+    return [
+        (a.problem, b.target) for a, b in pairwise(rows) if a.problem.answer != b.problem.answer
+    ]
+
+
 def _num_correct(subject: Subject, problems: Sequence[Problem], texts: Sequence[str]) -> int:
     return sum(
         graded.verdict is Verdict.CORRECT
@@ -210,15 +214,18 @@ def check_reward(subject: Subject) -> Finding:
     rows = subject.rows[:NUM_REWARDED]
     if not rows:
         return ok("there is no gold solution to reward")
-    texts = {
-        "a gold solution": [row.target for row in rows],
-        "another problem's solution": [row.target for row in (*rows[1:], rows[0])],
-        "an empty completion": [""] * len(rows),
+    solutions = {
+        "a gold solution": [(row.problem, row.target) for row in rows],
+        "another problem's solution": other_solutions(subject.rows)[:NUM_REWARDED],
+        "an empty completion": [(row.problem, "") for row in rows],
     }
     try:
         by_text = {
-            what: _mean_reward(subject, [row.problem for row in rows], written)
-            for what, written in texts.items()
+            what: _mean_reward(
+                subject, [problem for problem, _ in pairs], [text for _, text in pairs]
+            )
+            for what, pairs in solutions.items()
+            if pairs
         }
     except RewardError as error:
         return fail(str(error), "fix the reward function")

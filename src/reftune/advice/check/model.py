@@ -16,7 +16,7 @@ from reftune.results.records import read_run
 from reftune.results.stats import wilson
 from reftune.results.summary import LastRise, last_rise
 from reftune.results.tables import rise_line
-from reftune.runs.auto import product_rates
+from reftune.runs.auto import product_rates, total_bytes
 from reftune.runs.evaluation import PROBLEMS_AT_ONCE
 from reftune.runs.models import stage_folder
 from reftune.runs.sample import sample_rows
@@ -59,9 +59,9 @@ def check_memory(subject: Subject) -> Finding:
     outline = Outline(
         lambda: type(model)(copy.deepcopy(model.config)), recipe.model, device=policy.device.type
     )
-    requests = requests_at_once(recipe, subject.splits)
+    requests, whole = requests_at_once(recipe, subject.splits), total_bytes(policy.device)
     planned = [
-        replace(made, mean_prompt=mean(lengths), requests=requests).memory
+        replace(made, mean_prompt=mean(lengths), requests=requests, device_bytes=whole).memory
         for made in estimates(recipe, outline, prompt=max(lengths)).values()
     ]
     if not planned:
@@ -180,7 +180,12 @@ def check_time(subject: Subject) -> Finding:
         prompt=mean([len(ids) for ids in prompts]), response=mean([len(ids) for ids in targets])
     )
     splits = subject.splits
-    costs = stage_costs(subject.recipe, num_train=len(splits.train), num_dev=len(splits.dev))
+    costs = stage_costs(
+        subject.recipe,
+        num_train=len(splits.train),
+        num_rationales=sum(problem.rationale is not None for problem in splits.train),
+        num_dev=len(splits.dev),
+    )
     seconds = {name: cost.seconds(pace, num_dev=len(splits.dev)) for name, cost in costs.items()}
     stages = [
         f"{name} {clock(seconds[name])}" if name in seconds else f"{name} unknown"

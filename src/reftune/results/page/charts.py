@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from reftune.results.metrics import PHASES, VERDICTS, VOTING, Metric, Unit
-from reftune.results.records import RunResults, StageResults
+from reftune.results.records import RunResults, StageResults, read_json
 from reftune.results.stats import wilson
 from reftune.results.summary import Group, ScoreTable, label_of, num_samples, voting_curves
 from reftune.results.tables import display
+from reftune.storage.run_folder import StageFolder
 
 MAX_POINTS = 300
 """Maximum number of points per series. A longer series is divided into this many buckets, and each
@@ -320,11 +322,27 @@ def _passes_before(run: RunResults, method: str) -> float:
     """Number of sequences trained on between the base model and the model that `method` starts
     from."""
     init = run.stages[method].init
-    if init not in run.stages or init == method:
+    if init == method:
         return 0.0
+    if init not in run.stages:
+        return _passes_to(Path(init))
     chosen = _chosen(run, init)
     own = run.stages[init].info.get("sequence_passes", 0) if chosen is None else chosen.passes
     return _passes_before(run, init) + float(own)
+
+
+def _passes_to(folder: Path) -> float:
+    """Number of sequences trained on between the base model and the model in an earlier run's stage
+    folder; 0 for `base`, or if the folder has no `stage.json`. A stage's passes are taken to be
+    spread evenly over its steps."""
+    info = read_json(StageFolder(folder).info)
+    if not info:
+        return 0.0
+    share = int(info["chosen_step"]) / max(1, int(info["steps"]))
+    own = share * int(info.get("sequence_passes", 0))
+    init = str(info.get("init", "base"))
+    beside = folder.with_name(init) if "/" not in init else Path(init)
+    return own + _passes_to(beside)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

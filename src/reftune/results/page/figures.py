@@ -37,7 +37,8 @@ def write_figures(run_dirs: Sequence[Path | str], folder: Path | str) -> list[Pa
         *training_charts(groups, (*LEARNING, *CHARACTER)),
         *voting_charts(table),
     ]
-    figures = {"accuracy": _bars(table)} | {
+    bars = {"accuracy": _bars(table)} if table.methods else {}
+    figures = bars | {
         chart.key.replace("/", "_"): _titled(
             chart.title, draw(chart, WIDTH, HEIGHT, is_hero=True).svg, HEIGHT
         )
@@ -84,7 +85,8 @@ def _bars(table: ScoreTable) -> str:
     colours = method_colours([method.label for method in table.methods])
     names = [display(method.label) for method in table.methods]
     left = 14 + LETTER * max(map(len, names))
-    scale = (WIDTH - left - 60) / max(method.greedy.ci95[1] for method in table.methods)
+    longest = max(method.greedy.ci95[1] for method in table.methods) or 1.0
+    scale = (WIDTH - left - 60) / longest
     drawn = []
     for index, (method, name) in enumerate(zip(table.methods, names, strict=True)):
         score, top, fill = method.greedy, index * ROW, f"fill: var({colours[method.label]})"
