@@ -330,6 +330,16 @@ def test_a_pattern_without_end_is_a_timeout_within_a_second() -> None:
 def test_a_pattern_that_is_none_is_refused() -> None:
     with pytest.raises(DataError, match="not a regular expression"):
         read_gold("(", "regex")
+    for raw in (None, ["a", "b"], 3, " "):
+        with pytest.raises(DataError, match="expected a regular expression"):
+            read_gold(raw, "regex")
+
+
+def test_a_letter_whose_options_stand_in_the_question_is_read_like_an_option() -> None:
+    for text in ("(B)", "B) 12", "option B", "\\textbf{(B)}", "B because it fits", "B"):
+        assert grade_answer(text, problem("B")).verdict is CORRECT, text
+    for text in ("C", "(A)", "A or B", "B or C", "b = 5", "Bob"):
+        assert grade_answer(text, problem("B")).verdict is not CORRECT, text
 
 
 # --- values of programs ---------------------------------------------------------------------------
@@ -342,7 +352,8 @@ def test_a_pattern_that_is_none_is_refused() -> None:
         (False, "No", CORRECT),
         (True, "no", WRONG),
         (True, "Paris", NO_ANSWER),
-        (True, "True", NO_ANSWER),
+        (True, "True", CORRECT),
+        (False, "true", WRONG),
         ([1, 2, 3], "[1, 2, 3]", CORRECT),
         ((3, 2, 1), "[1, 2, 3]", WRONG),
         ((2, 4), "(2, 4)", CORRECT),

@@ -375,9 +375,12 @@ def test_values_that_a_program_may_not_return_are_no_answer(value: object) -> No
     assert outcome(grade_value(value, number("18"))) == (Verdict.NO_ANSWER, None)
 
 
-def test_true_is_no_answer_although_the_text_true_is_one() -> None:
-    assert grade_value("True", words("True")).verdict is Verdict.CORRECT
-    assert grade_value(True, words("True")).verdict is Verdict.NO_ANSWER
+def test_a_truth_value_is_an_answer_only_if_the_gold_answer_is_one() -> None:
+    for gold in ("True", "yes"):
+        assert grade_value(gold, words(gold)).verdict is Verdict.CORRECT
+        assert grade_value(True, words(gold)).verdict is Verdict.CORRECT
+        assert grade_value(False, words(gold)).verdict is Verdict.WRONG
+    assert grade_value(True, words("Paris")).verdict is Verdict.NO_ANSWER
 
 
 def test_an_integer_too_long_to_print_is_no_answer() -> None:

@@ -39,6 +39,10 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"instruction": "Add.", "input": "3 + 10", "output": "So 13. The answer is 13."},
         {"question": "Add.\n3 + 10", "rationale": "So 13. The answer is 13."},
     ),
+    "questions about a text": (
+        {"Body": "Tom has 3 pens and finds 10.", "Question": "How many?", "Answer": 13},
+        {"question": "Tom has 3 pens and finds 10.\nHow many?", "rationale": None},
+    ),
     "GSM8K rows with annotations": (
         {"question": "3 + 10?", "answer": "It is <<3+10=13>>13.\n#### 13"},
         {"rationale": "It is <<3+10=13>>13."},

@@ -55,6 +55,11 @@ def test_case_space_and_sentence_punctuation_do_not_make_another_question(a: str
         ("is (( balanced", "is () balanced"),
         ("3 - 2", "3 2"),
         ("x^2", "x2"),
+        ("f'(3)", "f(3)"),
+        ("3! + 2", "3 + 2!"),
+        ("(2 + 1)! + 2", "(2 + 1) + 2!"),
+        (".5 + 2", "5 + 2"),
+        ("1,23", "12,3"),
     ],
 )
 def test_numbers_operators_and_brackets_do(a: str, b: str) -> None:

@@ -131,6 +131,13 @@ def test_a_choice_that_is_no_option_is_refused(gold: str) -> None:
         read_gold(gold, choices=OPTIONS)
 
 
+def test_an_option_with_the_same_text_comes_before_options_with_the_same_number() -> None:
+    assert read_gold("5 minutes", choices=("5 hours", "5 minutes")).value == "b"
+    assert read_gold("10% loss", choices=("10% profit", "10% loss")).value == "b"
+    with pytest.raises(DataError, match="expected a letter from a to b"):
+        read_gold("10% loss", choices=("10% profit", "20% loss"))
+
+
 def test_decimal_commas_are_read_if_the_data_have_them() -> None:
     german = Reading(decimal=",", markers=("Die Antwort ist",))
     golds = ["3,5", "1.250,75", "1.250", "0.125", "Die Antwort ist 12,5.", "1 000,5", "12 345 678"]

@@ -194,6 +194,7 @@ def _refuse_other_types(raw: object) -> None:
 # --- words, lists and patterns --------------------------------------------------------------------
 
 
+_BRACKETED_LETTER = re.compile(r"\(([A-J])\)")
 _LISTED = re.compile(r"\[\s*(.+?)\s*\]", re.DOTALL)
 
 
@@ -202,6 +203,8 @@ def worded_gold(text: str) -> Answer:
     a list if it has at least three items, or two items that are words. Any other text is an
     expression (`latex`) or plain `text`."""
     text = text.strip()
+    if letter := _BRACKETED_LETTER.fullmatch(" ".join(plain(text).split())):
+        return Answer(kind="text", value=letter[1])
     listed = _LISTED.fullmatch(text)
     parts = split_items(text) if listed is not None else ()
     if len(parts) > 2 or (len(parts) == 2 and all(part.isalpha() for part in parts)):
@@ -250,11 +253,13 @@ def _with_points(text: str, reading: Reading) -> str:
 
 
 def _pattern(raw: object) -> Answer:
+    if not isinstance(raw, str) or not raw.strip():
+        raise DataError(f"{shown(raw)}; expected a regular expression")
     try:
-        regex.compile(str(raw))
+        regex.compile(raw)
     except regex.error as error:
         raise DataError(f"{shown(raw)}, which is not a regular expression: {error}") from None
-    return Answer(kind="regex", value=str(raw))
+    return Answer(kind="regex", value=raw)
 
 
 def split_items(text: str) -> tuple[str, ...]:
@@ -343,7 +348,9 @@ def _letter(stated: object, choices: Sequence[str]) -> str:
         spellings = (said, re.sub(r"^[-—] *", "", said))
         if option is not None and (not said or any(same_option(s, option) for s in spellings)):
             return letter
-    equal = [index for index, choice in enumerate(choices) if same_option(text, choice)]
+    equal = [index for index, choice in enumerate(choices) if same_text(text, choice)]
+    if not equal:
+        equal = [index for index, choice in enumerate(choices) if same_option(text, choice)]
     if len(equal) != 1:
         last = chr(ord("a") + len(choices) - 1)
         expected = f" from a to {last} or the text of one option" if choices else ""
@@ -355,6 +362,20 @@ def same_option(text: str, choice: str) -> bool:
     """Whether a gold answer equals an option, either as text or as a number."""
     if same_text(text, choice):
         return True
+    if is_opposite(text, choice):
+        return False
     said = number_in_gold(text)
     number = None if said is None else number_in_gold(choice)
     return said is not None and number is not None and said.value == number.value
+
+
+_OPPOSITES = (
+    ({"profit", "gain"}, {"loss"}),
+    ({"increase", "rise", "more"}, {"decrease", "fall", "less"}),
+)
+
+
+def is_opposite(first: str, second: str) -> bool:
+    """Whether two texts contain opposite words, such as "5% profit" and "5% loss"."""
+    a, b = (set(re.findall(r"[a-z]+", text.casefold())) for text in (first, second))
+    return any((a & up and b & down) or (a & down and b & up) for up, down in _OPPOSITES)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -44,16 +44,23 @@ class Statement:
     tag, this is the index after it. Otherwise, it is the end of the text that counts (see
     `statements`)."""
 
+    def up_to(self, end: int) -> Statement:
+        """The statement without its text from the index `end` on, unless it is closed."""
+        if self.text is None or self.is_closed:
+            return self
+        return replace(self, text=self.text[: end - self.end], end=end)
+
 
 TAG = re.compile(r"</?(?:think(?:ing)?|answer)>", re.IGNORECASE)
 """Matches the tags that `statements` handles."""
 UP_TO_LAST_TAG = re.compile(r".*(?P<tag><(?P<closes>/?)think(?:ing)?>)", re.IGNORECASE | re.DOTALL)
 """Matches a text up to its last `<think>` or `</think>`."""
+_COLON = r"(?:[ *_]{0,9}[:：])?"
 _PHRASES = (
     r"(?:the|my|our)\s{1,9}(?:final\s{1,9}|correct\s{1,9})?answer\s{1,9}"
-    r"(?:to\s{1,9}(?:the|this)\s{1,9}(?:question|problem)\s{1,9})?is\b",
-    r"final\s{1,9}answer\s{1,9}is\b",
-    r"the\s{1,9}correct\s{1,9}(?:option|choice)\s{1,9}is\b",
+    rf"(?:to\s{{1,9}}(?:the|this)\s{{1,9}}(?:question|problem)\s{{1,9}})?is\b{_COLON}",
+    rf"final\s{{1,9}}answer\s{{1,9}}is\b{_COLON}",
+    rf"the\s{{1,9}}correct\s{{1,9}}(?:option|choice)\s{{1,9}}is\b{_COLON}",
     r"\|[\s*_]{0,9}(?:final\s{1,9})?answer[\s*_]{0,9}\|",
     r"answer[\s*_\"'`]{0,9}(?:[:：]|=(?![=>]))",
     r"#{4,}",
@@ -68,14 +75,27 @@ def statements(completion: str, reading: Reading = DEFAULT) -> list[Statement]:
     `reading.markers`.
 
     A completion that ends inside `<think>` has no statements. Otherwise, only text after the last
-    `</think>` and before any run-on text counts.
+    `</think>` and before any run-on text counts. A remark on an earlier statement, such as "so our
+    answer is correct", is not a statement.
     """
     start, end = _answering_part(completion, reading)
     marker = marker_pattern(reading.markers)
-    found = deque(marker.finditer(completion, start, end), maxlen=MAX_STATEMENTS)
-    return list(_statements(completion, end, found))
+    markers = deque(marker.finditer(completion, start, end), maxlen=MAX_STATEMENTS)
+    found: list[Statement] = []
+    for each in _statements(completion, end, markers):
+        if found and _REMARK.match(each.text or ""):
+            found[-1] = found[-1].up_to(each.start)
+        else:
+            found.append(each)
+    return found
 
 
+_REMARK = re.compile(
+    r"\s{1,9}(?:(?:also|indeed|therefore|thus|both)\s)?"
+    r"(?:correct|right|reasonable|plausible|sensible|valid|consistent|verified|confirmed|rounded)"
+    r"\b(?!\s(?:angle|triangle|hand|side))",
+    re.IGNORECASE,
+)
 _OR = re.compile(r"(?:\bor|/)[\s$\\(\[]*(?:[^\W\d]\w?\s{0,3}=\s{0,3})?[\s$]*$", re.IGNORECASE)
 _SIGNS = r"(?:[\s$\\(){}\[\]*.,;:&/]|\\(?:text|mbox|q?quad)\b)*"
 _NOUN = r"(?:(?!(?:then|so|thus|hence)\b)[^\W\d_]+(?=\s*(?:,|\b(?:or|and)\b)))?"
@@ -143,7 +163,7 @@ def _answering_part(completion: str, reading: Reading) -> tuple[int, int]:
 @lru_cache(maxsize=16)
 def marker_pattern(phrases: Sequence[str]) -> re.Pattern[str]:
     """A pattern that matches the built-in markers and `phrases`."""
-    own = (re.escape(phrase.strip()) for phrase in phrases if phrase.strip())
+    own = (re.escape(phrase.strip()) + _COLON for phrase in phrases if phrase.strip())
     return re.compile("|".join([*_PHRASES, *own]), re.IGNORECASE)
 
 

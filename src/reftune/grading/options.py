@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from reftune.grading.golds import number_in_gold, same_option
+from reftune.grading.golds import is_opposite, number_in_gold, same_option
 from reftune.grading.numbers import same_number
 from reftune.grading.plain_text import first_line, same_text
 from reftune.grading.sentences import parse_number, stated_number
@@ -54,7 +54,7 @@ def read_choice(text: str, choices: Sequence[str]) -> str | None:
     line, choices = _NEGATED.sub("", first_line(text)), unlettered(choices)
     line = re.sub(r"\b(?:i\. ?e|e\. ?g)\b\.?", "that is", line, flags=re.IGNORECASE)
     match = _CHOICE.match(line)
-    if match is not None and _is_choice(match["letter"].lower(), match["rest"], choices):
+    if match is not None and _is_choice(match["letter"], match["rest"], choices):
         letter, rest = match["letter"].lower(), match["rest"]
         is_retracted = _SECOND_CHOICE.match(rest) or TAKEN_BACK.match(rest)
         is_another = _names_another(rest, choices, ord(letter) - ord("a"))
@@ -65,14 +65,18 @@ def read_choice(text: str, choices: Sequence[str]) -> str | None:
 def _is_choice(letter: str, rest: str, choices: Sequence[str]) -> bool:
     """Whether the letter at the start of a line is a choice, given the rest of the line. A
     variable, as in "c = 5", and an article, as in "a 5% rise", are not choices."""
-    position = ord(letter) - ord("a")
+    position = ord(letter.lower()) - ord("a")
     if choices and position >= len(choices):
         return False
     if not rest or re.match(r" ?[)\].,:;>}!?\"'\\]| -", rest):
         return True
-    if letter == "a":
-        return bool(choices) and same_text(rest, choices[0])
+    if letter == "a" or (letter == "A" and _NOT_AN_ARTICLE.match(rest) is None):
+        return bool(choices) and _begins_with(rest, choices[0])
     return re.match(r" ?[-=+*/^<]|[^\s(—]", rest) is None  # C# and a² are not choices
+
+
+_NOT_AN_ARTICLE = re.compile(r" ?[(–—]| (?:because|since|as|is|which|due)\b")
+"""Matches what follows the letter A as an option: "A (London)", "A because …"."""
 
 
 def names_option(line: str, choices: Sequence[str]) -> bool:
@@ -130,5 +134,9 @@ def _option_with_value(line: str, choices: Sequence[str]) -> str | None:
     number = None if equal else stated_number(line)
     if number is not None:
         options = [number_in_gold(choice) or parse_number(choice) for choice in choices]
-        equal = [i for i, option in enumerate(options) if option and same_number(number, option)]
+        equal = [
+            i
+            for i, option in enumerate(options)
+            if option and same_number(number, option) and not is_opposite(line, choices[i])
+        ]
     return chr(ord("a") + equal[0]) if len(equal) == 1 else None

@@ -95,8 +95,8 @@ def _says_something(statement: Statement, problem: Problem) -> bool:
 def grade_value(value: Any, problem: Problem) -> Graded:
     """Grade the value that a program returned. A float that is not whole is first rounded to 12
     significant digits. Values such as None, nan and inf do not count as answers. A boolean counts
-    only if the gold answer is yes or no. A list or date counts only if the gold answer is neither a
-    number nor a choice."""
+    only if the gold answer is yes, no, true or false. A list or date counts only if the gold answer
+    is neither a number nor a choice."""
     text = value_text(value)
     if isinstance(value, float | Decimal) and text is not None and value != value // 1:
         text = f"{value:.{FLOAT_DIGITS}g}"
@@ -132,7 +132,8 @@ def _other_value_text(value: Any, gold: Answer) -> str | None:
     if gold.kind in ("number", "choice"):
         return None
     if isinstance(value, bool):
-        return ("no", "yes")[value] if bare_words(str(gold)) in ("no", "yes") else None
+        names = (("no", "yes"), ("false", "true"))
+        return next((pair[value] for pair in names if bare_words(str(gold)) in pair), None)
     if isinstance(value, datetime.date):
         return value.isoformat().removesuffix("T00:00:00")
     if isinstance(value, list | tuple | set | frozenset):
@@ -189,10 +190,15 @@ def _grade_choice(text: str, problem: Problem) -> Graded:
 
 def _grade_words(text: str, problem: Problem) -> Graded:
     gold, words = str(problem.answer.value), text.strip()
+    if _LETTER.fullmatch(gold) and read_choice(words, ()) == gold.lower():
+        return judge(True, gold, gold)  # the options stand in the question
     states = states_words(words, gold)
     if states == "unclear":
         return no_answer(f"more than one answer in {quote(text)}")
     return judge(states == "yes", gold if states == "yes" else words, gold)
+
+
+_LETTER = re.compile("[A-J]")
 
 
 def _grade_expression(text: str, problem: Problem) -> Graded:

@@ -22,7 +22,11 @@ Asked = tuple[str, Problem]
 """A problem's key, and the problem itself."""
 
 LARGEST_DEFAULT_DEV = 500
-TOKEN = re.compile(r"\d+(?:[.,]\d+)*|[^\W\d_]+|[^\w\s]|_")
+TOKEN = re.compile(
+    r"(?:(?<![\w.])\.)?\d+(?:[.,]\d+)*!*|\)!+|[^\W\d_]['’′]+(?=\()|[^\W\d_]+|[^\w\s]|_"
+)
+"""Matches words, symbols and numbers. The point of .5, the factorial's sign and the prime of f'(x)
+belong to their tokens."""
 SILENT = frozenset(".,;:!?'\"`’‘“”…")
 """Sentence punctuation, which is ignored when questions are compared. Brackets and operators are
 not included, because a question may be about them."""
@@ -115,9 +119,12 @@ def normalised(text: str) -> str:
     """The words, numbers and symbols of `text`, in lower case and separated by single spaces.
     Sentence punctuation, thousands commas and hyphens between words are left out."""
     found = TOKEN.findall(text.casefold())
-    tokens = [token.replace(",", "") for token in found if token not in SILENT]
+    tokens = [_THOUSANDS.sub("", token) for token in found if token not in SILENT]
     between = zip(["", *tokens], tokens, [*tokens[1:], ""], strict=False)
     return " ".join(t for a, t, b in between if not (t == "-" and a.isalpha() and b.isalpha()))
+
+
+_THOUSANDS = re.compile(r",(?=\d{3}(?!\d))")
 
 
 def _spaced(text: str) -> str:
