@@ -452,6 +452,7 @@ ROWS_OF: dict[str, tuple[str, dict[str, Any]]] = {
     # first word of a row in the manual's table → an ending, and a row with A for a number and B for
     # the next
     "plain": ("csv", {"Question": "A + 1?", "Answer": "B", "Solution": "So it is B."}),
+    "questions": ("csv", {"context": "A pens and 1.", "question": "How many?", "answer": "B"}),
     "Alpaca": ("json", {"instruction": "Sum up.", "input": "A + 1", "output": "So B. #### B"}),
     "GSM8K": ("jsonl", {"question": "A + 1?", "answer": "So it is B.\n#### B"}),
     "MATH": ("ndjson", {"problem": "A + 1?", "solution": "So it is $\\boxed{B}$."}),

@@ -218,10 +218,17 @@ def _num_problems(recipe: Mapping[str, Any], data: Mapping[str, Any]) -> int:
 def _whole(
     evals: Mapping[str, tuple[EvalRow, ...]], num_problems: int
 ) -> dict[str, tuple[EvalRow, ...]]:
-    """The evaluations that are complete: those of `num_problems` or, if another evaluation has
-    more, as many as that one."""
-    size = max([num_problems, *map(len, evals.values())])
-    return {name: rows for name, rows in evals.items() if len(rows) == size}
+    """The evaluations that are complete. An evaluation is incomplete if it has fewer than
+    `num_problems` problems or contains only the first part of the longest evaluation's problems.
+    Evaluations of different problems all count as complete, so that the reader can report them."""
+    ids = {name: [row.id for row in rows] for name, rows in evals.items()}
+    longest = max(ids.values(), key=len, default=[])
+    size = max(num_problems, len(longest))
+    return {
+        name: evals[name]
+        for name, found in ids.items()
+        if len(found) == size or found != longest[: len(found)]
+    }
 
 
 def read_json(path: Path) -> dict[str, Any]:
