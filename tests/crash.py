@@ -86,7 +86,7 @@ def run_all(recipe: Recipe, progress: Progress | None = None) -> None:
             run.train(stage)
             for method in run.evaluated_after(stage):
                 run.evaluation.answer(method)
-        run.evaluation.score_samples(recipe.methods_to_evaluate)
+        run.evaluation.score_samples()
 
 
 def outcome(folder: Path) -> dict[str, Any]:

@@ -266,7 +266,9 @@ def test_a_recipe_is_found_as_a_path_before_those_that_come_with_reftune(
         find_recipe("nope")
 
 
-@pytest.mark.parametrize("place", ["elsewhere/tiny", "exp #2/tiny", "2026-05-01", "a: b"])
+@pytest.mark.parametrize(
+    "place", ["elsewhere/tiny", "exp #2/tiny", "2026-05-01", "a: b", "größer 😀"]
+)
 def test_a_run_folder_names_its_recipe_wherever_it_was_moved(calls: SimpleNamespace, place: str):
     moved = Path(place)
     moved.mkdir(parents=True)

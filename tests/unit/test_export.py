@@ -40,7 +40,7 @@ def run_folder(tmp_path: Path) -> Path:
     }
     (stage / "stage.json").write_text(json.dumps(document))
     (run / "recipe.yaml").write_text(
-        "name: tiny\nseed: 7\ndataset: {kind: jsonl, train: mine.csv}\n"
+        "name: tiny\nseed: 7\ndataset: {kind: jsonl, train: mine.csv}\nstages: {reft: rl}\n"
     )
     (run / "summary.json").write_text(
         json.dumps({"methods": {"reft": {"accuracy": 0.5, "ci95": [0.4, 0.6], "n": 100}}})

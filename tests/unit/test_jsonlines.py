@@ -57,17 +57,23 @@ def test_a_damaged_line_is_named(lines):
 def test_cutting_back_drops_a_torn_line_so_that_the_next_one_is_whole(lines):
     with lines.path.open("a") as file:
         file.write('{"stage": "reft", "st')
-    lines.keep_of(lambda row: row["stage"] == "report", 0)
+    lines.keep_of(lambda row: row.get("stage") == "report", 0)
     lines.append({"step": 4})
     assert steps(lines) == [0, 1, 2, 3, 4]
 
 
 def test_cutting_back_a_stage_leaves_the_lines_of_the_others(lines):
     lines.append({"stage": "sft", "step": 4})
-    lines.keep_of(lambda row: row["stage"] == "reft", 1)
+    lines.keep_of(lambda row: row.get("stage") == "reft", 1)
     assert steps(lines) == [0, 1, 2, 4]
-    lines.keep_of(lambda row: row["stage"] == "sft", 0)
+    lines.keep_of(lambda row: row.get("stage") == "sft", 0)
     assert steps(lines) == [2]
+
+
+def test_a_damaged_line_does_not_keep_a_stage_from_going_on(lines):
+    lines.path.write_text(lines.path.read_text().replace('"step": 2', '"step"'))
+    lines.keep_of(lambda row: row.get("stage") == "reft", 0)
+    assert len(lines.path.read_text().splitlines()) == 3
 
 
 def test_only_so_many_lines_are_kept(lines):

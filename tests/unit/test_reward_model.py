@@ -356,11 +356,11 @@ def test_a_run_with_a_reward_model_scores_every_sample_once(make_reranked):
         run.train("judge")
         assert recipe.methods_to_evaluate == ["sft"], "a reward model answers no problems"
         run.evaluation.answer("sft")
-        run.evaluation.score_samples(["sft"])
+        run.evaluation.score_samples()
         path = recipe.folder / "eval" / "sft.jsonl"
         scored = path.read_bytes()
         run.evaluation.answer("sft")
-        run.evaluation.score_samples(["sft"])
+        run.evaluation.score_samples()
     assert path.read_bytes() == scored
     scores = [
         [sample["score"] for sample in json.loads(line)["samples"]] for line in scored.splitlines()
@@ -411,7 +411,7 @@ def test_a_file_that_was_answered_before_is_only_scored(make_reranked):
         path = recipe.folder / "eval" / "sft.jsonl"
         answered = [json.loads(line) for line in path.read_text().splitlines()]
         assert not any("score" in sample for row in answered for sample in row["samples"])
-        run.evaluation.score_samples(["sft"])
+        run.evaluation.score_samples()
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     for row in rows:
         row["samples"] = [
@@ -423,7 +423,7 @@ def test_a_file_that_was_answered_before_is_only_scored(make_reranked):
     scored = path.read_bytes()
     path.write_text("".join(json.dumps(row) + "\n" for row in answered))
     named = make_reranked(rerank=str(recipe.folder / "stages" / "judge"))
-    Run(named, Progress()).evaluation.score_samples(["sft"])
+    Run(named, Progress()).evaluation.score_samples()
     assert path.read_bytes() == scored
 
 

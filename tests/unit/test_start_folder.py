@@ -3,6 +3,7 @@ steps."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -336,6 +337,22 @@ def test_a_finished_stage_with_more_steps_goes_on_to_the_bits_of_a_longer_one(
     assert json.loads((tmp_path / "run/stages/reft/stage.json").read_text())["steps"] == 6
 
 
+def test_a_checkpoint_of_an_earlier_version_goes_on_to_the_same_bits(make_recipe, tmp_path):
+    run_all(make_recipe())
+    (state,) = tmp_path.glob("run/stages/reft/checkpoints/step-000004/state.json")
+    old = json.loads(state.read_text())
+    assert old.pop("rows") > 0
+    old["metrics_bytes"] = (tmp_path / "run/metrics.jsonl").stat().st_size
+    state.write_text(json.dumps(old))
+    manifest = state.with_name("manifest.json")
+    digest = hashlib.sha256(state.read_bytes()).hexdigest()
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "state.json": digest}))
+    longer = {"stages": {"reft": {"steps": 6}}}
+    run_all(make_recipe(**longer))
+    run_all(make_recipe(run_dir=str(tmp_path / "straight"), **longer))
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "straight")
+
+
 def test_a_supervised_stage_is_given_more_epochs_before_the_next_one_began(make_recipe, tmp_path):
     with open_run(make_recipe(), Progress()) as run:
         run.train("sft")
@@ -364,8 +381,10 @@ def test_a_finished_run_takes_another_stage_with_the_bits_of_a_run_that_had_it_f
         "optimizer": {"learning_rate": 1.0e-3},
     }
     run_all(make("run"))
+    (tmp_path / "run/summary.json").write_text("{}")
     finished = {path: path.read_bytes() for path in (tmp_path / "run/eval").glob("*.jsonl")}
     run_all(make("run", more_sft=control))
+    assert not (tmp_path / "run/summary.json").exists(), "it would lack the new method"
     run_all(make("straight", more_sft=control))
     assert len(outcome(tmp_path / "run")) > len(finished) > 0
     assert outcome(tmp_path / "run") == outcome(tmp_path / "straight")

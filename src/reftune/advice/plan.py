@@ -131,8 +131,9 @@ class Plan:
     """Stage → the best division of the GPUs between sampling and training, and the seconds that a
     step then takes."""
     steps: Mapping[str, Step]
-    """Sampling stage → its step under `sharding`. If `sharding` is None, the step is computed for
-    the sharding over all GPUs that needs the least memory."""
+    """Sampling stage → its step under `sharding`, with the GPUs split as in `split` if the topology
+    is `split`. If `sharding` is None, the step is computed for the sharding over all GPUs that
+    needs the least memory."""
     assumed: Mapping[str, Any]
 
 

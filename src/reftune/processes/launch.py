@@ -43,10 +43,10 @@ def processes(environment: Mapping[str, str] = os.environ) -> Iterator[None]:
         return
     import torch.distributed as dist
 
+    _choose_gpu(environment)
     heartbeat = None
     try:
         how = wanted_sharding(environment)
-        _choose_gpu(environment)
         world, _store, heartbeat = _join(environment)
         with inhabited(world), held(how):
             if not is_main():
@@ -71,12 +71,12 @@ def processes(environment: Mapping[str, str] = os.environ) -> Iterator[None]:
 
 
 def first_to_tell() -> bool:
-    """Whether this process is the first to end early and should therefore report why. Processes
-    that cannot connect report similar errors; then the first process of each machine reports."""
+    """Whether this process is the first to end early and should therefore report why."""
+    own = int(os.environ.get("RANK", "0"))
     if _store is None:
-        return int(os.environ.get("LOCAL_RANK", "0")) == 0
+        return own == 0  # processes that cannot connect report similar errors; one is enough
     try:
-        return _is_first(_store, int(os.environ.get("RANK", "0")))
+        return _is_first(_store, own)
     # the store ended with the main process, which has reported its error; if that process was
     # killed, the launcher reports it
     except RuntimeError:
@@ -108,12 +108,12 @@ def _end(world: World, store: Any, missing: int) -> None:
 
 
 def _choose_gpu(environment: Mapping[str, str]) -> None:
-    """If the machine has GPUs, use the GPU whose index is this process's local rank. Raises, in
-    every process of the machine: RecipeError if the machine has fewer GPUs than processes."""
+    """If the machine has GPUs, use the GPU whose index is this process's local rank. Raises:
+    RecipeError if the machine has fewer GPUs than processes."""
     import torch
 
     local, gpus = int(environment.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if gpus and int(environment.get("LOCAL_WORLD_SIZE", local + 1)) > gpus:
+    if gpus and local >= gpus:
         raise RecipeError(
             f"launcher: more processes than GPUs on this machine, which has {gpus}; expected at"
             " most one per GPU"

@@ -3,7 +3,7 @@ also sampled, and a reward model scores the samples."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -118,14 +118,18 @@ class FinalEvaluation:
         )
         write_rows(path, found)
 
-    def score_samples(self, methods: Collection[str]) -> None:
-        """If the recipe reranks, score the samples of `methods`, which are evaluated, with the
-        reward model."""
+    def score_samples(self) -> None:
+        """If the recipe reranks, score the samples of all methods whose evaluation is complete with
+        the reward model."""
         name = self.recipe.evaluate.rerank
         if name is None:
             return
-        paths = [self.folder.evaluation(method) for method in methods]
-        unscored = [path for path in paths if not is_scored(world.from_main(JsonLines(path).rows))]
+        unscored = []
+        for method in self.recipe.methods_to_evaluate:
+            path = self.folder.evaluation(method)
+            rows = world.from_main(JsonLines(path).rows)
+            if len(rows) == len(self.problems) and not is_scored(rows):
+                unscored.append(path)
         if not unscored:
             return
         classifier = self._reranker(name)

@@ -18,6 +18,7 @@ from reftune.errors import CheckpointError, ModelError, ReftuneError
 from reftune.model.adapters import export_adapters
 from reftune.model.encoder import Encoder, bos_of, stop_texts, token_ids_of
 from reftune.recipe import parse_recipe
+from reftune.results import read_groups, summarize
 from reftune.results.records import evaluated_split
 from reftune.stages.reward_model import WEIGHTS
 from reftune.storage.files import replace_folder
@@ -286,9 +287,11 @@ def _data(recipe: dict[str, Any]) -> str:
 
 
 def _score(run: RunFolder, method: str) -> dict[str, Any] | None:
-    """The method's row in summary.json, or None if its final evaluation is not done."""
-    path = run.summary
-    summary = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"methods": {}}
+    """The method's row in the summary, or None if its final evaluation is not done."""
+    if run.summary.is_file():
+        summary = json.loads(run.summary.read_text(encoding="utf-8"))
+    else:  # other methods are not evaluated yet
+        summary = summarize(*read_groups([run.path], finished=False))
     found: dict[str, Any] | None = summary["methods"].get(method)
     return found
 

@@ -40,7 +40,7 @@ def run_recipe(recipe: Recipe, *, progress: Progress) -> dict[str, Any]:
                 run.report()
             for method in run.evaluated_after(stage):
                 run.evaluation.answer(method)
-        run.evaluation.score_samples(recipe.methods_to_evaluate)
+        run.evaluation.score_samples()
         return run.summarize()
 
 
@@ -86,7 +86,7 @@ def evaluate_methods(
     with open_run(recipe, progress) as run:
         for method in methods:
             run.evaluation.answer(method)
-        run.evaluation.score_samples(methods)
+        run.evaluation.score_samples()
         return run.summarize()
 
 

@@ -70,6 +70,8 @@ class Progression:
     skipped: int = 0
     """Number of steps skipped because their loss or gradient was not finite."""
     seconds: float = 0.0
+    rows: int = 0
+    """Number of rows in metrics.jsonl that belong to the stage."""
     is_open: bool = False
     """Whether the dev evaluation and the snapshots that are due after `step` are still to be
     made."""
@@ -256,6 +258,7 @@ class Loop:
     def _record(self, metrics: dict[str, float]) -> None:
         where = {"stage": self.context.name, "step": self.state.step, "time": time.time()}
         self.context.metrics.append({**where, **metrics})
+        self.state.rows += 1
         self.context.progress.step(self.state.step, metrics)
 
     # --- the optimizer ---
@@ -389,7 +392,7 @@ class Loop:
             return False
         state = dict(found.state)
         try:
-            metrics_rows, samples_bytes = state.pop("metrics_rows"), state.pop("samples_bytes")
+            samples_bytes, metrics_bytes = state.pop("samples_bytes"), state.pop("metrics_bytes", 0)
             self.state = Progression(**state)
             load_trainable(self.model, found.tensors)
             load_optimizer_tensors(self.optimizer, found.tensors)
@@ -401,7 +404,10 @@ class Loop:
             ) from None
         self._adopt_best()
         self._is_saved = True
-        context.metrics.keep_of(self._is_own, metrics_rows)
+        if metrics_bytes:  # of an earlier version, which cut the other stages' rows too
+            context.metrics.truncate(metrics_bytes)
+            self.state.rows = sum(map(self._is_own, context.metrics.rows()))
+        context.metrics.keep_of(self._is_own, self.state.rows)
         self.samples.truncate(samples_bytes)
         if self.state.step == self.state.ends_at:
             context.progress.note(
@@ -418,20 +424,18 @@ class Loop:
     def _save(self) -> Path:
         for log in (self.context.metrics, self.samples):
             log.sync()
-        rows = sum(map(self._is_own, self.context.metrics.rows()))
-        logged = {"metrics_rows": rows, "samples_bytes": self.samples.size()}
         self._is_saved = True
         return save_checkpoint(
             self.context.folder.checkpoints,
             step=self.state.step,
             tensors=whole_tensors({**trainable(self.model), **optimizer_tensors(self.optimizer)}),
-            state={**asdict(self.state), **logged},
+            state={**asdict(self.state), "samples_bytes": self.samples.size()},
             keep=self.table.keep,
         )
 
     def _is_own(self, row: Mapping[str, Any]) -> bool:
         """Whether a row of metrics.jsonl, which all stages share, is this stage's."""
-        return bool(row["stage"] == self.context.name)
+        return bool(row.get("stage") == self.context.name)
 
     def _snapshot(self, method: str, accuracy: float) -> None:
         """Save the current weights as `method`, with their accuracy on dev."""

@@ -161,15 +161,15 @@ class JsonLines:
 
     def keep_of(self, is_own: Callable[[Mapping[str, Any]], bool], count: int) -> None:
         """Of the lines whose object `is_own` accepts, keep only the first `count`. All other lines
-        stay. An incomplete last line is dropped. Raises: CheckpointError for a disk error or a
-        damaged line."""
+        stay, even if they are damaged. An incomplete last line is dropped. Raises: CheckpointError
+        for a disk error."""
         if not is_main():
             return
-        lines, rows = self._lines(), self.rows()
-        excess = set([i for i, row in enumerate(rows) if is_own(row)][count:])
+        lines = self._lines()
+        excess = set([i for i, line in enumerate(lines) if is_own(_readable(line))][count:])
         kept = b"".join(line + b"\n" for i, line in enumerate(lines) if i not in excess)
         if len(kept) < self.size():
-            write_atomically(self.path, kept.decode())
+            write_atomically(self.path, kept.decode(errors="replace"))
 
     def rows(self) -> list[dict[str, Any]]:
         """The objects on all complete lines; an incomplete last line is ignored. Raises:
@@ -186,6 +186,14 @@ class JsonLines:
 
     def _lines(self) -> list[bytes]:
         return self.path.read_bytes().split(b"\n")[:-1] if self.path.exists() else []
+
+
+def _readable(line: bytes) -> dict[str, Any]:
+    """The object on a line; an empty one if the line is damaged."""
+    try:
+        return dict(json.loads(line))
+    except (ValueError, TypeError):
+        return {}
 
 
 def in_parts(

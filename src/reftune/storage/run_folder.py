@@ -156,8 +156,8 @@ CHANGES_NO_RESULT = ("run_dir", "trackers", "tracker_rollouts", "evaluate.stages
 @contextmanager
 def claimed(folder: RunFolder, recipe: Recipe, splits: Splits) -> Iterator[None]:
     """Claim the folder for this run, and lock it inside the block. `recipe` replaces the folder's
-    own; a stage for which it sets more steps or epochs is reopened, so that it continues. If stages
-    are reopened or added, the old summary is deleted. Raises:
+    own; a stage for which it sets more steps or epochs is reopened, so that it continues. If a
+    stage is reopened, or if other methods are to be evaluated, the old summary is deleted. Raises:
     the errors of `refuse_foreign`; DataError if the problems have changed since the run began;
     CheckpointError if the folder is in use or cannot be written."""
     with ExitStack() as stack:
@@ -170,10 +170,10 @@ def claimed(folder: RunFolder, recipe: Recipe, splits: Splits) -> Iterator[None]
                 write_atomically(folder.data, json.dumps(data_facts(splits), indent=2))
             else:
                 refuse_changed_data(folder, splits)
-                own, longer = _read_own_recipe(folder.recipe), lengthened_stages(folder, recipe)
+                longer = lengthened_stages(folder, recipe)
                 for name in longer:
                     _reopen(folder, name)
-                if longer or any(stage not in own["stages"] for stage in recipe.stages):
+                if longer or _evaluates_others(folder, recipe):
                     folder.summary.unlink(missing_ok=True)
             # written last, because it claims a new folder for this run
             text = dump_recipe(recipe)
@@ -286,6 +286,13 @@ def lengthened_stages(folder: RunFolder, recipe: Recipe) -> list[str]:
     for name in longer:
         _require_open(folder, recipe, name)
     return longer
+
+
+def _evaluates_others(folder: RunFolder, recipe: Recipe) -> bool:
+    """Whether `recipe` has other stages or another `evaluate.stages` than the folder's recipe."""
+    recipes = _as_of_now(_read_own_recipe(folder.recipe)), yaml.safe_load(dump_recipe(recipe))
+    own, wanted = ([*each["stages"], each["evaluate"]["stages"]] for each in recipes)
+    return own != wanted
 
 
 def _require_open(folder: RunFolder, recipe: Recipe, name: str) -> None:

@@ -557,7 +557,9 @@ def _load(name: str, overrides: Sequence[str] | None) -> Recipe:
 
     own = RunFolder(Path(name)).recipe
     if own.is_file():
-        return load_recipe(own, [*(overrides or ()), f"run_dir={json.dumps(name)}"])
+        return load_recipe(
+            own, [*(overrides or ()), f"run_dir={json.dumps(name, ensure_ascii=False)}"]
+        )
     return load_recipe(find_recipe(name), overrides or ())
 
 

@@ -98,6 +98,9 @@ def test_a_stage_that_starts_from_another_runs_model_counts_that_models_training
     chart = dev_chart(read_groups([second]))
     assert chart is not None
     assert chart.series[0].x == [250, 330]
+    # a folder that was renamed to where its own start had been
+    path.write_text(json.dumps({**json.loads(path.read_text()), "init": str(path.parent)}))
+    assert dev_chart(read_groups([second])) is not None
 
 
 def test_a_snapshot_is_one_point_of_the_stage_that_left_it(write_run: WriteRun) -> None:

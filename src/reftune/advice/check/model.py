@@ -75,10 +75,9 @@ def check_memory(subject: Subject) -> Finding:
     )
     if memory.peak <= free:
         return ok(message)
+    key = "engine.memory" if getattr(recipe.engine, "device_share", None) else "engine.batch_size"
     return fail(
-        message,
-        "lower model.micro_batch_tokens or engine.batch_size, or train adapters:"
-        " model.lora.rank=16",
+        message, f"lower model.micro_batch_tokens or {key}, or train adapters: model.lora.rank=16"
     )
 
 

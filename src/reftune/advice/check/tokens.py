@@ -156,7 +156,7 @@ def check_vocabulary(subject: Subject) -> Finding:
     size = subject.policy.model.get_input_embeddings().weight.shape[0]
     unknown = subject.policy.tokenizer.unk_token_id
     if unknown in (*subject.policy.stop.ids, subject.policy.tokenizer.bos_token_id):
-        unknown = None  # GPT-2's tokenizer, which knows every byte, names its end token so
+        unknown = None  # as in GPT-2's tokenizer, which knows every byte
     outside = [row.problem.id for row in subject.rows if max(row.ids) >= size]
     if outside:
         remedy = "use the tokenizer that belongs to the model"

@@ -335,14 +335,14 @@ def _passes_to(folder: Path) -> float:
     """Number of sequences trained on between the base model and the model in an earlier run's stage
     folder; 0 for `base`, or if the folder has no `stage.json`. A stage's passes are taken to be
     spread evenly over its steps."""
-    info = read_json(StageFolder(folder).info)
-    if not info:
-        return 0.0
-    share = int(info["chosen_step"]) / max(1, int(info["steps"]))
-    own = share * int(info.get("sequence_passes", 0))
-    init = str(info.get("init", "base"))
-    beside = folder.with_name(init) if "/" not in init else Path(init)
-    return own + _passes_to(beside)
+    passes, seen = 0.0, set[Path]()
+    while folder.resolve() not in seen and (info := read_json(StageFolder(folder).info)):
+        seen.add(folder.resolve())
+        share = info.get("chosen_step", 0) / max(1, info.get("steps", 0))
+        passes += share * info.get("sequence_passes", 0)
+        init = str(info.get("init", "base"))
+        folder = folder.with_name(init) if "/" not in init else Path(init)
+    return passes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
