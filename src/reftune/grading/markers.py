@@ -83,11 +83,21 @@ def statements(completion: str, reading: Reading = DEFAULT) -> list[Statement]:
     markers = deque(marker.finditer(completion, start, end), maxlen=MAX_STATEMENTS)
     found: list[Statement] = []
     for each in _statements(completion, end, markers):
-        if found and _REMARK.match(each.text or ""):
+        if found and _is_remark(completion, found[-1], each):
             found[-1] = found[-1].up_to(each.start)
         else:
             found.append(each)
     return found
+
+
+def _is_remark(completion: str, before: Statement, statement: Statement) -> bool:
+    """Whether a statement only says that the one before it is right. "The answer is right" may also
+    be a direction. It is a remark if it says "our" or "my", or if the statement before it is closed
+    or begins with a number."""
+    if not _REMARK.match(statement.text or ""):
+        return False
+    is_own = completion[statement.start :][:3].casefold() in ("our", "my ")
+    return is_own or before.is_closed or re.match(r"\W{0,9}\d", before.text or "") is not None
 
 
 _REMARK = re.compile(
