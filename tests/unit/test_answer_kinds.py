@@ -340,6 +340,7 @@ def test_a_letter_whose_options_stand_in_the_question_is_read_like_an_option() -
         assert grade_answer(text, problem("B")).verdict is CORRECT, text
     for text in ("C", "(A)", "A or B", "B or C", "b = 5", "Bob"):
         assert grade_answer(text, problem("B")).verdict is not CORRECT, text
+    assert grade_answer("I think 5", problem("I")).verdict is not CORRECT
 
 
 # --- values of programs ---------------------------------------------------------------------------

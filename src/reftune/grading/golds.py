@@ -194,7 +194,7 @@ def _refuse_other_types(raw: object) -> None:
 # --- words, lists and patterns --------------------------------------------------------------------
 
 
-_BRACKETED_LETTER = re.compile(r"\(([A-J])\)")
+_BRACKETED_LETTER = re.compile(r"\(([A-H])\)")
 _LISTED = re.compile(r"\[\s*(.+?)\s*\]", re.DOTALL)
 
 

@@ -75,7 +75,7 @@ def _is_choice(letter: str, rest: str, choices: Sequence[str]) -> bool:
     return re.match(r" ?[-=+*/^<]|[^\s(—]", rest) is None  # C# and a² are not choices
 
 
-_NOT_AN_ARTICLE = re.compile(r" ?[(–—]| (?:because|since|as|is|which|due)\b")
+_NOT_AN_ARTICLE = re.compile(r" ?[(–—]| (?:because|since|is|which|due)\b")
 """Matches what follows the letter A as an option: "A (London)", "A because …"."""
 
 

@@ -198,7 +198,7 @@ def _grade_words(text: str, problem: Problem) -> Graded:
     return judge(states == "yes", gold if states == "yes" else words, gold)
 
 
-_LETTER = re.compile("[A-J]")
+_LETTER = re.compile("[A-H]")
 
 
 def _grade_expression(text: str, problem: Problem) -> Graded:
