@@ -39,10 +39,6 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"instruction": "Add.", "input": "3 + 10", "output": "So 13. The answer is 13."},
         {"question": "Add.\n3 + 10", "rationale": "So 13. The answer is 13."},
     ),
-    "questions about a text": (
-        {"Body": "Tom has 3 pens and finds 10.", "Question": "How many?", "Answer": 13},
-        {"question": "Tom has 3 pens and finds 10.\nHow many?", "rationale": None},
-    ),
     "GSM8K rows with annotations": (
         {"question": "3 + 10?", "answer": "It is <<3+10=13>>13.\n#### 13"},
         {"rationale": "It is <<3+10=13>>13."},
@@ -452,7 +448,6 @@ ROWS_OF: dict[str, tuple[str, dict[str, Any]]] = {
     # first word of a row in the manual's table → an ending, and a row with A for a number and B for
     # the next
     "plain": ("csv", {"Question": "A + 1?", "Answer": "B", "Solution": "So it is B."}),
-    "questions": ("csv", {"context": "A pens and 1.", "question": "How many?", "answer": "B"}),
     "Alpaca": ("json", {"instruction": "Sum up.", "input": "A + 1", "output": "So B. #### B"}),
     "GSM8K": ("jsonl", {"question": "A + 1?", "answer": "So it is B.\n#### B"}),
     "MATH": ("ndjson", {"problem": "A + 1?", "solution": "So it is $\\boxed{B}$."}),

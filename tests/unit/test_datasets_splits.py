@@ -41,6 +41,9 @@ def split(train: list[Problem], **options: object) -> Splits:
         ("Mrs. Hilt's T-shirt", "mrs . hilt ' s t shirt"),
         ("It costs $1,000.50 !", "it costs $ 1000.50"),
         ("a 3 - digit number", "a 3-digit number"),
+        ("Rs 1,00,000", "Rs 100000"),
+        ("Tom has 12! How many", "Tom has 12. How many"),
+        ("f'(3)", "f’(3)"),
     ],
 )
 def test_case_space_and_sentence_punctuation_do_not_make_another_question(a: str, b: str) -> None:

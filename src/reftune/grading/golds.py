@@ -253,13 +253,13 @@ def _with_points(text: str, reading: Reading) -> str:
 
 
 def _pattern(raw: object) -> Answer:
-    if not isinstance(raw, str) or not raw.strip():
+    if not isinstance(raw, str | int | float) or not str(raw).strip():
         raise DataError(f"{shown(raw)}; expected a regular expression")
     try:
-        regex.compile(raw)
+        regex.compile(str(raw))
     except regex.error as error:
         raise DataError(f"{shown(raw)}, which is not a regular expression: {error}") from None
-    return Answer(kind="regex", value=raw)
+    return Answer(kind="regex", value=str(raw))
 
 
 def split_items(text: str) -> tuple[str, ...]:

@@ -93,19 +93,35 @@ def statements(completion: str, reading: Reading = DEFAULT) -> list[Statement]:
 def _is_remark(completion: str, before: Statement, statement: Statement) -> bool:
     """Whether a statement only says that the one before it is right. "The answer is right" may also
     be a direction. It is a remark if it says "our" or "my", or if the statement before it is closed
-    or begins with a number."""
-    if not _REMARK.match(statement.text or ""):
+    or begins with a number. Doubts, as in "check whether the answer is right", are no remarks."""
+    begin = statement.end - len(statement.text or "")
+    phrase = completion[statement.start : begin]
+    if (
+        statement.is_closed
+        or not _SAYS_IS.search(phrase)
+        or not _REMARK.match(statement.text or "")
+    ):
         return False
-    is_own = completion[statement.start :][:3].casefold() in ("our", "my ")
+    if _DOUBTS.search(completion[max(0, statement.start - 60) : statement.start]):
+        return False
+    is_own = phrase[:3].casefold() in ("our", "my ")
     return is_own or before.is_closed or re.match(r"\W{0,9}\d", before.text or "") is not None
 
 
-_REMARK = re.compile(
-    r"\s{1,9}(?:(?:also|indeed|therefore|thus|both)\s)?"
-    r"(?:correct|right|reasonable|plausible|sensible|valid|consistent|verified|confirmed|rounded)"
-    r"\b(?!\s(?:angle|triangle|hand|side))",
+_SAYS_IS = re.compile(r"\bis$", re.IGNORECASE)
+_DOUBTS = re.compile(
+    r"\b(?:if|whether|unless|not|unsure|doubt|hope|assum\w+|suppos\w+|claim\w*|wait|no)\b[^.\n]*\.?\s*$",
     re.IGNORECASE,
 )
+_REMARK = re.compile(
+    r"\s{1,9}(?:(?:also|indeed|therefore|thus)\s)?"
+    r"(?:(?:correct|right|reasonable|plausible|sensible|valid|verified|confirmed)"
+    r"(?=\s{0,3}(?:[.!:]|$)|\s(?:because|since)\b)|consistent\swith\b"
+    r"|rounded\sto\s(?:the\snearest|\w{1,9}\s(?:decimal|significant)))",
+    re.IGNORECASE,
+)
+
+
 _OR = re.compile(r"(?:\bor|/)[\s$\\(\[]*(?:[^\W\d]\w?\s{0,3}=\s{0,3})?[\s$]*$", re.IGNORECASE)
 _SIGNS = r"(?:[\s$\\(){}\[\]*.,;:&/]|\\(?:text|mbox|q?quad)\b)*"
 _NOUN = r"(?:(?!(?:then|so|thus|hence)\b)[^\W\d_]+(?=\s*(?:,|\b(?:or|and)\b)))?"

@@ -71,12 +71,12 @@ def _is_choice(letter: str, rest: str, choices: Sequence[str]) -> bool:
     if not rest or re.match(r" ?[)\].,:;>}!?\"'\\]| -", rest):
         return True
     if letter == "a" or (letter == "A" and _NOT_AN_ARTICLE.match(rest) is None):
-        return bool(choices) and _begins_with(rest, choices[0])
+        return bool(choices) and _begins_with(rest.strip(" (–—)."), choices[0])
     return re.match(r" ?[-=+*/^<]|[^\s(—]", rest) is None  # C# and a² are not choices
 
 
-_NOT_AN_ARTICLE = re.compile(r" ?[(–—]| (?:because|since|is|which|due)\b")
-"""Matches what follows the letter A as an option: "A (London)", "A because …"."""
+_NOT_AN_ARTICLE = re.compile(r" (?:because|since)\b")
+"""Matches what follows the letter A as an option: "A because …"."""
 
 
 def names_option(line: str, choices: Sequence[str]) -> bool:

@@ -131,6 +131,8 @@ def _other_value_text(value: Any, gold: Answer) -> str | None:
     any other value."""
     if gold.kind in ("number", "choice"):
         return None
+    if isinstance(value, bool) and gold.kind == "regex":
+        return None
     if isinstance(value, bool):
         names = (("no", "yes"), ("false", "true"))
         return next((pair[value] for pair in names if bare_words(str(gold)) in pair), None)
@@ -190,15 +192,19 @@ def _grade_choice(text: str, problem: Problem) -> Graded:
 
 def _grade_words(text: str, problem: Problem) -> Graded:
     gold, words = str(problem.answer.value), text.strip()
-    if _LETTER.fullmatch(gold) and read_choice(words, ()) == gold.lower():
-        return judge(True, gold, gold)  # the options stand in the question
+    lettered = _LETTERED.fullmatch(first_line(words))
+    if lettered and lettered["letter"] == gold and read_choice(words, ()) == gold.lower():
+        return judge(True, gold, gold)  # the options may be part of the question
     states = states_words(words, gold)
     if states == "unclear":
         return no_answer(f"more than one answer in {quote(text)}")
     return judge(states == "yes", gold if states == "yes" else words, gold)
 
 
-_LETTER = re.compile("[A-H]")
+_LETTERED = re.compile(
+    r"\W*(?:(?i:option|choice)\s)?\W*(?P<letter>[A-H])"
+    r"(?:\W*|[).:]\s.*|\s(?:because|since)\b.*)"
+)
 
 
 def _grade_expression(text: str, problem: Problem) -> Graded:

@@ -35,7 +35,6 @@ NAMES: Mapping[str, tuple[str, ...]] = {
 }
 """Field → common names of the field's column. They are tried in this order, and case is
 ignored."""
-CONTEXTS = ("context", "passage", "body")
 LABELLED = ("{}", "option_{}", "option {}", "option{}", "op{}", "choice_{}")
 """Names of columns that contain one option each. `{}` stands for the option's letter or number."""
 
@@ -129,21 +128,11 @@ class _Found:
 
     def question(self) -> str | list[str] | None:
         """The column of the question. For Alpaca's rows, the column of the instruction and, if
-        there is one, the column of the input. A text to which questions refer is a column of its
-        own in front of the question. None if no column is found."""
+        there is one, the column of the input. None if no column is found."""
         instruction, context = self.by_lower.get("instruction"), self.by_lower.get("input")
         if instruction is not None and not {"question", "prompt"} & set(self.by_lower):
             return [instruction, context] if context is not None else instruction
-        question, text = self.first("question", set()), self._context()
-        return question if question is None or text is None else [text, question]
-
-    def _context(self) -> str | None:
-        """The column of the text to which questions refer. None if there is no column "question"
-        beside it, or if it contains anything but text."""
-        columns = [self.by_lower[name] for name in CONTEXTS if name in self.by_lower]
-        is_text = [all(isinstance(row.get(name), str) for row in self.rows) for name in columns]
-        found = [name for name, is_read in zip(columns, is_text, strict=True) if is_read]
-        return found[0] if found and "question" in self.by_lower else None
+        return self.first("question", set())
 
     def choices(self, used: set[str]) -> str | list[str] | None:
         """One column with all options, or one column per option; None if no column is found."""
@@ -171,10 +160,7 @@ class _Found:
 def _name(row: Row, columns: Mapping[str, Any]) -> str:
     question, answer = columns["question"], columns["answer"]
     text = row.get(answer)
-    if isinstance(question, list):
-        is_context = question[0].lower() in CONTEXTS
-        return "questions about a text" if is_context else "Alpaca rows"
-    if question.lower() == "instruction":
+    if isinstance(question, list) or question.lower() == "instruction":
         return "Alpaca rows"
     turns = row.get(question)
     if is_conversation(turns):

@@ -23,7 +23,7 @@ Asked = tuple[str, Problem]
 
 LARGEST_DEFAULT_DEV = 500
 TOKEN = re.compile(
-    r"(?:(?<![\w.])\.)?\d+(?:[.,]\d+)*!*|\)!+|[^\W\d_]['’′]+(?=\()|[^\W\d_]+|[^\w\s]|_"
+    r"(?:(?<![\w.])\.)?\d+(?:[.,]\d+)*(?:!+(?=\s*[-+*/^=)\d]))?|\)!+|[^\W\d_]'+(?=\()|[^\W\d_]+|[^\w\s]|_"
 )
 """Matches words, symbols and numbers. The point of .5, the factorial's sign and the prime of f'(x)
 belong to their tokens."""
@@ -118,13 +118,13 @@ def same_gold(a: Answer, b: Answer) -> bool:
 def normalised(text: str) -> str:
     """The words, numbers and symbols of `text`, in lower case and separated by single spaces.
     Sentence punctuation, thousands commas and hyphens between words are left out."""
-    found = TOKEN.findall(text.casefold())
+    found = TOKEN.findall(re.sub("[’′]", "'", text.casefold()))
     tokens = [_THOUSANDS.sub("", token) for token in found if token not in SILENT]
     between = zip(["", *tokens], tokens, [*tokens[1:], ""], strict=False)
     return " ".join(t for a, t, b in between if not (t == "-" and a.isalpha() and b.isalpha()))
 
 
-_THOUSANDS = re.compile(r",(?=\d{3}(?!\d))")
+_THOUSANDS = re.compile(r",(?=\d{2,3}(?!\d))")
 
 
 def _spaced(text: str) -> str:
