@@ -381,6 +381,8 @@ def test_a_truth_value_is_an_answer_only_if_the_gold_answer_is_one() -> None:
         assert grade_value(True, words(gold)).verdict is Verdict.CORRECT
         assert grade_value(False, words(gold)).verdict is Verdict.WRONG
     assert grade_value(True, words("Paris")).verdict is Verdict.NO_ANSWER
+    pattern = replace(words("yes"), answer=Answer(kind="regex", value="yes"))
+    assert grade_value(True, pattern).verdict is Verdict.CORRECT
 
 
 def test_an_integer_too_long_to_print_is_no_answer() -> None:

@@ -131,10 +131,9 @@ def _other_value_text(value: Any, gold: Answer) -> str | None:
     any other value."""
     if gold.kind in ("number", "choice"):
         return None
-    if isinstance(value, bool) and gold.kind == "regex":
-        return None
     if isinstance(value, bool):
-        names = (("no", "yes"), ("false", "true"))
+        # the pattern `True` matches the text True, not true
+        names = (("no", "yes"), ("false", "true"))[: 1 if gold.kind == "regex" else 2]
         return next((pair[value] for pair in names if bare_words(str(gold)) in pair), None)
     if isinstance(value, datetime.date):
         return value.isoformat().removesuffix("T00:00:00")
