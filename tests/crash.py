@@ -44,6 +44,14 @@ WRITES = {
 }
 
 OPTIMIZER = {"learning_rate": 0.05, "max_grad_norm": 1.0}
+MORE_SFT: dict[str, Any] = {
+    "kind": "sft",
+    "init": "sft",
+    "epochs": 1,
+    "batch_size": 4,
+    "optimizer": {"learning_rate": 1.0e-3},
+}
+"""A stage that a test adds to `make_recipe`."""
 EVERY_STAGE: dict[str, Any] = {
     "evaluate": {"samples": 2, "stages": None, "rerank": "judge"},
     "stages": {

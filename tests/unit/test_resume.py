@@ -19,7 +19,7 @@ import pytest
 import torch
 import yaml
 
-from crash import assert_same_outcome, outcome, run_all
+from crash import MORE_SFT, assert_same_outcome, outcome, run_all
 from reftune.datasets import Splits
 from reftune.errors import CheckpointError, DataError, RecipeError
 from reftune.recipe import Recipe, dump_recipe
@@ -30,13 +30,6 @@ from reftune.storage.run_folder import RunFolder, split_hashes
 from reftune.types import Answer, Message, Problem
 
 MakeRecipe = Callable[..., Recipe]
-OTHER = {
-    "kind": "sft",
-    "init": "warmup",
-    "epochs": 1,
-    "batch_size": 8,
-    "optimizer": {"learning_rate": 1.0e-3},
-}
 
 
 class Noting(Progress):
@@ -151,7 +144,8 @@ def test_a_run_stopped_inside_many_steps_goes_on_to_the_same_bits(straight, make
 
 
 def test_a_stage_that_goes_on_leaves_the_metrics_of_a_stage_that_ran_meanwhile(make_recipe):
-    recipe = make_recipe(stages={"reft": {"init": "warmup"}, "other": OTHER})
+    other = {**MORE_SFT, "init": "warmup", "batch_size": 8}
+    recipe = make_recipe(stages={"reft": {"init": "warmup"}, "other": other})
     with pytest.raises(KeyboardInterrupt):
         run_all(recipe, Stopping("reft", 4))
     with open_run(recipe, Progress()) as run:

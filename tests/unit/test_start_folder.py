@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checking import UNMEASURED, check_only
-from crash import outcome, run_all
+from crash import MORE_SFT, outcome, run_all
 from reftune.errors import CheckpointError, ModelError, RecipeError
 from reftune.model.adapters import export_adapters, read_adapters
 from reftune.runs.export import export_model
@@ -373,19 +373,12 @@ def test_a_finished_run_takes_another_stage_with_the_bits_of_a_run_that_had_it_f
     def make(folder, **stages):
         return make_recipe(run_dir=str(tmp_path / folder), stages=stages)
 
-    control = {
-        "kind": "sft",
-        "init": "sft",
-        "epochs": 1,
-        "batch_size": 4,
-        "optimizer": {"learning_rate": 1.0e-3},
-    }
     run_all(make("run"))
     (tmp_path / "run/summary.json").write_text("{}")
     finished = {path: path.read_bytes() for path in (tmp_path / "run/eval").glob("*.jsonl")}
-    run_all(make("run", more_sft=control))
+    run_all(make("run", more_sft=MORE_SFT))
     assert not (tmp_path / "run/summary.json").exists(), "it would lack the new method"
-    run_all(make("straight", more_sft=control))
+    run_all(make("straight", more_sft=MORE_SFT))
     assert len(outcome(tmp_path / "run")) > len(finished) > 0
     assert outcome(tmp_path / "run") == outcome(tmp_path / "straight")
     assert {path: path.read_bytes() for path in finished} == finished

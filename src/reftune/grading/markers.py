@@ -110,7 +110,8 @@ def _is_remark(completion: str, before: Statement, statement: Statement) -> bool
 
 _SAYS_IS = re.compile(r"\bis$", re.IGNORECASE)
 _DOUBTS = re.compile(
-    r"\b(?:if|whether|unless|not|unsure|doubt|hope|assum\w+|suppos\w+|claim\w*|wait|no)\b[^.\n]*\.?\s*$",
+    r"\b(?:if|whether|unless|not|unsure|doubt|hope|assum\w+|suppos\w+|claim\w*|wait|no)\b"
+    r"[^.\n]*\.?\s*$",
     re.IGNORECASE,
 )
 _REMARK = re.compile(

@@ -131,15 +131,15 @@ class Collector:
         completions = [c if ok else unasked for c, ok in zip(completions, fits, strict=True)]
         generated = time.perf_counter()
         graded = self.encoder.grade(problems[own], [c.text for c in completions])
-        parts = world.gather((completions, graded))
+        parts = world.gather((completions, graded, traffic))
         return Solved(
             problems=problems,
             prompts=prompts,
-            completions=[each for own, _ in parts for each in own],
-            graded=[each for _, own in parts for each in own],
+            completions=[each for own, _, _ in parts for each in own],
+            graded=[each for _, own, _ in parts for each in own],
             generate_s=generated - started,
             grade_s=time.perf_counter() - generated,
-            traffic=sum(world.gather(traffic), Counter()),
+            traffic=sum((own for _, _, own in parts), Counter()),
         )
 
     def rewarded(self, solved: Solved) -> list[Rollout]:

@@ -173,7 +173,7 @@ def claimed(folder: RunFolder, recipe: Recipe, splits: Splits) -> Iterator[None]
                 longer = lengthened_stages(folder, recipe)
                 for name in longer:
                     _reopen(folder, name)
-                if longer or _evaluates_others(folder, recipe):
+                if longer or (folder.summary.is_file() and _evaluates_others(folder, recipe)):
                     folder.summary.unlink(missing_ok=True)
             # written last, because it claims a new folder for this run
             text = dump_recipe(recipe)
@@ -267,8 +267,7 @@ def lengthened_stages(folder: RunFolder, recipe: Recipe) -> list[str]:
     of these stages cannot continue, because a later stage has begun or the stage's own final
     checkpoint is gone; CheckpointError if the folder's recipe cannot be read.
     """
-    own = _as_of_now(_read_own_recipe(folder.recipe))
-    wanted = yaml.safe_load(dump_recipe(recipe))
+    own, wanted = _own_and_wanted(folder, recipe)
     own["stages"] = {**wanted["stages"], **(own.get("stages") or {})}
     longer = []
     for name, stage in own["stages"].items():
@@ -290,8 +289,9 @@ def lengthened_stages(folder: RunFolder, recipe: Recipe) -> list[str]:
 
 def _evaluates_others(folder: RunFolder, recipe: Recipe) -> bool:
     """Whether `recipe` has other stages or another `evaluate.stages` than the folder's recipe."""
-    recipes = _as_of_now(_read_own_recipe(folder.recipe)), yaml.safe_load(dump_recipe(recipe))
-    own, wanted = ([*each["stages"], each["evaluate"]["stages"]] for each in recipes)
+    own, wanted = (
+        [*each["stages"], each["evaluate"]["stages"]] for each in _own_and_wanted(folder, recipe)
+    )
     return own != wanted
 
 
@@ -318,6 +318,13 @@ def _reopen(folder: RunFolder, name: str) -> None:
     evaluated again."""
     for path in (folder.evaluation(name), folder.choices(name), folder.stage(name).info):
         path.unlink(missing_ok=True)
+
+
+def _own_and_wanted(folder: RunFolder, recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The folder's recipe and `recipe`, both with all keys. Raises: CheckpointError if the folder's
+    recipe cannot be read."""
+    own = _as_of_now(_read_own_recipe(folder.recipe))
+    return own, yaml.safe_load(dump_recipe(recipe))
 
 
 def _read_own_recipe(path: Path) -> dict[str, Any]:

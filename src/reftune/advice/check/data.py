@@ -172,7 +172,7 @@ def check_grader_refuses(subject: Subject) -> Finding:
     """Check that empty completions, bare answers and solutions to other problems are not graded
     correct."""
     problems = [row.problem for row in subject.rows]
-    pairs = other_solutions(subject.rows)
+    pairs = _other_solutions(subject.rows)
     accepted = {
         "an empty completion": _num_correct(subject, problems, [""] * len(problems)),
         "the bare answer": _num_correct(
@@ -193,7 +193,7 @@ def check_grader_refuses(subject: Subject) -> Finding:
     return fail(message, remedy) if accepted["an empty completion"] else warn(message, remedy)
 
 
-def other_solutions(rows: Sequence[Row]) -> list[tuple[Problem, str]]:
+def _other_solutions(rows: Sequence[Row]) -> list[tuple[Problem, str]]:
     """Pairs of a problem and the solution to the problem in the next row, if the two have different
     answers."""
     return [
@@ -216,7 +216,7 @@ def check_reward(subject: Subject) -> Finding:
         return ok("there is no gold solution to reward")
     solutions = {
         "a gold solution": [(row.problem, row.target) for row in rows],
-        "another problem's solution": other_solutions(subject.rows)[:NUM_REWARDED],
+        "another problem's solution": _other_solutions(subject.rows)[:NUM_REWARDED],
         "an empty completion": [(row.problem, "") for row in rows],
     }
     try:

@@ -23,7 +23,8 @@ Asked = tuple[str, Problem]
 
 LARGEST_DEFAULT_DEV = 500
 TOKEN = re.compile(
-    r"(?:(?<![\w.])\.)?\d+(?:[.,]\d+)*(?:!+(?=\s*[-+*/^=)\d]))?|\)!+|[^\W\d_]'+(?=\()|[^\W\d_]+|[^\w\s]|_"
+    r"(?:(?<![\w.])\.)?\d+(?:[.,]\d+)*(?:!+(?=\s*[-+*/^=)\d]))?"
+    r"|\)!+|[^\W\d_]'+(?=\()|[^\W\d_]+|[^\w\s]|_"
 )
 """Matches words, symbols and numbers. The point of .5, the factorial's sign and the prime of f'(x)
 belong to their tokens."""
