@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from reftune.model.policy import Policy
 
 FormatSpec = str | Mapping[str, Any] | Format
-"""A format, its kind (`nl`, `program` or `file.py:Name`), or a mapping of its recipe keys."""
+"""A `Format`, a format's kind (`nl`, `program` or `file.py:Name`), or a mapping from a format's
+recipe keys to values."""
 
 
 def run(
@@ -131,7 +132,7 @@ def evaluate(
     format: FormatSpec | None = None,
     max_new: int | None = None,
 ) -> Evaluation:
-    """Let a model solve problems with greedy decoding, and grade its solutions.
+    """Generate a model's greedy solutions to problems, and grade the solutions.
 
     `model` is the folder `stages/NAME` of a run, any other model folder in Hugging Face format, a
     Hub id, `smollm2-135m` or a loaded `Policy`. `problems` are `Problem`s, or mappings with the
@@ -197,7 +198,7 @@ def _policy(model: str | Path | Policy) -> Policy:
 
 
 def _recipe_of(model: str | Path | Policy) -> Mapping[str, Any]:
-    """If `model` is the folder `stages/NAME` of a run, the run's recipe; otherwise empty."""
+    """The run's recipe if `model` is the folder `stages/NAME` of a run; empty for other models."""
     if not isinstance(model, str | Path) or Path(model).parent.name != "stages":
         return {}
     path = StageFolder(Path(model)).run.recipe

@@ -39,7 +39,7 @@ class Answer:
     value: Fraction | str
     """A Fraction for a number, a lower-case letter for a choice, and text for any other kind."""
     decimals: float | None = field(default=None, compare=False)
-    """How many digits the data writes after the decimal point of a number; inf if the number is
+    """For a number, how many digits follow the decimal point in the data; inf if the number is
     written as a fraction. None means as many digits as the exact value needs."""
     percent: bool = False
     """Whether the answer is a number written with a percent sign."""
@@ -142,8 +142,8 @@ class SamplingParams:
     """The random numbers used to complete a prompt depend only on this seed and on the prompt's
     position in the batch, counted from 0."""
     first_position: int = 0
-    """Position in the batch of the first prompt that a call of `generate` receives. It is above 0
-    if the call handles a later part of the batch."""
+    """The batch position of the first prompt that a call of `generate` receives. It is above 0 if
+    the call handles a later part of the batch."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -168,7 +168,7 @@ class Completion:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Graded:
-    """A completion's verdict, the answer read from it, and the reason for the verdict."""
+    """A completion's verdict, the reason for it, and the answer read from the completion."""
 
     verdict: Verdict
     value: str | None

@@ -1,5 +1,5 @@
 """Code shared by the algorithms: the hooks that the RL loop calls, the clipped policy loss, and
-loss terms as pure functions of per-token tensors.
+pure functions that compute loss terms from per-token tensors.
 
 Every loss is a weighted sum over tokens. The weights are computed once for a whole minibatch, so
 splitting the minibatch into micro-batches, or dividing it among processes, does not change the
@@ -31,7 +31,7 @@ Reduction = Literal["sequence", "token"]
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossTerms:
     """A micro-batch's part of the loss, and the micro-batch's metrics. Both are summed over
-    micro-batches, except that for metrics named `…_max`, the largest value is kept."""
+    micro-batches. For metrics named `…_max`, the largest value is kept instead."""
 
     total: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
@@ -137,8 +137,8 @@ def with_contrast(rollouts: Sequence[Rollout]) -> list[Rollout]:
 
 
 def token_weights(response_mask: Tensor, reduction: Reduction) -> Tensor:
-    """Weights (B, R) with which a weighted sum over tokens is the mean that `reduction` names. They
-    are 0 where the mask is False.
+    """Weights (B, R) that turn a sum over tokens into the mean that `reduction` names. They are 0
+    where the mask is False.
 
     `sequence` averages over the tokens of each response, then over responses, as in ReFT's code.
     `token` averages over all tokens.

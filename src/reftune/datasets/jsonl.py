@@ -48,9 +48,9 @@ class Jsonl(FileDataset):
     def all_problems(
         self, rows: Mapping[Split, Sequence[Row]], counts: Mapping[Split, Counter[str]]
     ) -> dict[Split, list[Problem]]:
-        """The problems of each split. If a gold answer is both one option's label and another
-        option's text, it is read as a text if most of the dataset's unambiguous gold answers are
-        texts, and as a label otherwise. Raises: DataError if a column is missing or a row is
+        """The problems of each split. A gold answer may be both one option's label and another
+        option's text. It is then read as a text if most of the dataset's unambiguous gold answers
+        are texts, and as a label otherwise. Raises: DataError if a column is missing or a row is
         invalid."""
         read = {split: self._read(rows[split], is_train=split == "train") for split in rows}
         votes = sum(each.votes for of_split in read.values() for each in of_split)

@@ -122,9 +122,9 @@ def stated_gold(raw: object, reading: Reading = DEFAULT) -> object:
 
 
 def _stated(text: str, reading: Reading) -> list[str]:
-    """The last marked answer, preceded by any marked answers that stand side by side with it, in
-    the order of the text. Two answers are side by side if little more than "or", "and", symbols or
-    a marker stands between them."""
+    """The last marked answer and any marked answers side by side with it, in order of appearance.
+    Two answers are side by side if little more than "or", "and", symbols or a marker stands between
+    them."""
     found = [each for each in statements(text, reading) if each.text is not None]
     following = [each.start for each in found[1:]] + [len(text)] * bool(found)
     pairs = zip(found, following, strict=True)

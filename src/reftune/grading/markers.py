@@ -23,7 +23,7 @@ class Reading:
     markers: tuple[str, ...] = ()
     """Phrases that announce an answer, in addition to the built-in markers."""
     decimal: Literal[".", ","] = "."
-    """The decimal separator: a point or a comma. The other of the two groups thousands."""
+    """The decimal separator: a point or a comma. The other one separates thousands."""
 
 
 DEFAULT = Reading()
@@ -45,7 +45,8 @@ class Statement:
     `statements`)."""
 
     def up_to(self, end: int) -> Statement:
-        """The statement without its text from the index `end` on, unless it is closed."""
+        """The statement, cut off at the index `end`. A statement that is closed or has no text is
+        returned unchanged."""
         if self.text is None or self.is_closed:
             return self
         return replace(self, text=self.text[: end - self.end], end=end)
@@ -91,9 +92,10 @@ def statements(completion: str, reading: Reading = DEFAULT) -> list[Statement]:
 
 
 def _is_remark(completion: str, before: Statement, statement: Statement) -> bool:
-    """Whether a statement only says that the one before it is right. "The answer is right" may also
-    be a direction. It is a remark if it says "our" or "my", or if the statement before it is closed
-    or begins with a number. Doubts, as in "check whether the answer is right", are no remarks."""
+    """Whether a statement only says that the statement before it is right. Because "right" may also
+    be a direction, the statement must begin with "our" or "my", or the statement before it must be
+    closed or begin with a number. A doubt, as in "check whether the answer is right", is not a
+    remark."""
     begin = statement.end - len(statement.text or "")
     phrase = completion[statement.start : begin]
     if (
@@ -145,9 +147,8 @@ def is_alternative(completion: str, before: Statement, after: Statement) -> bool
 
 
 def alternative_behind(completion: str, statement: Statement) -> str | None:
-    """The rest of the line after a closed box or tag and the word "or". In "\\boxed{3} or 4", for
-    example, this is "4". None if no "or" follows the box or tag, or if no number follows the
-    "or"."""
+    """If a closed box or tag is followed by "or" and a number, the rest of the line from this
+    number on, such as "4" in "\\boxed{3} or 4". None in any other case."""
     found = _OR_NUMBER.match(completion, statement.end) if statement.is_closed else None
     return None if found is None else completion[found.end() :].partition("\n")[0]
 

@@ -16,8 +16,8 @@ from reftune.types import Answer, spell
 
 MAX_DIGITS = 1_000
 MAX_EXPONENT = 400
-"""Numbers with more digits or a larger power of ten do not count as answers, so that arithmetic
-stays cheap."""
+"""Numbers with more than `MAX_DIGITS` digits or a power of ten above `MAX_EXPONENT` do not count as
+answers, so that arithmetic stays cheap."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +102,9 @@ def _decimal(digits: str, power: str = "0") -> Number | None:
 
 
 def _repeating(head: str, period: str) -> Number:
-    """The value of a decimal such as 0.1(6), which is 1/6. If d decimal digits are followed by a
-    repeating block of n digits, this block adds block / ((10^n − 1)·10^d) to the value."""
+    """The value of a decimal such as 0.1(6), which is 1/6. If a block of n digits repeats after d
+    decimals, it adds b / ((10^n − 1)·10^d) to the value, where b is the number that the block
+    spells."""
     decimals = len(head.partition(".")[2])
     tail = Fraction(int(period), (10 ** len(period) - 1) * 10**decimals)
     return Number(tail + Fraction(head + "0"))
@@ -148,8 +149,8 @@ _FORMS: dict[str, tuple[str, Callable[..., Number | None]]] = {
     "in_base": (r"(\d+)_(\d{1,2}(?!\d)|[a-z]+)", _in_base),  # 52_8
     "decimal": (rf"((?(rupees){_LAKHS}|(?!))|{_DECIMAL})(?:e([-+]?\d+))?", _decimal),  # 1,250; 2e-3
 }
-"""Name of a form of numbers → the form's pattern, and the function that reads the pattern's groups.
-The forms are tried in this order."""
+"""A way to write a number → its pattern, and the function that reads the pattern's groups. The
+patterns are tried in this order."""
 _NUMBER = re.compile(
     r"(?P<sign>- ?|\+ ?|minus |negative )?"
     rf"(?:(?P<currency>(?P<rupees>rs ?\.?|inr\b|₹)|{CURRENCY}) ?(?P<inner_sign>- ?)?)?"

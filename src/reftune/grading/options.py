@@ -76,7 +76,7 @@ def _is_choice(letter: str, rest: str, choices: Sequence[str]) -> bool:
 
 
 _NOT_AN_ARTICLE = re.compile(r" (?:because|since)\b")
-"""Matches what follows the letter A as an option: "A because …"."""
+"""Matches words which show that an "A" before them is an option, as in "A because …"."""
 
 
 def names_option(line: str, choices: Sequence[str]) -> bool:
@@ -88,7 +88,7 @@ def names_option(line: str, choices: Sequence[str]) -> bool:
 
 
 def _begins_with(line: str, choice: str) -> bool:
-    """Whether a line is the text of an option, or begins with this text and goes on with
+    """Whether a line is the text of an option, or begins with this text and continues with
     punctuation or a reason."""
     head = re.split(r"[,.;:] | \(|[.!]$| - | because\b", line, maxsplit=1)[0]
     return same_text(line, choice) or same_text(head, choice)

@@ -149,7 +149,7 @@ _GROUPED_BY_SPACES = re.compile(r"(?<![\d.,])(?<!\d )[1-9]\d{0,2}(?: \d{3})+(?! 
 
 
 def with_decimal_points(text: str) -> str:
-    """Rewrite numbers with decimal commas in English notation: "3,5" becomes "3.5", and "1.250,75"
+    """Convert numbers with decimal commas to English notation: "3,5" becomes "3.5", and "1.250,75"
     becomes "1,250.75". A point that cannot group thousands stays a decimal point."""
     text = _GROUPED_BY_SPACES.sub(lambda match: match[0].replace(" ", ""), text)
     return _DIGITS.sub(_with_decimal_point, text.replace("{,}", ","))

@@ -132,7 +132,7 @@ def _other_value_text(value: Any, gold: Answer) -> str | None:
     if gold.kind in ("number", "choice"):
         return None
     if isinstance(value, bool):
-        # the pattern `True` matches the text True, not true
+        # patterns are case-sensitive: the text `true` would not match the pattern `True`
         names = (("no", "yes"), ("false", "true"))[: 1 if gold.kind == "regex" else 2]
         return next((pair[value] for pair in names if bare_words(str(gold)) in pair), None)
     if isinstance(value, datetime.date):
@@ -147,8 +147,7 @@ def _other_value_text(value: Any, gold: Answer) -> str | None:
 
 
 def describe(value: Any) -> str:
-    """A phrase that describes a value that does not count as an answer, for use in a grade's
-    reason."""
+    """A description of a value that does not count as an answer, for use in a grade's reason."""
     if isinstance(value, bool | float | None):
         return str(value)
     if isinstance(value, int):
@@ -193,7 +192,7 @@ def _grade_words(text: str, problem: Problem) -> Graded:
     gold, words = str(problem.answer.value), text.strip()
     lettered = _LETTERED.fullmatch(first_line(words))
     if lettered and lettered["letter"] == gold and read_choice(words, ()) == gold.lower():
-        return judge(True, gold, gold)  # the options may be part of the question
+        return judge(True, gold, gold)  # the question may list lettered options
     states = states_words(words, gold)
     if states == "unclear":
         return no_answer(f"more than one answer in {quote(text)}")
@@ -305,7 +304,7 @@ def _whole_list(
 
 def _listed_in(text: str, num_parts: int) -> str:
     """The first line of `text`, without any words after the list. If the gold answer has several
-    parts but the first line only one, the result is the whole text."""
+    parts but the first line has only one, the result is the whole text."""
     text = text.strip()[:MAX_SEGMENT_CHARS]
     lines = text.splitlines()
     first = _AFTER_LIST.split(lines[0], maxsplit=1)[0] if lines else ""
@@ -328,7 +327,7 @@ def _parts(problem: Problem) -> list[Problem]:
 
 @lru_cache(maxsize=10_000)
 def part_answer(item: str) -> Answer:
-    """One part of a list or set, or one accepted spelling, as a gold answer."""
+    """A gold answer made from one part of a list or set, or from one accepted spelling."""
     return number_gold(item) or worded_gold(item)
 
 

@@ -150,16 +150,16 @@ BEFORE_CLAIM = frozenset(
 """Names of files that may remain from a run that was killed before it wrote `recipe.yaml`."""
 ENVIRONMENT = ("reftune", "torch", "transformers", "accelerate", "peft", "pydantic-monty", "numpy")
 CHANGES_NO_RESULT = ("run_dir", "trackers", "tracker_rollouts", "evaluate.stages")
-"""Keys that change none of the files already in a run's folder except its summary and report."""
+"""Keys that change no existing file in a run's folder except the recipe, summary and report."""
 
 
 @contextmanager
 def claimed(folder: RunFolder, recipe: Recipe, splits: Splits) -> Iterator[None]:
     """Claim the folder for this run, and lock it inside the block. `recipe` replaces the folder's
-    own; a stage for which it sets more steps or epochs is reopened, so that it continues. If a
-    stage is reopened, or if other methods are to be evaluated, the old summary is deleted. Raises:
-    the errors of `refuse_foreign`; DataError if the problems have changed since the run began;
-    CheckpointError if the folder is in use or cannot be written."""
+    recipe. If `recipe` sets more steps or epochs for a stage, this stage is reopened, so that its
+    training continues. If a stage is reopened, or if other methods are to be evaluated, the old
+    summary is deleted. Raises: the errors of `refuse_foreign`; DataError if the problems have
+    changed since the run began; CheckpointError if the folder is in use or cannot be written."""
     with ExitStack() as stack:
         with readable_errors(folder):
             folder.path.mkdir(parents=True, exist_ok=True)
@@ -261,7 +261,7 @@ def refuse_foreign(folder: RunFolder, recipe: Recipe) -> bool:
 def lengthened_stages(folder: RunFolder, recipe: Recipe) -> list[str]:
     """The names of the stages, other than reward models, that have begun and for which `recipe`
     sets more steps or epochs than the folder's recipe. `recipe` may also have more stages, because
-    a stage does not depend on those that it does not read.
+    a new stage does not affect the existing ones.
 
     Raises: RecipeError if the recipes also differ in anything else that affects results, or if one
     of these stages cannot continue, because a later stage has begun or the stage's own final
@@ -288,7 +288,7 @@ def lengthened_stages(folder: RunFolder, recipe: Recipe) -> list[str]:
 
 
 def _evaluates_others(folder: RunFolder, recipe: Recipe) -> bool:
-    """Whether `recipe` has other stages or another `evaluate.stages` than the folder's recipe."""
+    """Whether `recipe` and the folder's recipe differ in their stages or in `evaluate.stages`."""
     own, wanted = (
         [*each["stages"], each["evaluate"]["stages"]] for each in _own_and_wanted(folder, recipe)
     )

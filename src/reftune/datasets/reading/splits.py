@@ -26,8 +26,8 @@ TOKEN = re.compile(
     r"(?:(?<![\w.])\.)?\d+(?:[.,]\d+)*(?:!+(?=\s*[-+*/^=)\d]))?"
     r"|\)!+|[^\W\d_]'+(?=\()|[^\W\d_]+|[^\w\s]|_"
 )
-"""Matches words, symbols and numbers. The point of .5, the factorial's sign and the prime of f'(x)
-belong to their tokens."""
+"""Matches words, symbols and numbers. The point in .5, the exclamation mark of a factorial and the
+prime in f'(x) are not tokens of their own."""
 SILENT = frozenset(".,;:!?'\"`’‘“”…")
 """Sentence punctuation, which is ignored when questions are compared. Brackets and operators are
 not included, because a question may be about them."""
@@ -190,8 +190,8 @@ def _draw(asked: Sequence[Asked], size: int | None, seed: int) -> list[Asked]:
 
 
 def _with_unique_ids(*splits: Sequence[Problem]) -> list[tuple[Problem, ...]]:
-    """The splits with unique ids. If several problems have the same id, `-2`, `-3`, … is appended
-    to all but the first."""
+    """The splits with unique ids. If several problems have the same id, all but the first get a
+    suffix: `-2`, `-3`, …"""
     taken = {problem.id for split in splits for problem in split}
     seen: Counter[str] = Counter()
 

@@ -15,8 +15,8 @@ from reftune.types import Graded, Problem, Verdict
 RULES = ("robust", "paper")
 Grader = Callable[[str, Problem], object]
 """A user's own grader: a function of a text and a problem. The text is the completion or, in the
-format `program`, the program's answer. The function returns a `Graded`, or a bool that tells
-whether the answer is right."""
+format `program`, the program's answer. The function returns a `Graded`, or a bool that says whether
+the answer is right."""
 
 
 def _known(grading: str) -> str:

@@ -323,8 +323,8 @@ def _indented(body: str) -> str:
 
 
 def _first_indent(lines: list[str]) -> int:
-    """The indent that the first line should have. It is judged by the lines after the first, up to
-    the next line that is not indented."""
+    """The indent that the first line should have. It is inferred from the lines after the first, up
+    to the next line that is not indented."""
     first = _indent(lines[0])
     below = []
     for line in lines[1:]:

@@ -12,9 +12,9 @@ In both backends, a program gets the status FORBIDDEN if it opens a file or list
 Python's libraries, imports a forbidden module, such as `socket` or `ctypes`, or calls a function of
 `os` or `sys` that acts outside the program, such as `os.system` or `sys.exit`. A program cannot
 hide the file access or the import by catching the error. In monty, a program also gets this status
-if it opens any file, even one of Python's libraries, reads the environment or uses `__import__`,
-`globals`, `input`, or dunder attributes that lead from an object to the interpreter, such as
-`().__class__`. Programs may import `os` and `sys` and use harmless members of both, such as
+if it opens a file in Python's libraries, reads the environment, or uses `__import__`, `globals`,
+`input`, or dunder attributes that lead from an object to the interpreter, such as `().__class__`.
+Programs may import `os` and `sys` and use harmless members of both, such as
 `sys.maxsize`. If a program imports a harmless module that is missing, such as numpy, the status is
 ERROR.
 

@@ -8,7 +8,7 @@ this process to run a program. The message names the program's working folder an
 descriptors: the program's source, a pipe for its result, and a socket for its exit status. When the
 other end of the status socket closes, the program is killed.
 
-The result consists of lines. The first letter of each line tells the kind of the line. Each refused
+The result consists of lines. The first letter of each line indicates the line's kind. Each refused
 access adds an `F` line. If the program is not killed, more lines follow: a `P` line with the end of
 the program's output, if there is any, and then a `V` line with the program's value or an `E` line
 with its exception. If the system lacks a required protection, the program is not started, and the
@@ -213,8 +213,8 @@ def keep_only(results: int) -> None:
 def fence_in(readable: list[str]) -> str:
     """Permanently give up access to the network, other processes and the contents of all files
     except `readable`, as far as the system allows. Without seccomp, other processes may remain
-    accessible. Returns a phrase that names the protections of files and the network that the system
-    lacks. The phrase is empty if the system lacks none."""
+    accessible. Returns a phrase that names the file and network protections that the system lacks.
+    The phrase is empty if the system lacks none."""
     try:
         libc = ctypes.CDLL(None, use_errno=True)
         namespaces = libc.unshare(CLONE_NEWUSER | CLONE_NEWNET | CLONE_NEWIPC) == 0
