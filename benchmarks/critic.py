@@ -87,8 +87,8 @@ def seen_by_the_head(policy: Policy, solved: Solved, cuts: Ints) -> tuple[Floats
 def estimated(
     policy: Policy, collector: Collector, solved: Solved, cuts: Ints, *, seed: int
 ) -> Floats:
-    """For each solution, the share of correct completions of its first `cuts` tokens. Shape
-    (Q,)."""
+    """(Q,) For each solution, the share of correct completions of its prefix. `cuts` (Q,) contains
+    the lengths of the prefixes."""
     prefixes = [
         completion.token_ids[:cut]
         for completion, cut in zip(solved.completions, cuts, strict=True)

@@ -62,7 +62,7 @@ class Group:
     format: Format
     problems: Sequence[Problem]
     texts: Sequence[str | None]
-    """One solution per problem; None if the data has none."""
+    """One solution per problem; None if the data has no solution."""
 
 
 def main() -> None:
@@ -154,8 +154,8 @@ def published_groups(data: Path) -> Iterator[Group]:
 
 
 def trained_groups(data: Path) -> Iterator[Group]:
-    """The targets of all problems that the loaders keep for train and dev, if they have a
-    rationale."""
+    """The targets of the problems that the loaders keep for train and dev. Problems without a
+    rationale are left out."""
     mathqa = {"train": str(data / "mathqa/dev.json"), "test": str(data / "mathqa/test.json")}
     loaders: list[tuple[str, Callable[..., Any], dict[str, Any]]] = [
         ("GSM8K", Gsm8k, {"train": str(data / "gsm8k")}),

@@ -4,10 +4,10 @@ TRL is installed, how fast TRL's GRPO is.
     python -m benchmarks.gpu --folder F [--model FOLDER] [--minutes 9]
     python -m benchmarks.gpu --folder F --device cpu --tiny
 
-Sections run one after the other, each in its own process, and write F/SECTION.json. If some
-sections do not fit into the minutes, call again: a call skips sections that already have a file.
-FOLDER contains SmolLM2-135M or another causal LM in Hugging Face format. By default, a model of
-SmolLM2-135M's shape is made from scratch or, with --tiny, a small model. Nothing is downloaded. The
+Sections run one after the other, each in its own process, and write F/SECTION.json. If time runs
+out before all sections are done, call again: a call skips sections that already have a file. FOLDER
+contains SmolLM2-135M or another causal LM in Hugging Face format. By default, a model is made from
+scratch. It has SmolLM2-135M's shape or, with --tiny, is much smaller. Nothing is downloaded. The
 last line of the output is one JSON document.
 """
 
@@ -329,8 +329,8 @@ def environment() -> dict[str, str]:
 
 @contextmanager
 def gpu_peak(device: str) -> Iterator[list[int]]:
-    """Yields a list of one number: the largest number of GPU bytes that other processes take inside
-    the block. It is sampled 50 times a second."""
+    """Yields a list of one number: the largest number of GPU bytes that other processes use while
+    the block runs. Their memory is measured 50 times a second."""
     most, over = [0], threading.Event()
 
     def watch() -> None:
@@ -379,8 +379,8 @@ def rows_of_one_length(policy: Policy, rows: int) -> list[list[int]]:
 
 
 class FixedDecoder:
-    """Greedy decoding with bf16 weights and a cache of fixed size, so that every token takes the
-    same work in the same memory."""
+    """Greedy decoding with bf16 weights and a cache of fixed size, so that every token needs
+    the same work in the same memory."""
 
     def __init__(self, policy: Policy, prompt: Tensor, new_tokens: int, way: str) -> None:
         self.model: Any = copy.deepcopy(policy.model).to(torch.bfloat16).eval()

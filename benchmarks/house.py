@@ -1,12 +1,12 @@
-"""Measures the structure of the package: its size, the imports between its rooms, and the files
-that one run enters.
+"""Measures the structure of the package: its size, the imports between its rooms (the files and
+folders at its top), and the files that one run enters.
 
     python benchmarks/house.py            # or: make house
 
 Lines are physical lines of Python. A run enters a file if it calls one of the file's functions.
-Importing a file, which runs its class bodies, does not count. A call across files is a pair of the
-package's functions in different files, where one calls the other in the RL step of the smallest
-run. A pair counts once, however many calls it makes.
+Importing a file, which runs its class bodies, does not count. Calls across files are counted in
+pairs of functions. The two functions are in different files of the package, and one of them calls
+the other in the RL step of the smallest run. A pair counts once, however often this happens.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ ROOMS = """
 types errors seeds text processes recipe storage grading datasets model engines algorithms stages
 results runs advice terminal api
 """.split()
-"""The files and folders at the top of the package, in the order of docs/design.md, which calls them
-rooms. A room may import only rooms before it."""
+"""The rooms: the files and folders at the top of the package, in the order of docs/design.md. A
+room may import only rooms before it."""
 READ = """
 types recipe datasets/jsonl grading model/policy model/batch model/logprobs model/encoder
 model/value_head engines/kv algorithms stages runs/run runs/models storage/checkpoint terminal/cli
@@ -38,7 +38,7 @@ NOT_READ = """
 grading/sandbox/_child grading/sandbox/subprocess grading/perturbed grading/rewards/function
 algorithms/grpo algorithms/rloo stages/probes stages/reward_model
 """.split()
-"""Parts of these folders that a ReFT run does not need."""
+"""Parts of the folders in `READ` that a ReFT run does not need."""
 
 
 def python_files(folder: Path = SOURCE) -> list[Path]:
@@ -61,7 +61,7 @@ def names_at_top() -> list[str]:
 
 
 def imported(tree: ast.AST) -> Iterator[str]:
-    """The modules of reftune that code imports at run time, inside functions too."""
+    """The modules of reftune that code imports at run time, including imports inside functions."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             continue

@@ -186,7 +186,8 @@ def measured(command: list[str], **variables: str) -> dict[str, Any]:
 
 
 def matmul_peak(dtype: Dtype) -> float:
-    """FLOP/s of a large square matmul: the best of as many as fit in three seconds."""
+    """FLOP/s of a large square matmul. It is repeated for three seconds, and the fastest repetition
+    counts."""
     left, right = (torch.randn(2048, 2048).to(getattr(torch, dtype)) for _ in range(2))
     best, end = seconds(lambda: left @ right), time.perf_counter() + 3
     while time.perf_counter() < end:
@@ -210,8 +211,8 @@ def seconds(work: Any) -> float:
 
 def step_flops(lengths: Sequence[int], prompts: Sequence[int], dtype: Dtype) -> float:
     """FLOPs of sampling, scoring and updates. An update counts as three forward passes. In bf16,
-    scoring takes a forward pass of the policy and one of the reference. In fp32, it takes only that
-    of the reference, because the policy's scores come from sampling."""
+    scoring takes a forward pass of the policy and one of the reference. In fp32, only the reference
+    needs a forward pass, because the policy's scores come from sampling."""
     scores = 1 if dtype == "float32" else 2
     return (1 + scores + 3 * UPDATES) * smollm2_flops(lengths, prompts)
 

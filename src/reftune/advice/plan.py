@@ -131,8 +131,8 @@ class Plan:
     """Stage → the best division of the GPUs between sampling and training, and the seconds that a
     step then takes."""
     steps: Mapping[str, Step]
-    """Sampling stage → its step under `sharding`, with the GPUs split as in `split` if the topology
-    is `split`. If `sharding` is None, the step is computed for the sharding over all GPUs that
+    """Sampling stage → its step under `sharding`. If `topology` is `split`, the GPUs are split as
+    in `split`. If `sharding` is None, the step is computed for the sharding over all GPUs that
     needs the least memory."""
     assumed: Mapping[str, Any]
 
@@ -316,9 +316,9 @@ class Planner:
         return micro_batches * share * (2 * made.outline.weights + gradients) / self.hardware.link
 
     def best_split(self) -> dict[str, Any]:
-        """The time of the shortest possible step if some GPUs only sample and the others only
-        train, and the number of GPUs in each group. The two groups take turns, because samples come
-        from the newest weights."""
+        """The shortest possible step if some GPUs only sample and the others only train: its time,
+        and the number of GPUs in each group. The two groups take turns, because samples come from
+        the newest weights."""
         seconds = {n: self.step(samplers=n).seconds for n in range(1, self.hardware.gpus)}
         best = min(seconds, key=seconds.__getitem__)
         train = self.hardware.gpus - best

@@ -318,7 +318,7 @@ def draw_tokens(
     `logits` are (B, V) in fp32. Sampling inverts the cumulative distribution at `uniforms`, which
     has shape (B,) and values in [0, 1). A row's token therefore depends only on the row's logits
     and uniform number. In greedy decoding, log-probabilities are computed at temperature 1, and
-    entropies are 0. Otherwise, entropies are NaN if `with_entropy` is false.
+    entropies are 0. In sampling, entropies are NaN if `with_entropy` is False.
     """
     if params.temperature == 0:
         largest, tokens = logits.max(1)

@@ -264,7 +264,8 @@ class Colocated:
 
 @contextlib.contextmanager
 def _engine_errors(what: str) -> Iterator[None]:
-    """Turn any exception of vLLM inside the block into an EngineError, which says `what`."""
+    """Turn any exception that vLLM raises inside the block into an EngineError, whose message
+    contains `what`."""
     try:
         yield
     except Exception as error:  # noqa: BLE001 - vLLM may fail on a model or device in any way

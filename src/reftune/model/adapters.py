@@ -35,13 +35,13 @@ class Adapter(NamedTuple):
     b: Tensor
     """(outputs, r)"""
     scaling: float
-    """alpha / r or, for rsLoRA, alpha / √r."""
+    """alpha / r, or alpha / √r for rsLoRA."""
 
 
 Adapters = Mapping[str, Adapter]
 """Adapters by name. An adapter's name is the name that its matrix A has in PEFT's files."""
 _A = re.compile(r"_A(?=(\.weight)?$)")
-"""Matches the part of a matrix A's name that differs in the name of the matrix B."""
+"""Matches the `_A` in the name of a matrix A. The name of the layer's B has `_B` instead."""
 
 
 def export_adapters(run: RunFolder, method: str, model: Mapping[str, Any], folder: Path) -> None:
@@ -145,7 +145,7 @@ def _paired(
 ) -> dict[str, Adapter]:
     """The adapters to which `tensors` belong. `scaling(name, r)` returns the scaling of the adapter
     with rank r whose matrix A is called `name`. Raises: ValueError for a tensor that is neither a
-    matrix A nor the B that belongs to an A; KeyError if a B is missing."""
+    matrix A nor the matrix B of an A; KeyError if a B is missing."""
     firsts = [name for name in tensors if _A.search(name)]
     strange = sorted(tensors.keys() - {*firsts, *(_A.sub("_B", name) for name in firsts)})
     if strange:
@@ -204,10 +204,10 @@ def _summed(parts: Sequence[Adapter], rank: int) -> Adapter:
 
 
 def _chain(run: RunFolder, method: str, model: Mapping[str, Any]) -> list[Adapters]:
-    """The sets of adapters whose sum turns the base into `method`, oldest first. If the run began
-    with adapters, they are the first set. Then comes one set per stage. With a 4-bit base, a stage
-    continues training the set of the stage from which it starts, so only the last set is returned.
-    """
+    """The sets of adapters that turn the base into the model of `method`, oldest first. If the run
+    began with adapters, they are the first set. Then comes one set per stage. With a 4-bit base, a
+    stage continues training the set of the stage from which it starts, so only the last set is
+    returned."""
     table = LoraTable(**(model.get("lora") or {}))
     chain: list[Adapters] = []
     while method != "base":

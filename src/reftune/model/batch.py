@@ -67,7 +67,7 @@ class TokenBatch:
         return self.tokens[self.response_index()]
 
     def unflatten(self, values: Tensor) -> Tensor:
-        """A (B, R) tensor with the `values` (N,) of the response tokens, which are in row-major
+        """A (B, R) tensor that contains `values` (N,), one for each response token in row-major
         order. All other entries are 0."""
         mask = self.response_mask
         return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(
@@ -143,10 +143,10 @@ class Packing(NamedTuple):
     sizes: tuple[tuple[int, int], ...]
     """For each group, the number of sequences and the number of slots per sequence."""
     repeats: tuple[Tensor, ...]
-    """Pairs of tensors, one pair after another. The first pair is for the second sequence with each
-    shared prompt. It contains the indices of the prompt's tokens, and the indices of the slots that
-    hold these tokens in that sequence. The next pair is for the third sequence with each shared
-    prompt, and so on."""
+    """Pairs of tensors, one pair after another. A pair contains the indices of tokens in shared
+    prompts, and the indices of slots that hold copies of these tokens. For each shared prompt, the
+    first pair is for the copy in the second sequence with this prompt, the next pair is for the
+    copy in the third sequence, and so on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -285,8 +285,8 @@ def own_micro_batches(
     micro-batch counts.
 
     Over all processes, the micro-batches that count contain every sequence once. Each process gets
-    at least one micro-batch and, with `even`, as many as every other process. If this requires
-    extra micro-batches, they contain only the first sequence and do not count.
+    at least one micro-batch. With `even`, all processes get the same number. If this requires extra
+    micro-batches, they contain only the first sequence and do not count.
     """
     rank, size = world.rank(), world.world_size()
     lengths = batch.lengths

@@ -40,10 +40,10 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> str
 
 @lru_cache(maxsize=4096)
 def opened_thought(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> str:
-    """The end of the prompt's text, beginning with the tag of a thought that the template opens
-    after the last turn but does not close. With DeepSeek-R1's template, the result is "<think>\\n".
-    If the template opens no such thought, the result is an empty string. Raises: RecipeError as
-    `prompt_text` does."""
+    """If the template opens a thought after the last turn and does not close it, the result is the
+    end of the prompt's text, from the thought's opening tag onwards. With DeepSeek-R1's template,
+    this is "<think>\\n". If there is no such thought, the result is an empty string. Raises:
+    RecipeError as `prompt_text` does."""
     return _opened(prompt_text(tokenizer, prompt), prompt)
 
 
@@ -109,8 +109,8 @@ def _omits_last(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> boo
 
 def _begin(begun: str, before: str, said: str, *, asked: str) -> str:
     """`said`, preceded by the text that the template inserts between the prompt `begun` and a
-    reply. `before` is the text before the reply in the rendered conversation. Only the parts of
-    `begun` and `before` after the last question, `asked`, are compared.
+    reply. `before` is the text before the reply in the rendered conversation. The inserted text is
+    what `before` has in addition to `begun` after the last question, `asked`.
     """
     if not asked or asked not in begun or asked not in before:
         return said

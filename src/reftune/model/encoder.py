@@ -1,7 +1,7 @@
 """Converts between text and token ids, and finds where a completion ends.
 
-In every stage, a prompt and its target meet at the same token boundary. Training, all engines and
-the export use the same rule for where a completion ends.
+The token boundary between a prompt and its target is the same in every stage. Training, all engines
+and the export use the same rule for where a completion ends.
 """
 
 from __future__ import annotations

@@ -270,8 +270,8 @@ class Policy(nn.Module):
         return self.model.get_base_model() if self.is_lora else self.model
 
     def forward(self, batch: TokenBatch, *, temperature: float = 1.0) -> TokenScores:
-        """Log-probabilities and values of the response tokens and, if gradients are off,
-        entropies."""
+        """Log-probabilities and values of the response tokens. If gradients are off, entropies are
+        computed too."""
         with self.arithmetic():
             hidden = self.hidden_states(batch)
             predicted = (

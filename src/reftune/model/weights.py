@@ -208,7 +208,7 @@ def _unpack(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    # on the CPU, even if the caller builds a model without weights on the device meta; stderr is
+    # on the CPU, even if the caller builds a model without weights on the meta device; stderr is
     # redirected, because no setting of transformers hides the progress bar of GGUF files
     with torch.device("cpu"), redirect_stderr(io.StringIO()):
         quantized = AutoModelForCausalLM.from_pretrained(

@@ -86,8 +86,8 @@ class Heartbeat:
                 self._heard[other] = beat, now
 
     def _most_silent(self) -> tuple[int, float]:
-        """Among the other processes, the rank of the one that has been silent longest, and for how
-        many seconds it has been silent. If that process has left, the number of seconds is 0."""
+        """The rank of the process that has been silent longest, not counting this process, and the
+        length of its silence in seconds. If that process has left, the length is 0."""
         now = time.monotonic()
         rank = min(self._others, key=lambda other: self._heard[other][1])
         beat, at = self._heard[rank]

@@ -208,8 +208,8 @@ def _evaluated_methods(
 
 
 def _num_problems(recipe: Mapping[str, Any], data: Mapping[str, Any]) -> int:
-    """Number of problems in a complete evaluation; 0 if `data`, the content of data.json, does not
-    say."""
+    """Number of problems in a complete evaluation. `data` is the content of data.json. If it does
+    not contain the number, the result is 0."""
     sizes, table = data.get("problems") or {}, recipe.get("evaluate") or {}
     size = int(sizes.get(evaluated_split(recipe), 0))
     return min(size, table.get("limit") or size)
@@ -220,7 +220,8 @@ def _whole(
 ) -> dict[str, tuple[EvalRow, ...]]:
     """The evaluations that are complete. An evaluation is incomplete if it has fewer than
     `num_problems` problems or contains only the first part of the longest evaluation's problems.
-    Evaluations of different problems all count as complete, so that the reader can report them."""
+    Evaluations of different problems all count as complete, so that the caller can report the
+    difference."""
     ids = {name: [row.id for row in rows] for name, rows in evals.items()}
     longest = max(ids.values(), key=len, default=[])
     size = max(num_problems, len(longest))

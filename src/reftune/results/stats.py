@@ -53,7 +53,7 @@ class Comparison:
     the bootstrap is also over seeds."""
     n: int
     """Number of problems per seed. If seeds have different numbers of problems, this is the
-    smallest of them."""
+    smallest number."""
     p_mcnemar: float | None = None
     """Two-sided p-value of McNemar's exact test, not corrected for the number of comparisons; None
     if there are several seeds."""

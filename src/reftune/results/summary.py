@@ -256,8 +256,8 @@ def _same_problems(evals: Iterable[Sequence[EvalRow]]) -> bool:
 
 
 def score_table(groups: Sequence[Group], *, k: int | None = None) -> ScoreTable:
-    """Scores and paired comparisons of all methods. Votes use the first `k` samples of each problem
-    or, if `k` is None, the first `num_samples`.
+    """Scores and paired comparisons of all methods. Votes use the first `k` samples of each
+    problem. If `k` is None, they use as many samples as every problem has (see `num_samples`).
 
     Raises: DataError if `k` is given and no method has samples, or if a method with samples has
     fewer than `k` samples for some problem.
@@ -367,7 +367,7 @@ def _compare(
 
 def outcomes(rows: Sequence[EvalRow], k: int | None = None) -> dict[str, Outcomes]:
     """Decision rule → outcomes, in the order of `rows`. Votes use the first `k` samples of each
-    problem. If `k` is None, they use the first `num_samples(rows)`."""
+    problem. If `k` is None, they use the first `num_samples(rows)` samples."""
     result = {GREEDY: np.array([row.greedy.correct for row in rows], dtype=float)}
     drawn = num_samples(rows)
     if drawn:

@@ -200,8 +200,8 @@ def sentence(handover: Handover) -> str:
 
 
 def reranker_sentence(found: Reranker) -> str:
-    """A line that states whether a reward model chooses better than at random among the samples of
-    a dev problem."""
+    """A line that states whether a reward model beats a random choice among the samples of a dev
+    problem."""
     gain = f"{points(found.accuracy - found.chance)} ± {100 * found.margin:.1f} points"
     verdict = "better" if found.beats_chance else "no better"
     advice = "" if found.beats_chance else "; do not rerank with it"

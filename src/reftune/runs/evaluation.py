@@ -119,8 +119,8 @@ class FinalEvaluation:
         write_rows(path, found)
 
     def score_samples(self) -> None:
-        """If the recipe reranks, score the samples of all methods whose evaluation is complete with
-        the reward model."""
+        """If the recipe reranks, use the reward model to score the samples of all methods whose
+        evaluation is complete."""
         name = self.recipe.evaluate.rerank
         if name is None:
             return

@@ -72,7 +72,7 @@ def evaluate_methods(
     """Evaluate `methods`. If `methods` is empty, evaluate all methods that the recipe evaluates.
     Returns: the summary of all methods evaluated so far.
     Raises: RecipeError if a method is not in the recipe or in its `evaluate.stages`, or if a method
-    or the reward model that reranks is not trained yet; the errors of `run_recipe`."""
+    or the reranking reward model is not trained yet; the errors of `run_recipe`."""
     check_stage_graph(recipe)
     for method in methods:
         if method not in recipe.methods_to_evaluate:

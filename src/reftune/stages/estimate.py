@@ -77,7 +77,7 @@ class Memory:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """The memory that a running stage needs on each device. All its devices are identical."""
+    """The memory that a running stage needs on each device. All devices are identical."""
 
     recipe: Recipe
     cost: Cost

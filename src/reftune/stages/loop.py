@@ -1,5 +1,5 @@
-"""The loop that all stages share. It resumes, takes steps, evaluates on dev, keeps the best model
-and saves."""
+"""The loop that all stages share. It resumes, takes steps, evaluates on dev, saves checkpoints and
+keeps the best model."""
 
 from __future__ import annotations
 
@@ -73,8 +73,7 @@ class Progression:
     rows: int = 0
     """Number of rows in metrics.jsonl that belong to the stage."""
     is_open: bool = False
-    """Whether the dev evaluation and the snapshots that are due after `step` are still to be
-    made."""
+    """Whether the dev evaluation and the snapshots due after `step` have yet to be made."""
 
 
 BEST = "best.json"
@@ -231,8 +230,8 @@ class Loop:
 
     @contextmanager
     def _saving(self) -> Iterator[None]:
-        """If the engine fails inside the block, save a checkpoint. The block must not have changed
-        the stage's state before the engine fails. The engine's error is raised in every process."""
+        """If the engine fails inside the block, save a checkpoint. Up to that point, the block must
+        not change the stage's state. The engine's error is raised in every process."""
         try:
             yield
         except EngineError:
@@ -268,7 +267,7 @@ class Loop:
         return self.total_steps if self.state.ends_at is None else self.state.ends_at
 
     def _share(self, n: int) -> float:
-        """The share of its peak that each learning rate has at step `n`."""
+        """Each learning rate at step `n`, as a share of its peak."""
         share = rate(self.table.optimizer, step=n, total_steps=self.total_steps)
         ends_at = self.state.ends_at
         if ends_at is None:
@@ -283,9 +282,9 @@ class Loop:
     ) -> dict[str, float]:
         """Take an optimizer step as part of step `n`. `gradient()` accumulates the gradient and
         returns metrics. Return these metrics and the gradient's norm. If the loss or the gradient
-        is not finite, save the samples that `rows()` returns, leave the weights unchanged and
-        return no metrics. Raises: NonFiniteError in this case, unless the recipe allows skipping
-        the step."""
+        is not finite, leave the weights unchanged and save the samples that `rows()` returns. In
+        this case, return no metrics if the recipe allows skipping the step. Raises: NonFiniteError
+        if the recipe does not allow this."""
         table = self.table.optimizer
         try:
             metrics = gradient()
@@ -404,7 +403,7 @@ class Loop:
             ) from None
         self._adopt_best()
         self._is_saved = True
-        if metrics_bytes:  # of an earlier version, which cut the other stages' rows too
+        if metrics_bytes:  # stored by an earlier version, which also cut off other stages' rows
             context.metrics.truncate(metrics_bytes)
             self.state.rows = sum(map(self._is_own, context.metrics.rows()))
         context.metrics.keep_of(self._is_own, self.state.rows)
@@ -434,7 +433,7 @@ class Loop:
         )
 
     def _is_own(self, row: Mapping[str, Any]) -> bool:
-        """Whether a row of metrics.jsonl, which all stages share, is this stage's."""
+        """Whether a row of metrics.jsonl belongs to this stage. All stages write to this file."""
         return bool(row.get("stage") == self.context.name)
 
     def _snapshot(self, method: str, accuracy: float) -> None:

@@ -157,7 +157,7 @@ def accumulate_gradient(
     model: Trained, batch: TokenBatch, loss: Callable[[torch.Tensor], LossTerms]
 ) -> dict[str, float]:
     """Accumulate the gradient of a minibatch over micro-batches, which are divided among the
-    processes. `loss(rows)` returns the contribution to the loss of the sequences whose indices are
+    processes. `loss(rows)` returns the part of the loss that comes from the sequences with indices
     `rows`.
 
     Returns: `loss/total` and the loss's metrics, combined over all rows as `LossTerms` describes.

@@ -188,8 +188,8 @@ class Outline:
     @cache  # noqa: B019
     @torch.no_grad()
     def _prefill(self, prompt: int, rows: int, *, of_gathered: bool = False) -> Prefill:
-        """The traced memory needed to read `rows` prompts. `of_gathered` does not change the trace;
-        it only separates the results for gathered weights in the cache."""
+        """The traced memory needed to read `rows` prompts. `of_gathered` does not change the trace.
+        It only makes the decorator cache the results for gathered weights separately."""
         policy = self.policy
         with (
             self.mode,
@@ -270,7 +270,7 @@ FLOPS: Mapping[Any, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
 }
-"""The formula for each operation's number of FLOPs. The formulas for attention on a CPU are our
+"""Operation → the formula for its number of FLOPs. The formulas for attention on a CPU are our
 own; all others are PyTorch's."""
 
 

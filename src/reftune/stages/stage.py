@@ -83,8 +83,8 @@ class Cost:
     updates: int = 1
     """Forward and backward passes over the batch in a step."""
     scored: int = 0
-    """Maximum number of forward passes without gradients over the batch in a step. If the engine
-    scores its own samples, fewer passes are needed."""
+    """Maximum number of times that a step runs a forward pass without gradients over the batch. If
+    the engine scores its own samples, fewer passes are needed."""
     sampled: int = 0
     """Solutions sampled in a step."""
     sampled_before: int = 0

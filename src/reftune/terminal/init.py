@@ -42,9 +42,8 @@ DEFAULT_MAX_NEW = 256
 long enough."""
 LEAST_MAX_NEW = 16
 LONGEST_SCRATCH_PROMPT = 1024
-"""For a model made from scratch, the maximum number of tokens in a prompt, and also in a solution.
-If a share of more than `MAX_TOO_LONG` of the prompts would exceed the maximum, the maximum for
-prompts is raised. The same holds for solutions."""
+"""For a model made from scratch, the maximum length of a prompt in tokens. It is raised if more
+than the share `MAX_TOO_LONG` of the prompts would exceed it. The same holds for solutions."""
 MAX_TOO_LONG = 0.1
 """Largest share of prompts that may be too long. The same limit applies to solutions."""
 SMALL_HIDDEN_SIZE = 256
@@ -99,9 +98,9 @@ def default_out(data: str) -> Path:
 
 
 def guess_shape(data: str, named: Mapping[str, str] | None = None) -> Shape:
-    """The shape of the training rows of `data`, which says how columns map to fields. `named` maps
-    fields to the columns that the user named. Raises: DataError if the data is unreadable, or has
-    no column for the question or the answer."""
+    """The shape of the training rows of `data`. A shape says how columns map to fields. `named`
+    maps fields to the columns that the user named. Raises: DataError if the data is unreadable, or
+    has no column for the question or the answer."""
     return recognise(read_rows(data, "train"), named or {})
 
 

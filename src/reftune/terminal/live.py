@@ -35,8 +35,8 @@ MAX_SAMPLE_CHARACTERS = 1200
 
 
 def make_progress(*, quiet: bool = False, time_s: Callable[[], float] = time.monotonic) -> Progress:
-    """If `quiet` is True, a view that shows nothing. If not, a live view if stderr is a terminal
-    that supports it, and a view that prints plain lines in all other cases."""
+    """A view of the run. If `quiet` is True, it shows nothing. If not, it is live if stderr is a
+    terminal that supports this, and it prints plain lines in all other cases."""
     if quiet:
         return Progress()
     from rich.console import Console

@@ -194,8 +194,8 @@ def check_grader_refuses(subject: Subject) -> Finding:
 
 
 def _other_solutions(rows: Sequence[Row]) -> list[tuple[Problem, str]]:
-    """Pairs of a problem and the solution to the problem in the next row, if the two have different
-    answers."""
+    """Pairs of a problem and the solution to the next row's problem, if the two problems have
+    different answers."""
     return [
         (a.problem, b.target) for a, b in pairwise(rows) if a.problem.answer != b.problem.answer
     ]

@@ -92,8 +92,8 @@ def requests_at_once(recipe: Recipe, splits: Splits) -> int:
 
 
 def check_dtype(subject: Subject) -> Finding:
-    """Check that matmuls in the recipe's dtype, float32 or bfloat16, are not many times slower on
-    this machine than matmuls in the other dtype."""
+    """Check that matmuls in the recipe's dtype are not many times slower on this machine than
+    matmuls in the other dtype. The two dtypes are float32 and bfloat16."""
     policy, chosen = subject.policy, subject.recipe.model.dtype
     weight = max((p for p in policy.model.parameters() if p.dim() == 2), key=lambda p: p.numel())
     columns, inner = (min(size, PRODUCT) for size in weight.shape)

@@ -399,7 +399,7 @@ def product(layers: Sequence[nn.Linear], dtype: torch.dtype, *, pack: bool = Tru
     rows. The outputs are side by side.
 
     If oneDNN's layout would be faster than the ordinary one, the product uses a copy of the weights
-    in oneDNN's layout. Without `pack`, the copy is of the same size but in the ordinary layout.
+    in oneDNN's layout. Without `pack`, the copy has the same size and the ordinary layout.
     """
     weight = _joined([layer.weight for layer in layers], dtype)
     bias = None if layers[0].bias is None else _joined([layer.bias for layer in layers], dtype)

@@ -225,7 +225,7 @@ class _Look:
 
 def dev_chart(groups: Sequence[Group]) -> Chart | None:
     """A chart of the dev accuracy of every stage except reward models, against the number of
-    sequences trained on since the base model. None before the first dev evaluation."""
+    sequences trained on since the base model. None if there is no dev evaluation yet."""
     series = [
         _dev_series(entry)
         for entry in entries(groups)
@@ -414,8 +414,8 @@ def _area_charts(
     explain: str,
     unit: Unit,
 ) -> list[Chart]:
-    """One chart per stage that measured at least two of the `layers` at several steps. A layer
-    consists of a metric, a name and a colour. The layers are listed from the bottom up."""
+    """One chart for each stage that measured the metrics of at least two `layers` at several steps.
+    A layer consists of a metric, a name and a colour. The layers are listed from the bottom up."""
     charts = []
     for entry in entries(groups):
         found = [(name, colour, _means(entry.stages, key)) for key, name, colour in layers]

@@ -16,7 +16,7 @@ from reftune.results.metrics import Unit
 from reftune.results.page.charts import Chart, Number, Series
 
 LETTER, BOLD_LETTER = 6.6, 7.2
-"""Width of a letter in pixels: in the label of an axis, and in the name of a line."""
+"""Width in pixels of a letter in an axis label, and of a letter in the name of a line."""
 SMALLEST_RANGE = 1e-300
 """If the two ends of an axis are closer than this, they count as equal, because fractions of the
 distance between them would round to 0."""

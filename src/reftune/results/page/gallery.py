@@ -21,7 +21,7 @@ SAMPLES_BYTES = 2_000_000
 MAX_PROBLEMS = 2_000
 MAX_SAMPLES = 1_200
 EXTREMES = 12
-"""From each stage, the samples chosen first are the `EXTREMES` longest samples and the `EXTREMES`
+"""How many of a stage's longest samples are chosen before all others, and also how many of the
 samples whose programs ran longest."""
 
 Json = dict[str, Any]
@@ -29,7 +29,7 @@ Json = dict[str, Any]
 
 def problems(methods: Sequence[MethodScore]) -> Json:
     """Problems of the final evaluation, each with the greedy answer of every method. If there are
-    several seeds, the answer is that of the first seed.
+    several seeds, the answers come from the first seed.
 
     Problems on which methods disagree are chosen first. The chosen problems are shown in the
     evaluation's order.

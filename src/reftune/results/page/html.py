@@ -270,9 +270,9 @@ def _evidence(found: Comparison) -> str:
 
 
 def _pair(table: ScoreTable) -> dict[str, Any] | None:
-    """How many problems the baseline, `b`, and the best other method, `a`, solve in the first seed.
-    `counts` contains the numbers of problems that both, only `a`, only `b`, and neither of them
-    solved. None if there is no other method, or if `a` and `b` were not compared."""
+    """How many problems two methods solve in the first seed. `b` is the baseline, and `a` is the
+    best other method. `counts` contains the numbers of problems that both, only `a`, only `b`, and
+    neither of them solved. None if there is no other method, or if the two were not compared."""
     best = leader(table)
     if best is None or table.between(best.label, table.baseline) is None:
         return None

@@ -65,8 +65,8 @@ class ChoiceRow:
     correct: bool
     derivation: Derivation
     agrees: bool | None
-    """Whether the same option was chosen after the options had been moved; None if no option was
-    chosen from the unchanged question."""
+    """Whether the same option was chosen after the options had been moved; None if no option of
+    the unchanged question was chosen."""
     numeric: bool | None
     """Whether the question was solved without options; None if the gold option is not a number."""
 
