@@ -57,12 +57,12 @@ excluded, because the recipe's settings were chosen by dev accuracy on these see
 NOTES = {
     "comparison": (
         "Reranking uses the paper's classifier, trained on 20 samples per question from the "
-        "warm-up model. With more than 8 samples to choose from, its choices get "
-        "[worse](experiments/reranking.md), because it overrates some unlikely mistakes. [Our "
-        "reward model](algorithms.md#loss) also uses the solution's likelihood. In [five other "
-        "runs](experiments/reranking.md#five-seeds-on-test), reranking SFT's samples with our "
-        "reward model beats greedy decoding by 10.5 points [6.1, 14.9] and voting by 6.1 points "
-        "[2.4, 10.1]; for ReFT, neither difference is significant."
+        "warm-up model. If it chooses from more than 8 samples, its choices get "
+        "[worse](experiments/reranking.md), because it overrates some unlikely wrong solutions. "
+        "[Our reward model](algorithms.md#loss) also uses the solution's likelihood. In [five "
+        "other runs](experiments/reranking.md#five-seeds-on-test), reranking SFT's samples with "
+        "our reward model beats greedy decoding by 10.5 points [6.1, 14.9] and voting by 6.1 "
+        "points [2.4, 10.1]; for ReFT, neither difference is significant."
     ),
     "modern": (
         "*ReFT* is PPO with the coefficients and value head of the authors' code. *ReFT modern* "
@@ -101,10 +101,10 @@ NOTES = {
 }
 """Recipe → text above its table."""
 OPEN = [
-    "**The only pretrained model** trained to the end is SmolLM2-135M-Instruct, on generated "
+    "**The only pretrained model** whose training finished is SmolLM2-135M-Instruct, on generated "
     "questions that need one arithmetic step. Over three seeds, GRPO gains 9.9 points [6.2, 13.4] "
-    "over a short warm-up, but as many gradient passes of further SFT gain 12.1 points [8.6, 16.1] "
-    "more than GRPO. From a longer warm-up, GRPO gains 1.7 points [−0.9, 5.0], n.s. "
+    "over a short warm-up, but further SFT with as many gradient passes is 12.1 points [8.6, 16.1] "
+    "better than GRPO. From a longer warm-up, GRPO gains 1.7 points [−0.9, 5.0], n.s. "
     "([log](experiments/smollm2-instruct.md)).",
     "**No run on real data** is complete. [SmolLM2 on SVAMP](experiments/smollm2-svamp.md) "
     "reports 28 RL steps on two CPU cores, and three warm-ups on a GPU, where time ran out before "
@@ -190,7 +190,7 @@ def page(tables: Mapping[str, Mapping[str, Any]]) -> str:
         "This page reports which findings of the ReFT paper (arXiv:2401.08967) hold on small "
         "generated tasks. `make reproduce` trains all models, which takes roughly seven hours on "
         "two CPU cores. It then overwrites this page, [the log on "
-        "`modern`](experiments/modern.md) and the tables of both pages in `docs/results/`. To "
+        "`modern`](experiments/modern.md) and, in `docs/results/`, the tables of both pages. To "
         "write to `runs/reproduce` instead, run `python benchmarks/reproduce.py 0 1 2 3 4`. "
         "Accuracies are in percent. Differences are in percentage points and paired by problem. "
         "Brackets contain 95% confidence intervals over seeds and problems, and n.s. means not "

@@ -1,6 +1,6 @@
 """Variants of PPO's critic, and RL from prefixes of gold solutions. `recipes/demo/critics.yaml`
-compares them, and docs/experiments/critic.md has the results. In a recipe's stage:
-`algorithm: {kind: demo/critics.py:Evpo}` with kind `rl`, or `kind: demo/critics.py:Prefixes`."""
+compares them, and docs/experiments/critic.md has the results. To use them in a stage, write
+`kind: demo/critics.py:Prefixes`, or `kind: rl` and `algorithm: {kind: demo/critics.py:Evpo}`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class LambdaByLength(Ppo):
 
         λ = ½^(1/L)        L = number of tokens of the response
 
-    Source: JustRL-II. Differs: the other parts of its critic are left out. `lam` is not read.
+    Source: JustRL-II. Differs: no other part of JustRL-II's critic is used. `lam` is not read.
     """
 
     def credit(self, batch: RolloutBatch) -> RolloutBatch:
@@ -41,7 +41,7 @@ class LambdaByLength(Ppo):
 
 class Evpo(Ppo):
     """The critic is used only in rollouts in which it explains some of the returns' variance. In
-    the others, the baseline is their mean.
+    other rollouts, the baseline is the mean of the returns.
 
         A = G − mean of G  if  1 − Var(G − V) / Var(G) ≤ 0        G = returns with λ = 1
 
@@ -62,9 +62,9 @@ class Bpco(Ppo):
 
         V = clip(value head, 0, 1)        λ = 1 − 1/(0.4 L)
 
-    Rewards must lie between 0 and 1. Source: BPCO (arXiv:2608.23566). Differs: it bounds V by atan,
-    masks tokens by |π − π_old| instead of clipping ratios, and draws one sample per problem. `lam`
-    is not read.
+    Rewards must lie between 0 and 1. Source: BPCO (arXiv:2608.23566). Differs: BPCO bounds V by
+    atan, masks tokens by |π − π_old| instead of clipping ratios, and draws one sample per problem.
+    `lam` is not read.
     """
 
     def credit(self, batch: RolloutBatch) -> RolloutBatch:
@@ -140,7 +140,7 @@ class PrefixTrainer(Trainer):
 
 
 def prefix_share(n: int, steps: int) -> float:
-    """The share of gold tokens in step `n`, as in `Prefixes`."""
+    """The share of the gold solution's tokens that form the prefix in step `n`; see `Prefixes`."""
     return 0.8 * max(0.0, 1 - (n - 1) / (steps / 2))
 
 
@@ -160,8 +160,8 @@ class PrefixCollector(Collector):
         return [[*ids, *self.prefix(each)] for ids, each in zip(plain, problems, strict=True)]
 
     def prompt_limit(self, policy: Policy) -> float:
-        """No limit: a run checks its questions before, and `solve` samples fewer tokens after a
-        prefix."""
+        """No limit: a run checks its questions when it starts, and `solve` samples fewer tokens
+        after a prefix."""
         return math.inf
 
     def solve(self, policy: Policy, problems: Sequence[Problem], **options: Any) -> Solved:

@@ -1,6 +1,6 @@
 """Variants of the generated word problems: `Planted` gives the answer away by its place among the
-options, `Terse` has solutions without their working, `Long` has long ones, and `FewRationales` has
-solutions to only some of the training questions. In a recipe:
+options, `Terse` omits the working from some solutions, `Long` has long solutions, and
+`FewRationales` has solutions to only some of the training questions. In a recipe:
 `dataset: {kind: demo/variants.py:Planted, planted: 0.6}`."""
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from reftune.types import Answer, Problem
 
 
 class Planted(WordProblems):
-    """Multiple choice with a shortcut past the reasoning. Test questions have none."""
+    """Multiple choice with a shortcut past the reasoning. Test questions have no shortcut."""
 
     planted: float = Field(0.0, ge=0, le=1)
     """Share of train and dev questions whose correct option becomes option c."""
@@ -53,7 +53,7 @@ class Terse(WordProblems):
 
 
 class FewRationales(WordProblems):
-    """Only the first training questions have rationales. The others have only an answer."""
+    """Only the first training questions have rationales. The others have only answers."""
 
     rationales: int = Field(ge=1)
     """Number of training questions with a rationale."""
@@ -76,7 +76,7 @@ class Long(WordProblems):
         style = rng.randrange(self.styles)
         facts = story.text.split(". ")[:-1]
         steps = list(dict.fromkeys([*story.quantities, story.answer]))
-        if len(facts) < len(steps):  # the question asks for an operation
+        if len(facts) < len(steps):  # no fact states the last operation
             facts.append("We add both" if story.answer.symbol == "+" else "We compare both")
         sentences = [
             f"{fact}, so {_result(step, swap=style == 1)}." if step.symbol else f"{fact}."

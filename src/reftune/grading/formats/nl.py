@@ -33,8 +33,8 @@ class Nl(Prompted):
     ignores."""
     markers: tuple[str, ...] = ()
     """Phrases that announce the answer, in addition to the built-in English ones. If a gold
-    solution does not end by stating its answer, the first phrase and the answer are added as a last
-    line."""
+    solution does not end by stating its answer, a last line is added: the first of these phrases
+    (default: `The answer is`) and the answer."""
     decimal: Literal[".", ","] = "."
     """Decimal separator of the model's answers."""
 
