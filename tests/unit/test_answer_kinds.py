@@ -20,7 +20,7 @@ from reftune.grading.formats.program import Program
 from reftune.grading.golds import read_gold, worded_gold
 from reftune.grading.options import read_choice, unlettered
 from reftune.grading.rewards.outcome import Outcome
-from reftune.grading.verdicts import grade_answer, grade_value
+from reftune.grading.verdicts import grade_answer, grade_completion, grade_value
 from reftune.recipe import load_component
 from reftune.types import Answer, AnswerKind, Completion, Graded, Problem, Verdict
 
@@ -294,12 +294,40 @@ def _compare_in_child() -> None:
         ("3, 3", ["3", "4"], "set", WRONG),
         ("3, 4, 5", ["3", "4"], "set", WRONG),
         ("3", ["3", "4"], "set", WRONG),
+        ("x = 3 or x = 4", ["3", "4"], "set", CORRECT),
+        ("3 or 4", ["3", "4"], "list", NO_ANSWER),
+        ("yes or no, maybe", ["yes or no", "maybe"], "set", CORRECT),
     ],
 )
 def test_lists_sets_and_spellings(
     text: str, gold: object, kind: AnswerKind | None, expected: Verdict
 ) -> None:
     assert verdict(text, gold, kind) is expected
+
+
+@pytest.mark.parametrize(
+    ("completion", "kind", "expected"),
+    [
+        (r"$\boxed{1}$, $\boxed{2}$", "set", CORRECT),
+        (r"\boxed{2} and \boxed{1}", "set", CORRECT),
+        (r"\boxed{2} or \boxed{1}", "set", CORRECT),
+        (r"\boxed{1}, \boxed{2}", "list", CORRECT),
+        (r"\boxed{2}, \boxed{1}", "list", WRONG),
+        (r"\boxed{1} or \boxed{2}", "list", NO_ANSWER),
+        (r"\boxed{3}, \boxed{2}", "set", WRONG),
+        (r"We get \boxed{3} apples. So \boxed{1, 2}", "set", CORRECT),
+        ("The answer is 3. The answer is 1, 2.", "list", CORRECT),
+        (r"\boxed{1, 2}. \boxed{1, 2}", "list", CORRECT),
+        (r"\boxed{3, 4} and \boxed{1, 2}", "set", NO_ANSWER),
+        (r"\boxed{1, 2} or 3", "set", NO_ANSWER),
+        (r"\boxed{2, 1} or \boxed{1, 2}", "list", NO_ANSWER),
+    ],
+)
+def test_the_parts_of_a_list_may_stand_in_boxes_of_their_own(
+    completion: str, kind: AnswerKind, expected: Verdict
+) -> None:
+    problem = Problem(id="p", question="q", answer=read_gold(["1", "2"], kind))
+    assert grade_completion(completion, problem).verdict is expected
 
 
 @pytest.mark.parametrize(
@@ -312,6 +340,8 @@ def test_lists_sets_and_spellings(
         ("", r".*", NO_ANSWER),
         ("pH", "pH", CORRECT),
         ("Ph", "pH", WRONG),
+        ("** AB-12", r"[A-Z]{2}-\d+", CORRECT),
+        ("**kwargs", r"\*\*\w+", CORRECT),
     ],
 )
 def test_a_pattern_must_match_all_of_the_answer(text: str, pattern: str, expected: Verdict) -> None:

@@ -565,3 +565,13 @@ def test_a_very_long_text_is_graded_quickly(piece: str) -> None:
         grade_completion_paper(text, problem)
         grade_completion(text + "#### 18", problem)
     assert time.perf_counter() - started < 10  # 0.2 s on a free core
+
+
+def test_intervals_headings_and_bold_text_without_end_are_read_at_once() -> None:
+    started = time.perf_counter()
+    problem = words("x^2")
+    expression = replace(problem, answer=Answer(kind="latex", value="x^2"))
+    grade_completion("Answer\n" + " " * 100_000 + "x" * 61, problem)
+    grade_completion("The answer is x" + "** " * 30_000 + "a", expression)
+    assert parse_number("[0, " + "\\sqrt{2}, " * 10_000) is None
+    assert time.perf_counter() - started < 1

@@ -194,17 +194,20 @@ def _refuse_other_types(raw: object) -> None:
 # --- words, lists and patterns --------------------------------------------------------------------
 
 
-_BRACKETED_LETTER = re.compile(r"\(([A-H])\)")
+_BRACKETED_LETTER = re.compile(r"\(([A-H])\)(?: (?!and\b|or\b)(?P<text>[\w\\$-].*))?")
 _LISTED = re.compile(r"\[\s*(.+?)\s*\]", re.DOTALL)
 
 
 def worded_gold(text: str) -> Answer:
     """The answer in a gold text that is neither an option nor a number. Text in square brackets is
     a list if it has at least three items, or two items that are words. Any other text is an
-    expression (`latex`) or plain `text`."""
+    expression (`latex`) or plain `text`. The letter of an option with the option's text, as in
+    "\\textbf{(B)}\\ 12", has both as accepted spellings."""
     text = text.strip()
     if letter := _BRACKETED_LETTER.fullmatch(" ".join(plain(text).split())):
-        return Answer(kind="text", value=letter[1])
+        if letter["text"] is None:
+            return Answer(kind="text", value=letter[1])
+        return Answer(kind="any_of", value=letter[1], items=(letter[1], letter["text"]))
     listed = _LISTED.fullmatch(text)
     parts = split_items(text) if listed is not None else ()
     if len(parts) > 2 or (len(parts) == 2 and all(part.isalpha() for part in parts)):
@@ -262,11 +265,11 @@ def _pattern(raw: object) -> Answer:
     return Answer(kind="regex", value=str(raw))
 
 
-def split_items(text: str) -> tuple[str, ...]:
+def split_items(text: str, words: str = "and") -> tuple[str, ...]:
     """The items of a written list, with or without brackets. Commas, semicolons, line breaks and
-    "and" separate items, except inside inner brackets. If some commas are followed by a space, the
-    other commas do not separate items. If no comma is followed by a space but there are other
-    separators, commas that may group thousands do not separate items."""
+    `words` (a pattern) separate items, except inside inner brackets. If some commas are followed by
+    a space, the other commas do not separate items. If no comma is followed by a space but there
+    are other separators, commas that may group thousands do not separate items."""
     text = re.sub(r"\\(?:left|right)\b|\\(?=[{}])", "", text.strip().strip("$")).strip()
     if _BRACKETED.fullmatch(text):
         text = text.rstrip(".")[1:-1]
@@ -274,9 +277,9 @@ def split_items(text: str) -> tuple[str, ...]:
     comma = ","
     if re.search(r",\s", outside):
         comma = r",\s+|,$"
-    elif re.search(r";|\n|\band\b", outside):
+    elif re.search(rf";|\n|\b(?:{words})\b", outside):
         comma = r",(?!\d{3}(?!\d))"
-    separators = re.finditer(rf"\s*(?:{comma}|;|\n+|(?:,\s*)?\band\b)\s*", outside)
+    separators = re.finditer(rf"\s*(?:{comma}|;|\n+|(?:,\s*)?\b(?:{words})\b)\s*", outside)
     edges = [0, *(edge for match in separators for edge in match.span()), len(text)]
     parts = [text[start:end] for start, end in zip(edges[::2], edges[1::2], strict=True)]
     cleaned = (re.sub(r"^(?:[-*•]|\d+[.)])\s+", "", part).strip(" \t'\"") for part in parts)

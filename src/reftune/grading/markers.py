@@ -64,6 +64,9 @@ _PHRASES = (
     rf"the\s{{1,9}}correct\s{{1,9}}(?:option|choice)\s{{1,9}}is\b{_COLON}",
     r"\|[\s*_]{0,9}(?:final\s{1,9})?answer[\s*_]{0,9}\|",
     r"answer[\s*_\"'`]{0,9}(?:[:：]|=(?![=>]))",
+    # a heading before one short line
+    r"(?<![^\n])[#*_ ]{0,9}(?:final[ ]{1,9})?answer[*_ ]{0,9}\n"
+    r"(?=\s*(?!\. )\S(?:(?!\. )[^\n]){0,59}\s*\Z)",
     r"#{4,}",
     r"\\(?:f?boxed|fbox)(?![a-zA-Z])",
     r"<answer>",
@@ -72,16 +75,19 @@ _PHRASES = (
 
 def statements(completion: str, reading: Reading = DEFAULT) -> list[Statement]:
     """The statements announced by the last `MAX_STATEMENTS` markers of a completion, in order.
-    Markers include "the answer is", "answer:", "####", `\\boxed{…}`, `<answer>…</answer>` and
-    `reading.markers`.
+    Markers include "the answer is", "answer:", "####", the heading "Final Answer", `\\boxed{…}`,
+    `<answer>…</answer>` and `reading.markers`.
 
     A completion that ends inside `<think>` has no statements. Otherwise, only text after the last
-    `</think>` and before any run-on text counts. A remark on an earlier statement, such as "so our
-    answer is correct", is not a statement.
+    `</think>` and before any run-on text counts. A heading is a marker only if there is no other,
+    and if one short line follows it. A remark on an earlier statement, such as "so our answer is
+    correct", is not a statement.
     """
     start, end = _answering_part(completion, reading)
     marker = marker_pattern(reading.markers)
     markers = deque(marker.finditer(completion, start, end), maxlen=MAX_STATEMENTS)
+    if len(markers) > 1:
+        markers = deque(each for each in markers if not each[0].endswith("\n"))
     found: list[Statement] = []
     for each in _statements(completion, end, markers):
         if found and _is_remark(completion, found[-1], each):
@@ -104,14 +110,14 @@ def _is_remark(completion: str, before: Statement, statement: Statement) -> bool
         or not _REMARK.match(statement.text or "")
     ):
         return False
-    if _DOUBTS.search(completion[max(0, statement.start - 60) : statement.start]):
+    if _NOT_ASSERTED.search(completion[max(0, statement.start - 60) : statement.start]):
         return False
     is_own = phrase[:3].casefold() in ("our", "my ")
     return is_own or before.is_closed or re.match(r"\W{0,9}\d", before.text or "") is not None
 
 
 _SAYS_IS = re.compile(r"\bis$", re.IGNORECASE)
-_DOUBTS = re.compile(
+_NOT_ASSERTED = re.compile(
     r"\b(?:if|whether|unless|not|unsure|doubt|hope|assum\w+|suppos\w+|claim\w*|wait|no)\b"
     r"[^.\n]*\.?\s*$",
     re.IGNORECASE,
@@ -120,7 +126,7 @@ _REMARK = re.compile(
     r"\s{1,9}(?:(?:also|indeed|therefore|thus)\s)?"
     r"(?:(?:correct|right|reasonable|plausible|sensible|valid|verified|confirmed)"
     r"(?=\s{0,3}(?:[.!:]|$)|\s(?:because|since)\b)|consistent\swith\b"
-    r"|rounded\sto\s(?:the\snearest|\w{1,9}\s(?:decimal|significant)))",
+    r"|(?:rounded|correct|accurate)\sto\s(?:the\snearest|\w{1,9}\s(?:decimal|significant)))",
     re.IGNORECASE,
 )
 

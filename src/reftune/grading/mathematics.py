@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import importlib.util
+import itertools
 import json
 import multiprocessing
 import os
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 from reftune.errors import ReftuneError
+from reftune.grading.words import UNIT_NAMES
 
 CHILD = Path(__file__).with_name("_math_child.py")
 TIMEOUT_S = 5.0
@@ -53,6 +55,12 @@ _NOT_MATH = re.compile(r"^[<>≤≥≠=]|\b[a-z]\.[a-z]\b", re.IGNORECASE)
 _NAMES = "leq geq neq infty pi pm cup cap in times cdot sqrt".split()
 _SIGNS = {sign: rf"\{name} " for sign, name in zip("≤≥≠∞π±∪∩∈×·√", _NAMES, strict=True)}
 _SIGNS |= {"°": r"^\circ ", "−": "-", "²": "^2", "³": "^3"}
+_ASSIGNMENT = re.compile(r"\s*([a-zA-Z])\s*=([^=<>]+)")
+_UNIT = re.compile(
+    r"(?:\\[,; ]|\s)*\\(?:text(?:rm|it)?|math(?:rm|it)|mbox) ?\{\s*"
+    rf"(?:(?:square|cubic|sq\.?|cu\.?)\s)?(?:{UNIT_NAMES}|miles?|units?|[kcdm]?m|k?g|m?[lL])\s*\}}(?:\^\{{?[23]\}}?)?\.?$"
+)
+"""Matches a unit at the end of an expression, such as "\\text{ cm}^2"."""
 _OTHER = re.compile(r"(?<![a-zA-Z\\])(?:or|and)(?![a-zA-Z])")
 _ASIDE = re.compile(r"\s*(?:,?\s+(?:because|since|where|when|which|so)\b|[.;] +[A-Z]|\n)")
 
@@ -95,6 +103,9 @@ def same_expression(gold: str, answer: str) -> Comparison:
     """The result of comparing an answer with the gold expression. Raises: ReftuneError if
     math-verify is needed but not installed."""
     expected, given = expression_in(gold), expression_in(answer)
+    if not _UNIT.search(expected):
+        given = _UNIT.sub("", given)
+    expected, given = _in_order(expected, given), _in_order(given, expected)
     if not given or len(given) > MAX_EXPRESSION_CHARS or _words_in(given):
         return Comparison("unread")
     if _OTHER.search(_TEXT.sub("", given)) and not _OTHER.search(_TEXT.sub(" ", expected)):
@@ -105,6 +116,29 @@ def same_expression(gold: str, answer: str) -> Comparison:
     if len(brackets) > 1 and "" not in brackets:
         return Comparison("different", _spelling(given))
     return _verified(expected, given)
+
+
+def _in_order(expression: str, other: str) -> str:
+    """The values of an expression such as "y = 2, x = 3", as a tuple in the alphabetical order of
+    the variables: "(3, 2)". Any other expression is returned unchanged. It is also unchanged unless
+    `other` has values for the same variables, or is a tuple and the variables follow each other in
+    the alphabet."""
+    values, others = _assigned(expression), _assigned(other)
+    names = sorted(values)
+    is_same = names == sorted(others)
+    follow = all(ord(b) == ord(a) + 1 for a, b in itertools.pairwise(names))
+    if len(names) < 2 or not (is_same or (follow and _brackets(other) == "point")):
+        return expression
+    return f"({', '.join(values[name] for name in names)})"
+
+
+def _assigned(expression: str) -> dict[str, str]:
+    """Variable → value, if an expression consists of assignments to different variables; otherwise
+    empty."""
+    clauses = re.split(r",|;|\band\b", expression)
+    found = [_ASSIGNMENT.fullmatch(clause) for clause in clauses]
+    values = {match[1]: match[2].strip() for match in found if match is not None}
+    return values if len(values) == len(clauses) else {}
 
 
 def is_installed() -> bool:

@@ -12,7 +12,9 @@ from reftune.grading.sentences import parse_number, stated_number
 from reftune.grading.words import SORRY, TAKEN_BACK
 
 _CHOICE = re.compile(
-    r"[ *_`\"'(\[{<:=,.-]*(?:(?:the )?(?:correct )?(?:option|choice|letter|answer)\b["
+    r"[ *_`\"'(\[{<:=,.-]*(?:(?:therefore|thus|hence|so|likely|probably|clearly)\b,? ?\(?"
+    r"(?!\(?[a-z] (?:is|=) ?[-\d]))?"
+    r"(?:(?:the )?(?:correct )?(?:option|choice|letter|answer)\b["
     r" :.(\[\"'*]*(?:is )?[ (\[\"'*]*)?"
     r"(?P<letter>[a-z])(?![^\W_])(?P<rest>.*)",
     re.IGNORECASE,
@@ -121,12 +123,14 @@ def _named(part: str, choices: Sequence[str]) -> list[int]:
         for index, choice in enumerate(choices)
         if same_option(part, choice)
         or same_option(bare, choice)
-        or (letter == chr(ord("a") + index) and (not text or same_option(text, choice)))
+        or (letter == _letter(index) and (not text or same_option(text, choice)))
     ]
 
 
 def _option_with_value(line: str, choices: Sequence[str]) -> str | None:
     equal = [index for index, choice in enumerate(choices) if same_text(line, choice)]
+    if len(equal) == 1:
+        return _letter(equal[0])
     if not equal and not re.search(r"\bor\b", line):
         equal = [index for index, choice in enumerate(choices) if _begins_with(line, choice)]
     if len(equal) == 1 and _names_another(line, choices, equal[0]):
@@ -139,4 +143,20 @@ def _option_with_value(line: str, choices: Sequence[str]) -> str | None:
             for i, option in enumerate(options)
             if option and same_number(number, option) and not is_opposite(line, choices[i])
         ]
-    return chr(ord("a") + equal[0]) if len(equal) == 1 else None
+    chosen = _letter(equal[0]) if len(equal) == 1 else None
+    last = _LAST_LETTER.search(line)
+    letter = "" if last is None else last[1].lower()
+    return None if letter in map(_letter, range(len(choices))) and letter != chosen else chosen
+
+
+_LAST_LETTER = re.compile(
+    r"(?<=\d)%? ?(?:\( ?(?:(?:option|choice) )?|(?:,|;|=>?) ?"
+    r"(?:(?:(?:which|that|it) (?:is|corresponds to|matches)|corresponding to|matching|so) )?"
+    r"(?:(?:option|choice) |(?=(?-i:[A-Z])))\(?)([a-z])\W*$",
+    re.IGNORECASE,
+)
+"""Matches the letter of an option after a number, as in "12, which is option C" and "12 (C)"."""
+
+
+def _letter(position: int) -> str:
+    return chr(ord("a") + position)

@@ -155,8 +155,8 @@ def _leading_number(line: str) -> Number | None:
         return None
     number, end = found
     rest = line[end:]
-    if lead.group()[-1:] in ("(", "[") and "," in line[lead.end() : end]:
-        return None  # a point, (2,251,252)
+    if lead.group()[-1:] in ("(", "[") and _POINT.match(line, lead.end()):
+        return None  # (2,251,252), [2, \\infty)
     return None if _is_part_of_more(rest) and not _restates(number, rest) else number
 
 
@@ -165,6 +165,9 @@ _LEAD_IN = re.compile(
     r"|equals?|is|a total of|only|just|simply|now|then|thus|therefore|hence|so|also|again|indeed"
     r"|actually)\b\.?)*",
     re.IGNORECASE,
+)
+_POINT = re.compile(
+    r"[-\d. ]+,(?:[^a-zA-Z()\[\]\\]|\\?(?:infty|inf|pi|frac|sqrt)\b|\\(?![a-zA-Z]))+[)\]]"
 )
 _IN_ANGLES = re.compile(rf"^({_LEAD_IN.pattern})<([^ <>][^<>]*)>(?!\d)", re.IGNORECASE)
 
@@ -294,6 +297,9 @@ _CONTINUES_IN_WORDS = re.compile(
     # n = 3 gives 12; 5 if x > 0 and 6 otherwise
     r"| (?:gives|yields) (?:us )?[-$(]*\d"
     r"|[^.;]{0,80}\bif\b[^.;]{0,80}\b(?:otherwise|else)\b"
+    # 5(x + 1), 5 - a, 5/k, 5^k; 5, \sqrt{6}
+    r"|\((?-i:[a-z]) ?[-+]|(?: ?[-+*^] ?(?-i:[a-z])|/(?-i:[a-cknp-rt-z]))(?= ?(?:$|[-+*/^=)]))"
+    r"| ?, ?[-(]*(?:\\(?:sqrt|[dt]?frac|pi|infty)|[√π∞])"
     # 5 degrees below zero
     r"|(?: degrees(?: [CF]\b)?)? below (?:zero|freezing)\b"
     # 4.8, rounded to 5; 4.8, which means 5 buses; 4.8, so we need 5

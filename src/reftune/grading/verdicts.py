@@ -56,8 +56,12 @@ def grade_completion(completion: str, problem: Problem, reading: Reading = DEFAU
     last = next((each for each in reversed(found) if _says_something(each, problem)), found[-1])
     if last.text is None:
         return no_answer("the last box is never closed")
-    graded = grade_answer(last.text, problem, reading)
     position = found.index(last)
+    if problem.answer.kind in ("list", "set"):
+        items = _in_boxes(completion, found[: position + 1])
+        if items is not None:
+            return grade_answer(items, problem, reading)
+    graded = grade_answer(last.text, problem, reading)
     before = found[position - 1] if position else last
     others = [before.text if is_alternative(completion, before, last) else None]
     for other in [*others, alternative_behind(completion, last)]:
@@ -66,6 +70,20 @@ def grade_completion(completion: str, problem: Problem, reading: Reading = DEFAU
         if grade_answer(other, problem, reading).verdict is not Verdict.CORRECT:
             return no_answer("more than one answer")
     return graded
+
+
+def _in_boxes(completion: str, found: Sequence[Statement]) -> str | None:
+    """If the last statements are boxes of one item each, as in "\\boxed{1} and \\boxed{2}", the
+    text of these boxes and the text between them: "1 and 2". None if there are fewer than two such
+    boxes."""
+    text, after = found[-1].text or "", found[-1]
+    for before in reversed(found[:-1]):
+        is_item = before.is_closed and len(split_items(before.text or "")) == 1
+        if not (is_item and after.is_closed and is_alternative(completion, before, after)):
+            break
+        between = completion[before.end : after.start].replace("$", "")
+        text, after = f"{before.text}{between}{text}", before
+    return None if after is found[-1] or len(split_items(found[-1].text or "")) > 1 else text
 
 
 _NO_VALUE = re.compile(
@@ -167,9 +185,25 @@ def grade_answer(text: str, problem: Problem, reading: Reading = DEFAULT) -> Gra
         return no_answer("the answer is empty")
     if reading.decimal == "," and problem.answer.kind in _NUMERIC:
         text = with_decimal_points(text)
+    if problem.answer.kind in ("latex", "list", "set"):
+        text = _without_bold(text)
     if problem.scorer is not None:
         return _grade_by_scorer(text, problem, problem.scorer)
     return _GRADERS[problem.answer.kind](text, problem)
+
+
+def _without_bold(text: str) -> str:
+    """`text` without the `**` around bold text. The text may have become bold before the marker, as
+    in "**Answer:** x + 1" and "**The answer is x + 1.**"."""
+    line, newline, rest = text.lstrip().partition("\n")
+    line = _BOLD.sub(r"\1", line)
+    if line.count("**") % 2:
+        line = _END_OF_BOLD.sub("", line, count=1)
+    return line + newline + rest
+
+
+_BOLD = re.compile(r"(?<![\w)])\*\*(?=\S)([^*]+)(?<=\S)\*\*(?![\w(])")  # not 2**3
+_END_OF_BOLD = re.compile(r"^\*\*|\*\*(?=[^\w*]*$)")
 
 
 def _grade_number(text: str, problem: Problem) -> Graded:
@@ -222,13 +256,16 @@ _TAKEN_BACK_LATER = re.compile(rf"[.,;?!]\s(?={TAKEN_BACK.pattern})", re.IGNOREC
 
 def _grade_pattern(text: str, problem: Problem) -> Graded:
     line, pattern = text.strip().partition("\n")[0].strip(), str(problem.answer.value)
-    spellings = (line[:MAX_SEGMENT_CHARS], line[:MAX_SEGMENT_CHARS].rstrip(".,;:!"))
+    line = line[:MAX_SEGMENT_CHARS]
+    bare = _without_bold(line).strip()
+    spellings = dict.fromkeys((line, line.rstrip(".,;:!"), bare, bare.rstrip(".,;:!")))
     try:
-        right = any(regex.fullmatch(pattern, each, timeout=PATTERN_S) for each in spellings)
+        found = (s for s in spellings if regex.fullmatch(pattern, s, timeout=PATTERN_S))
+        right = next(found, None)
     except TimeoutError:
         reason = f"matching {quote(pattern)} took more than {PATTERN_S:g} s"
         return Graded.without_answer(Verdict.TIMEOUT, reason)
-    return judge(right, line, pattern)
+    return judge(right is not None, line if right is None else right, pattern)
 
 
 _PLAIN_NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:/\d+)?")
@@ -270,7 +307,10 @@ def _grade_list(text: str, problem: Problem) -> Graded:
     """Grade an answer part by part. The parts of a list must be in the order of the gold answer.
     The parts of a set may be in any order."""
     parts, gold = _parts(problem), str(problem.answer.value)
-    said = split_items(_listed_in(text, len(parts)))
+    listed = _listed_in(text, len(parts))
+    said = split_items(listed)
+    if problem.answer.kind == "set" and len(said) < len(parts):
+        said = split_items(listed, "and|or")
     if not said:
         return no_answer(f"no items in {quote(text)}")
     if problem.answer.kind == "set":
