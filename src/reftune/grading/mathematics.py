@@ -58,7 +58,8 @@ _SIGNS |= {"°": r"^\circ ", "−": "-", "²": "^2", "³": "^3"}
 _ASSIGNMENT = re.compile(r"\s*([a-zA-Z])\s*=([^=<>]+)")
 _UNIT = re.compile(
     r"(?:\\[,; ]|\s)*\\(?:text(?:rm|it)?|math(?:rm|it)|mbox) ?\{\s*"
-    rf"(?:(?:square|cubic|sq\.?|cu\.?)\s)?(?:{UNIT_NAMES}|miles?|units?|[kcdm]?m|k?g|m?[lL])\s*\}}(?:\^\{{?[23]\}}?)?\.?$"
+    rf"(?:(?:square|cubic|sq\.?|cu\.?)\s)?(?:{UNIT_NAMES}|miles?|units?"
+    r"|[kcdm]?m|k?g|m?[lL])\s*\}(?:\^\{?[23]\}?)?\.?$"
 )
 """Matches a unit at the end of an expression, such as "\\text{ cm}^2"."""
 _OTHER = re.compile(r"(?<![a-zA-Z\\])(?:or|and)(?![a-zA-Z])")

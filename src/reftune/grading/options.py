@@ -143,10 +143,10 @@ def _option_with_value(line: str, choices: Sequence[str]) -> str | None:
             for i, option in enumerate(options)
             if option and same_number(number, option) and not is_opposite(line, choices[i])
         ]
-    chosen = _letter(equal[0]) if len(equal) == 1 else None
     last = _LAST_LETTER.search(line)
-    letter = "" if last is None else last[1].lower()
-    return None if letter in map(_letter, range(len(choices))) and letter != chosen else chosen
+    named = -1 if last is None else ord(last[1].lower()) - ord("a")
+    names_another = 0 <= named < len(choices) and [named] != equal
+    return _letter(equal[0]) if len(equal) == 1 and not names_another else None
 
 
 _LAST_LETTER = re.compile(

@@ -156,7 +156,7 @@ def _leading_number(line: str) -> Number | None:
     number, end = found
     rest = line[end:]
     if lead.group()[-1:] in ("(", "[") and _POINT.match(line, lead.end()):
-        return None  # (2,251,252), [2, \\infty)
+        return None  # (2,251,252), [2, \infty)
     return None if _is_part_of_more(rest) and not _restates(number, rest) else number
 
 
