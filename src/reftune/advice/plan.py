@@ -262,8 +262,8 @@ class Planner:
         )
 
     def generate(self, gpus: int) -> Phase:
-        """Sampling time per sequence. In each step, a GPU reads its prompts and then samples for
-        many rows at once, token by token."""
+        """Sampling time per sequence. In each training step, a GPU reads its prompts and then
+        generates many sequences at once, token by token."""
         gpu, made, cost = self.hardware.gpu, self.estimate, self.estimate.cost
         outline, total = made.outline, made.outline.total
         rollouts = math.ceil(cost.sampled / gpus)

@@ -1,5 +1,5 @@
-"""Group-relative policy optimization: a sample's baseline is the mean reward of all samples of its
-problem."""
+"""Group-relative policy optimization: a sample's baseline is the mean reward of all samples for the
+same problem."""
 
 from __future__ import annotations
 

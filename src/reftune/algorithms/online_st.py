@@ -1,5 +1,5 @@
 """Online self-training takes supervised steps on the correct samples of each rollout and on the
-gold solutions of its problems.
+gold solutions to the same problems.
 
 To match ReFT's code, set `gold_max_tokens: 300` and `dropout: true`. ReFT's code truncates long
 gold rationales, so the model never sees how they end.

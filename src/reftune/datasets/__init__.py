@@ -38,8 +38,8 @@ def load_dataset(dataset: Dataset, *, seed: int) -> Splits:
 
 
 def load_splits(recipe: Recipe) -> Splits:
-    """The splits of the recipe's dataset. Raises: as `Dataset.load`; also DataError if there is no
-    training row or no dev problem."""
+    """The splits of the recipe's dataset. Raises: as `Dataset.load`; also DataError if there are
+    no training rows or no dev problems."""
     splits = load_dataset(recipe.dataset, seed=derive_seed(recipe.seed, "data"))
     if not splits.train:
         dropped = (

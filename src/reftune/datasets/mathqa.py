@@ -76,8 +76,8 @@ class Mathqa(PaperDataset):
 
     def trainable(self, splits: Splits) -> Splits:
         """As in `PaperDataset`, with two exceptions for `nl`: problems without a rationale are also
-        removed, and the rationale of a multiple-choice problem contradicts the gold answer only if
-        it ends by naming another letter."""
+        removed, and the rationale of a multiple-choice problem counts as contradicting the gold
+        answer only if it ends by naming another letter."""
         if self.rationale == "program":
             return super().trainable(splits)
         splits = drop_untrainable(splits, "no_rationale", lambda problem: not problem.rationale)

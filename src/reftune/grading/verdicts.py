@@ -357,7 +357,7 @@ _AFTER_LIST = re.compile(r",?\s+(?:because|since|as|so)\b|(?<=[^\d\s])\.\s|\.\s+
 
 
 def _parts(problem: Problem) -> list[Problem]:
-    """Copies of the problem, one for each part of its gold answer. Each copy has this part as its
+    """Copies of the problem, one for each part of its gold answer. Each copy has its own part as
     gold answer."""
     return [
         replace(problem, answer=part_answer(item), choices=(), scorer=None)

@@ -141,8 +141,8 @@ class SelfTrain(Sampled):
     keep: int = Field(10, gt=0)
     """Maximum number of distinct correct samples kept per problem."""
     gold: Literal["once", "paper"] = "once"
-    """With `paper`, a gold solution is used twice unless a sample equals it, as in the data files
-    of ReFT's authors."""
+    """How often a gold solution is used: `once`, or, as in the data files of ReFT's authors
+    (`paper`), twice unless a sample is identical to it."""
     sft: Schedule
     """The keys of an `sft` stage, except `kind`, `init`, `snapshots` and `until`."""
 

@@ -160,9 +160,9 @@ class JsonLines:
         self.truncate(sum(len(line) + 1 for line in self._lines()[:count]))
 
     def keep_of(self, is_own: Callable[[Mapping[str, Any]], bool], count: int) -> None:
-        """Of the lines whose object `is_own` accepts, keep only the first `count`. All other lines
-        stay, even if they are damaged. An incomplete last line is dropped. Raises: CheckpointError
-        for a disk error."""
+        """Keep only the first `count` of the lines that `is_own` accepts. All other lines stay,
+        even if they are damaged. An incomplete last line is dropped. Raises: CheckpointError for a
+        disk error."""
         if not is_main():
             return
         lines = self._lines()

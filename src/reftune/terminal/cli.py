@@ -349,7 +349,7 @@ def plan(
     """Estimate how much memory and time a recipe needs on given hardware.
 
     The command reads the model's configuration but no weights. It reads data only if the model is
-    made from scratch. docs/experiments/plan.md has the equations.
+    trained from scratch. docs/experiments/plan.md has the equations behind the estimates.
     """
     from dataclasses import asdict
 

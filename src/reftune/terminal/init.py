@@ -36,13 +36,13 @@ INSTRUCTIONS: Mapping[str, str] = {
 """Kind of format → the instruction that precedes each question for an instruct model."""
 TEMPLATE = Path(__file__).with_name("init.yaml.j2")
 SCRATCH = "scratch"
-"""The name that stands for a model made from scratch, whose vocabulary comes from the data."""
+"""The name that stands for a model trained from scratch, whose vocabulary comes from the data."""
 DEFAULT_MAX_NEW = 256
 """Token limit of a solution if the data has no rationales to measure and the model's context is
 long enough."""
 LEAST_MAX_NEW = 16
 LONGEST_SCRATCH_PROMPT = 1024
-"""For a model made from scratch, the maximum length of a prompt in tokens. It is raised if more
+"""For a model trained from scratch, the maximum length of a prompt in tokens. It is raised if more
 than the share `MAX_TOO_LONG` of the prompts would exceed it. The same holds for solutions."""
 MAX_TOO_LONG = 0.1
 """Largest share of prompts that may be too long. The same limit applies to solutions."""
@@ -169,7 +169,7 @@ class _Lengths:
 
     max_new: int
     context: int
-    """Context length, used only for a model made from scratch."""
+    """Context length, used only for a model trained from scratch."""
     drops: bool
     """Whether some prompts are too long and are dropped."""
 
@@ -220,7 +220,7 @@ def _tokenizer(model: str, texts: Sequence[str]) -> PreTrainedTokenizerBase:
     if model == SCRATCH:
         if not texts:
             raise DataError(
-                "a model made from scratch learns from rationales, but the data has none; choose"
+                "a model trained from scratch learns from rationales, but the data has none; choose"
                 " another --model"
             )
         return word_tokenizer(texts)
