@@ -47,7 +47,7 @@ def test_files_and_then_their_folder_reach_the_disk_before_the_rename(tmp_path: 
 
     monkeypatch.setattr("os.fsync", record)
     save(tmp_path / "checkpoints", 3)
-    partial = "checkpoints/.partial-step-000003"
+    partial = "checkpoints/.step-000003.partial"
     files = {f"{partial}/{name}" for name in ("manifest.json", "state.json", "tensors.safetensors")}
     assert set(synced[:3]) == files and synced[3:] == [partial, "checkpoints"]
 
@@ -198,8 +198,8 @@ def test_a_damaged_later_checkpoint_does_not_push_out_sound_ones(tmp_path):
 
 
 def test_what_a_killed_writer_left_is_no_checkpoint_and_is_cleared_away(tmp_path):
-    (tmp_path / ".partial-step-000007").mkdir()
-    (tmp_path / ".partial-step-000007" / "tensors.safetensors").write_bytes(b"torn")
+    (tmp_path / ".step-000007.partial").mkdir()
+    (tmp_path / ".step-000007.partial" / "tensors.safetensors").write_bytes(b"torn")
     assert load_latest(tmp_path) is None
     save(tmp_path, 8)
     assert names(tmp_path) == ["step-000008"]
@@ -284,11 +284,12 @@ def test_who_may_read_the_folder_may_read_its_files(tmp_path):
     assert (tmp_path / "best" / "file").stat().st_mode & 0o777 == 0o640
 
 
-def test_a_folder_that_cannot_be_filled_leaves_the_old_one(tmp_path):
+def test_a_folder_that_cannot_be_filled_leaves_the_old_one_and_nothing_else(tmp_path):
     replace_folder(tmp_path / "best", fill("old"))
     with full_disk(), pytest.raises(CheckpointError, match="best: cannot be written: "):
         replace_folder(tmp_path / "best", fill("x" * 20_000))
     assert (tmp_path / "best" / "file").read_text() == "old"
+    assert names(tmp_path) == ["best"]
 
 
 def test_a_folder_of_model_weights_on_a_full_disk_is_reported_in_one_line(tmp_path):

@@ -23,11 +23,11 @@ from safetensors import SafetensorError
 from reftune.errors import CheckpointError
 from reftune.processes.sharding import part_of
 from reftune.processes.world import is_main
+from reftune.storage.files import replace_folder
 from reftune.text import brief
 
 if TYPE_CHECKING:
     import torch
-from reftune.storage.files import sync, sync_files, writing
 
 MANIFEST, TENSORS, STATE = "manifest.json", "tensors.safetensors", "state.json"
 FILES = (TENSORS, STATE)
@@ -58,28 +58,20 @@ def save_checkpoint(
     CheckpointError for a disk error; older checkpoints then remain."""
     from safetensors.torch import save_file
 
-    final, partial = folder / f"step-{step:06d}", folder / f".partial-step-{step:06d}"
+    def fill(partial: Path) -> None:
+        partial.mkdir()
+        whole = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        save_file(whole, partial / TENSORS)
+        (partial / STATE).write_text(json.dumps({"step": step, **state}), encoding="utf-8")
+        checksums = {name: _sha256(partial / name) for name in FILES}
+        (partial / MANIFEST).write_text(json.dumps(checksums), encoding="utf-8")
+
+    final = folder / f"step-{step:06d}"
     if not is_main():
         return final
-    try:
-        with writing(final):
-            for torn in folder.glob(".partial-step-*"):
-                shutil.rmtree(torn, ignore_errors=True)
-            partial.mkdir(parents=True)
-            save_file(
-                {name: tensor.detach().contiguous() for name, tensor in tensors.items()},
-                partial / TENSORS,
-            )
-            (partial / STATE).write_text(json.dumps({"step": step, **state}), encoding="utf-8")
-            checksums = {name: _sha256(partial / name) for name in FILES}
-            (partial / MANIFEST).write_text(json.dumps(checksums), encoding="utf-8")
-            sync_files(partial)
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
-            sync(folder)
-    except CheckpointError:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    for torn in folder.glob(".step-*.partial"):  # a kill interrupted the writing
+        shutil.rmtree(torn, ignore_errors=True)
+    replace_folder(final, fill)
     # any checkpoints of later steps are damaged, because `load_latest` skipped them
     newest = [path for number, path in _found(folder) if number <= step][-keep:]
     for _, path in _found(folder):

@@ -49,25 +49,29 @@ def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     processes, but it must write only in the main process. Then the old folder is given a temporary
     name, and the new folder is renamed to `folder`. If the process is killed between these two
     steps, the old folder keeps the temporary name until `restore_folder` is called. Raises:
-    CheckpointError for a disk error."""
+    CheckpointError for a disk error; the new folder is then deleted."""
     partial, old = folder.with_name(f".{folder.name}.partial"), _old(folder)
     if not is_main():
         fill(partial)
         return
     restore_folder(folder)
-    with writing(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with writing(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            fill(partial)
+            readable = partial.stat().st_mode & 0o444
+            for path in partial.rglob("*"):  # safetensors writes files that only their owner reads
+                path.chmod(path.stat().st_mode | readable)
+            sync_files(partial)
+            if folder.exists():
+                folder.rename(old)
+            partial.rename(folder)
+            sync(folder.parent)
+    except CheckpointError:
         shutil.rmtree(partial, ignore_errors=True)
-        fill(partial)
-        readable = partial.stat().st_mode & 0o444
-        for path in partial.rglob("*"):  # safetensors writes files that only their owner may read
-            path.chmod(path.stat().st_mode | readable)
-        sync_files(partial)
-        if folder.exists():
-            folder.rename(old)
-        partial.rename(folder)
-        sync(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def restore_folder(folder: Path) -> None:
