@@ -13,6 +13,7 @@ from pydantic_core import PydanticCustomError
 
 from reftune.errors import DataError, RecipeError
 from reftune.grading.formats import Format
+from reftune.grading.markers import Reading
 from reftune.processes import launch, world
 from reftune.recipe import LengthTable, Recipe, load_component, load_recipe, parse_recipe
 from reftune.results.stats import wilson
@@ -88,6 +89,8 @@ def grade(
     unusable; ReftuneError if a package or sandbox that grading needs is missing. The completion
     never causes an error.
     """
+    own = _format(format)
+    reading = Reading(decimal=getattr(own, "decimal", "."))
     row = {
         "id": "1",
         "answer": answer,
@@ -95,7 +98,7 @@ def grade(
         "choices": list(choices) or None,
         "question": question,
     }
-    return _format(format).grade([problem_of(row, "grade")], [completion])[0]
+    return own.grade([problem_of(row, "grade", reading)], [completion])[0]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

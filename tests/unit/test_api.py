@@ -30,6 +30,18 @@ def test_grade_judges_as_the_reward_does():
     assert "21" in wrong.reason
 
 
+def test_grade_reads_gold_and_completion_with_the_decimal_separator_of_the_format():
+    comma = {"kind": "nl", "decimal": ","}
+    for gold in "3,5", "3,50", "1.003,5":
+        assert (
+            reftune.grade(f"The answer is {gold}", gold, format=comma).verdict
+            is reftune.Verdict.CORRECT
+        )
+    assert (
+        reftune.grade("The answer is 1.500", "1.5", format=comma).verdict is reftune.Verdict.WRONG
+    )
+
+
 def test_bad_arguments_of_grade_are_reported_in_one_line():
     with pytest.raises(RecipeError, match=r"^format: nll: unknown kind; did you mean nl"):
         reftune.grade("x", 1, format="nll")

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from reftune.datasets.reading.rows import Row, read_rows
 from reftune.errors import DataError
@@ -45,6 +47,24 @@ def test_a_table_is_read_whatever_its_delimiter_and_encoding(
     rows = read(tmp_path / "data.csv", table(ROWS, delimiter).encode(encoding))
     assert columns(rows) == ROWS, "007 and NA stay as they were written"
     assert [row.where.rpartition(":")[2] for row in rows] == ["2", "4"]
+
+
+def test_tabs_separate_the_columns_of_a_tsv_file(tmp_path: Path) -> None:
+    (row,) = read(tmp_path / "data.tsv", "question, as asked, in full\tanswer\nWho?\tTom\n")
+    assert row.columns == {"question, as asked, in full": "Who?", "answer": "Tom"}
+
+
+def test_numbers_of_32_bits_are_read_as_they_were_written(tmp_path: Path) -> None:
+    path, numbers = tmp_path / "data.parquet", pyarrow.array([0.1, None, 2.5], pyarrow.float32())
+    parquet.write_table(pyarrow.table({"answer": numbers}), path)
+    assert [row.get("answer") for row in read_rows(str(path), "train")] == [0.1, None, 2.5]
+
+
+def test_two_files_of_one_split_are_refused(tmp_path: Path) -> None:
+    for name in ("train.csv", "train.jsonl"):
+        (tmp_path / name).touch()
+    with pytest.raises(DataError, match=r"train\.jsonl and train\.csv are both the train split"):
+        read_rows(str(tmp_path), "train")
 
 
 def test_a_line_that_names_the_delimiter_is_no_row_and_counts_as_a_line(tmp_path: Path) -> None:

@@ -37,6 +37,29 @@ def test_plain_rows_need_no_settings(tmp_path: Path) -> None:
     assert problem.answer == Answer(kind="number", value=Fraction(5))
 
 
+def test_a_named_column_that_only_test_lacks_is_refused(tmp_path: Path) -> None:
+    train = {"question": "Which is even?", "options": ["one", "two"], "answer": "B"}
+    test = write(tmp_path / "test.jsonl", {"question": "Which?", "A": "1", "B": "2", "answer": "B"})
+    with pytest.raises(DataError, match=r"test\.jsonl:1: no column 'options'"):
+        load(tmp_path, train, test=test, columns={"choices": "options"})
+    test = write(
+        tmp_path / "test.jsonl", {"question": "Which?", "options": ["1", "2"], "answer": "B"}
+    )
+    columns = {"choices": "options", "rationale": "why", "id": "name"}
+    train |= {"why": "because", "name": "a"}
+    (problem,) = load(tmp_path, train, test=test, columns=columns).test
+    assert problem.answer == Answer(kind="choice", value="b")
+
+
+def test_a_question_s_further_columns_may_be_absent_from_test(tmp_path: Path) -> None:
+    train = {"instruction": "Add.", "input": "2 and 3", "output": "5"}
+    test = write(tmp_path / "test.jsonl", {"instruction": "What is 4 + 5?", "output": "9"})
+    (problem,) = load(
+        tmp_path, train, test=test, columns={"question": ["instruction", "input"]}
+    ).test
+    assert problem.question == "What is 4 + 5?"
+
+
 def test_columns_may_have_other_names_and_the_rest_is_kept(tmp_path: Path) -> None:
     row = {"prompt": "q", "gold": "1,234", "why": "so", "key": 17, "level": 3, "tags": ["a"]}
     columns = {"question": "prompt", "answer": "gold", "rationale": "why", "id": "key"}

@@ -114,6 +114,13 @@ def test_questions_with_text_golds_differ_by_case_and_punctuation() -> None:
     assert len(splits.train) == 2
 
 
+def test_a_question_with_a_number_and_a_text_as_gold_is_one_question() -> None:
+    found = split([problem("Is it?", 5), problem("Is it?", "unknown")])
+    assert (found.train, found.counts) == ((), {"contradiction": 2})
+    found = split([problem("Is 7 prime?", "yes")], test=[problem("Is  7 prime?", 1)])
+    assert (found.train, found.counts) == ((), {"leak": 1})
+
+
 def test_dev_and_test_questions_leave_train_and_test_questions_leave_dev() -> None:
     splits = split(
         [problem("One?"), problem("two"), problem("three"), problem("four")],

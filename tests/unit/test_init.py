@@ -76,6 +76,13 @@ def test_the_recipe_passes_check(here: Path, capsys: pytest.CaptureFixture[str],
     assert all(sample["verdict"] and sample["reason"] for sample in report["samples"])
 
 
+@pytest.mark.parametrize("name", ["2024", "2024-01-05", "null", "on"])
+def test_a_name_that_yaml_reads_as_another_value_stays_a_name(here: Path, name: str):
+    write_csv(here / f"{name}.csv", ["question", "answer", "rationale"])
+    assert status("init", "--data", f"{name}.csv", "--model", "scratch") == 0
+    assert load_recipe(f"{name}.yaml").name == name
+
+
 def test_without_rationales_there_is_no_warm_up(here: Path, make_policy):
     policy = make_policy("llama")
     policy.model.save_pretrained(here / "model")

@@ -363,13 +363,25 @@ def test_the_folder_of_another_recipe_is_refused_with_the_key_that_differs(make_
     recipe = make_recipe()
     with open_run(recipe, Progress()):
         pass
-    message = refused(make_recipe(stages={"reft": {"steps": 5}}), RecipeError)
+    message = refused(make_recipe(stages={"reft": {"steps": 3}}), RecipeError)
     assert (
         message
-        == f"{recipe.folder}: belongs to another recipe: stages.reft.steps was 4, now 5; choose"
+        == f"{recipe.folder}: belongs to another recipe: stages.reft.steps was 4, now 3; choose"
         " another run_dir"
     )
     assert "seed was 0, now 7" in refused(make_recipe(seed=7), RecipeError)
+
+
+def test_a_stage_that_has_not_begun_may_be_lengthened(make_recipe):
+    with open_run(make_recipe(), Progress()):
+        pass
+    recipe = make_recipe(stages={"sft": {"epochs": 9}, "reft": {"steps": 5}})
+    with open_run(recipe, Progress()):
+        pass
+    assert (
+        yaml.safe_load(recipe.folder.joinpath("recipe.yaml").read_text())["stages"]["reft"]["steps"]
+        == 5
+    )
 
 
 def test_a_run_whose_data_have_changed_is_not_continued(tmp_path, make_recipe):

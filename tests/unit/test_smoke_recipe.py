@@ -165,7 +165,8 @@ def test_every_stage_logs_its_metrics(finished):
         # without a correct sample, online self-training has no sampled token to measure
         "online_st": (sampled - {"policy/entropy"} | {"policy/gold_nll", "policy/positive_nll"}),
         "reft": sampled | clipped | values | {"kl/reference"},
-        "reft_modern": sampled | clipped | values | {"kl/reference"},
+        # in so few steps, its returns are all equal
+        "reft_modern": sampled | clipped | values - {"value/explained_variance"} | {"kl/reference"},
         "grpo": sampled | clipped | {"kl/reference", "kl/penalty"},
         "dr_grpo": sampled | clipped,
         "rloo": sampled | clipped | {"kl/reference"},

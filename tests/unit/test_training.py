@@ -644,6 +644,16 @@ def test_a_stage_that_starts_from_no_earlier_method_is_refused(make_recipe):
         pass
 
 
+@pytest.mark.parametrize("method", ["../up", "a/b", "", "..", "base"])
+def test_a_method_whose_name_cannot_be_a_folder_is_refused(make_recipe, method):
+    recipe = make_recipe(stages={"sft": {"snapshots": {method: 1}}})
+    with (
+        pytest.raises(RecipeError, match=r"stages\.sft: cannot save a method called "),
+        open_run(recipe, Progress()),
+    ):
+        pass
+
+
 def test_a_method_that_is_made_twice_is_refused(make_recipe):
     recipe = make_recipe(stages={"sft": {"snapshots": {"sft": 1}}, "reft": {"init": "sft"}})
     with (

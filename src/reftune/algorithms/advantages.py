@@ -3,6 +3,8 @@ include, and False at all other positions, such as padding."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -130,11 +132,12 @@ def leave_one_out(rewards: Tensor, groups: Tensor) -> Tensor:
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     """Share of the returns' variance that the values explain: 1 for perfect values, 0 for constant
-    values, and below 0 if the errors vary more than the returns.
+    values, and below 0 if the errors vary more than the returns. NaN if all returns are equal.
 
         1 - Var(G - V) / Var(G)
 
     Inputs are (B, R).
     """
     returns, errors = returns[mask], (returns - values)[mask]
-    return 1 - errors.var(correction=0) / returns.var(correction=0).clamp(min=1e-8)
+    variance = returns.var(correction=0)
+    return torch.where(variance > 1e-8, 1 - errors.var(correction=0) / variance, math.nan)

@@ -79,11 +79,15 @@ class Jsonl(FileDataset):
 
     def _columns(self, rows: Sequence[Row], *, is_train: bool) -> Columns:
         """The columns that the user named and, for the other fields, the columns recognised by
-        their names. Raises: DataError if the training rows lack a named column, or if no column is
-        recognised for the question or the answer."""
+        their names. Raises: DataError if the training rows lack a named column, if dev or test lack
+        a named column of the question or the options, or if no column is recognised for the
+        question or the answer."""
         named = {} if self.columns is None else self.columns.model_dump(exclude_unset=True)
-        for value in named.values() if is_train else ():
-            for name in [value] if isinstance(value, str) else value or ():
+        for field, value in named.items():
+            names = [value] if isinstance(value, str) else value or []
+            if not is_train:  # the other parts of a question are optional, such as Alpaca's input
+                names = {"question": names[:1], "choices": names}.get(field, [])
+            for name in names:
                 if all(row.get(name) is None for row in rows):
                     rows[0].value(name)
         return recognise(rows, named).columns

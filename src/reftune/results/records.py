@@ -104,10 +104,17 @@ class RunResults:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The recipe without the keys in which runs of one recipe may differ: name, seed and
-        folder."""
-        apart = ("name", "seed", "run_dir")
-        return {key: value for key, value in self.recipe.items() if key not in apart}
+        """The recipe without the keys in which runs of one recipe may differ: name, seed, folder,
+        and the sizes that `auto` fits to the memory at hand, which only change rounding."""
+        settings = {
+            key: value
+            for key, value in self.recipe.items()
+            if key not in ("name", "seed", "run_dir")
+        }
+        for table, size in (("model", "micro_batch_tokens"), ("engine", "batch_size")):
+            if isinstance(settings.get(table), Mapping):
+                settings[table] = {k: v for k, v in settings[table].items() if k != size}
+        return settings
 
     @property
     def wall_seconds(self) -> float:

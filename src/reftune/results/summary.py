@@ -95,9 +95,10 @@ class MethodScore:
         return self.group.runs[0].stages[self.method].init
 
     @property
-    def looks(self) -> int | None:
-        """Number of dev evaluations from which the first seed's model was chosen."""
-        return self.group.runs[0].stages[self.method].info.get("looks")
+    def looks(self) -> float | None:
+        """Number of dev evaluations from which the model was chosen, averaged over seeds."""
+        mean = self.mean("looks")
+        return mean if mean is None else int(mean) if mean % 1 == 0 else round(mean, 1)
 
     @property
     def dev_accuracy(self) -> float | None:
@@ -469,28 +470,31 @@ class LastRise(NamedTuple):
 
 
 def last_rise(run: RunResults, method: str) -> LastRise | None:
-    """The last rise that was measured up to the step at which a supervised method's model was
-    saved. None if the method is not supervised, is not finished, or had too few evaluations by
-    then."""
+    """The last rise that was measured in a supervised method's training: for a snapshot, up to its
+    step; for a stage, up to the end, because evaluations after the chosen model show that dev
+    accuracy no longer rose. None if the method is not supervised, is not finished, or had too few
+    evaluations."""
     source = _source(run, method)
     if source is None or _samples(source[0]):
         return None
-    supervised, step = source
-    looks = [row.values for row in supervised.metrics if row.step <= step]
+    supervised, end = source
+    looks = [row.values for row in supervised.metrics if end is None or row.step <= end]
     last: Mapping[str, float] = next((v for v in reversed(looks) if "dev/rise" in v), {})
     if not last:
         return None
     return LastRise(last["dev/rise"], last["dev/rise_margin"], last["dev/accuracy"])
 
 
-def _source(run: RunResults, method: str) -> tuple[StageResults, int] | None:
-    """The stage that trained `method`, and the step at which the method's model was saved; None if
-    the method is unknown or not finished."""
+def _source(run: RunResults, method: str) -> tuple[StageResults, int | None] | None:
+    """The stage that trained `method`, and the step of a snapshot; None if the method is unknown or
+    not finished."""
     found = run.stages.get(method)
     if found is None or "chosen_step" not in found.info:
         return None
     parent = found.info.get("snapshot_of")
-    return run.stages[parent] if parent else found, int(found.info["chosen_step"])
+    if parent:
+        return run.stages[parent], int(found.info["chosen_step"])
+    return found, None
 
 
 def _samples(stage: StageResults) -> bool:

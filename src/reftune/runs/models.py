@@ -145,6 +145,11 @@ def check_stage_graph(recipe: Recipe) -> None:
                     f" known here: {', '.join(known)}"
                 )
         for method in recipe.saved_by(name):
+            if Path(method).name != method or method.startswith(".") or method in ("", "base"):
+                raise RecipeError(
+                    f"stages.{name}: cannot save a method called {method!r}; expected the name of a"
+                    " folder, and not base, which is the model before training"
+                )
             if method in made:
                 raise RecipeError(f"stages.{name}: two stages save the method {method}")
             made.add(method)

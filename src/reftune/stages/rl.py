@@ -6,6 +6,7 @@ not depend on the algorithm. `loop.py` repeats the step.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
@@ -416,13 +417,15 @@ def _part_means(rollouts: Sequence[Rollout]) -> dict[str, float]:
 
 
 def value_metrics(batch: RolloutBatch) -> dict[str, float]:
-    """Metrics of how well the value head predicted the returns; empty if there are no returns."""
+    """Metrics of how well the value head predicted the returns; empty if there are no returns. The
+    explained variance is left out if all returns are equal."""
     if batch.values is None or batch.returns is None:
         return {}
     mask = batch.response_mask
+    explained = float(explained_variance(batch.values, batch.returns, mask))
     return {
         "value/mean": float(masked_mean(batch.values, mask)),
-        "value/explained_variance": float(explained_variance(batch.values, batch.returns, mask)),
+        **({} if math.isnan(explained) else {"value/explained_variance": explained}),
     }
 
 

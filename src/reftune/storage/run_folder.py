@@ -260,8 +260,8 @@ def refuse_foreign(folder: RunFolder, recipe: Recipe) -> bool:
 
 def lengthened_stages(folder: RunFolder, recipe: Recipe) -> list[str]:
     """The names of the stages, other than reward models, that have begun and for which `recipe`
-    sets more steps or epochs than the folder's recipe. `recipe` may also have more stages, because
-    a new stage does not affect the existing ones.
+    sets more steps or epochs than the folder's recipe. `recipe` may also lengthen stages that have
+    not begun, and have more stages, because a new stage does not affect the existing ones.
 
     Raises: RecipeError if the recipes also differ in anything else that affects results, or if one
     of these stages cannot continue, because a later stage has begun or the stage's own final
@@ -273,10 +273,11 @@ def lengthened_stages(folder: RunFolder, recipe: Recipe) -> list[str]:
     for name, stage in own["stages"].items():
         spec = wanted["stages"].get(name, {})
         for key in {"steps", "epochs"} & stage.keys() & spec.keys():
-            has_begun = any(folder.stage(name).checkpoints.glob("step-*"))
-            if spec[key] > stage[key] and recipe.stages[name].is_method and has_begun:
+            files = folder.stage(name)
+            has_begun = files.is_done or any(files.checkpoints.glob("step-*"))
+            if spec[key] > stage[key] and (recipe.stages[name].is_method or not has_begun):
                 stage[key] = spec[key]
-                longer.append(name)
+                longer += [name] * has_begun
     difference = first_difference(own, wanted)
     if difference is not None:
         raise RecipeError(

@@ -210,6 +210,24 @@ def test_runs_that_differ_in_the_seed_are_one_group(write_run: WriteRun) -> None
     assert score.ci95[0] < score.value < score.ci95[1]
 
 
+def test_sizes_that_auto_chose_do_not_part_the_seeds(write_run: WriteRun) -> None:
+    folders = [write_run("a"), write_run("b", seed=1)]
+    for folder, tokens in zip(folders, (16384, 8192), strict=True):
+        recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+        recipe["model"] = {**recipe.get("model", {}), "micro_batch_tokens": tokens}
+        recipe["engine"] = {"kind": "kv", "batch_size": tokens // 64}
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (group,) = read_groups(folders)
+    assert len(group.runs) == 2
+
+
+def test_dev_evaluations_are_averaged_over_seeds(write_run: WriteRun) -> None:
+    folders = [write_run("a"), write_run("b", seed=1)]
+    path = folders[1] / "stages" / "reft" / "stage.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "looks": 8}))
+    assert score_table(read_groups(folders)).method("reft").looks == 6.5
+
+
 def test_seeds_may_have_problems_of_their_own(write_run: WriteRun) -> None:
     folders = [write_run(f"demo-s{seed}", seed=seed, problem_seed=seed) for seed in range(2)]
     assert score_table(read_groups(folders)).between("reft", "sft") is not None

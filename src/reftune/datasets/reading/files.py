@@ -186,8 +186,8 @@ def _mapping(value: object, where: str) -> Mapping[str, Any]:
 
 def _read_csv(path: Path) -> Records:
     """The rows of a table in UTF-8, UTF-16 or Windows-1252, which Excel still writes. A first line
-    such as `sep=;` names the delimiter. Without such a line, the delimiter is chosen from
-    `DELIMITERS`."""
+    such as `sep=;` names the delimiter. Without such a line, the delimiter is a tab in a `.tsv`
+    file, and otherwise chosen from `DELIMITERS`."""
     text = read_text(path, fallback="cp1252")
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
@@ -198,12 +198,14 @@ def _read_csv(path: Path) -> Records:
         text = text.replace("\r", "\n")
     separator = re.match(r"sep=(.)\r?\n", text)  # Excel understands such a line
     body = text if separator is None else text[separator.end() :]
-    delimiter = _delimiter(body) if separator is None else separator[1]
+    delimiter = _delimiter(path, body) if separator is None else separator[1]
     return _table(path, _csv_lines(path, body, delimiter, 1 if separator is None else 2))
 
 
-def _delimiter(text: str) -> str:
+def _delimiter(path: Path, text: str) -> str:
     first = text.lstrip().partition("\n")[0]
+    if ending(path) == ".tsv" and "\t" in first:
+        return "\t"
     return max(
         DELIMITERS, key=lambda delimiter: len(next(csv.reader([first], delimiter=delimiter), []))
     )
@@ -289,15 +291,21 @@ def _table(path: Path, lines: Iterable[Line]) -> Records:
 
 
 def _read_parquet(path: Path) -> Records:
+    import numpy as np
     import pyarrow
     from pyarrow import parquet
 
     try:
-        records = parquet.read_table(path).to_pylist()
+        table = parquet.read_table(path)
+        singles = [field.name for field in table.schema if pyarrow.types.is_float32(field.type)]
+        records = table.to_pylist()
     # ValueError: text that is not UTF-8; OverflowError: a date out of range
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise DataError(f"{path}: not a readable parquet file ({first_line(error)})") from None
     for number, record in enumerate(records, start=1):
+        for name in singles:  # 0.1 in 32 bits is 0.10000000149011612 in 64 bits
+            if record[name] is not None:
+                record[name] = float(str(np.float32(record[name])))
         yield f"{path}: row {number}", record
 
 

@@ -179,18 +179,25 @@ def _rows_of(path: Path) -> list[Row]:
 def _files_of_split(folder: Path, split: str, names: Sequence[str]) -> list[Path]:
     stems = SPLIT_NAMES[split]
     files = {path.name.lower(): path for path in sorted(folder.iterdir()) if path.is_file()}
-    usual = product(stems, READERS, ("", ".gz"))
-    for name in (*names, *map("".join, usual)):
+    for name in names:
         if name.lower() in files:
             return [files[name.lower()]]
+    for stem in stems:
+        usual = [f"{stem}{kind}{zipped}" for kind, zipped in product(READERS, ("", ".gz"))]
+        found = [files[name] for name in usual if name in files]
+        if len(found) > 1:
+            several = " and ".join(path.name for path in found)
+            raise DataError(f"{folder}: {several} are both the {split} split; expected one file")
+        if found:
+            return found
     for place, stem in product(("", "data/"), stems):
         shards = sorted(folder.glob(f"{place}{stem}-*.parquet"))
         if shards:
             return shards
-    found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+    there = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
     wanted = ", ".join([*names[:2], *(f"{stem}.jsonl" for stem in stems)])
     raise DataError(
-        f"{folder}: no file of the {split} split, found {found}; expected one like {wanted}"
+        f"{folder}: no file of the {split} split, found {there}; expected one like {wanted}"
     )
 
 

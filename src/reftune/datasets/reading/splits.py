@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from typing import NamedTuple
 
 from reftune.errors import DataError
 from reftune.grading.numbers import number_of, same_number
@@ -18,9 +19,6 @@ from reftune.types import Answer, Problem
 
 Key = Callable[[Problem], str]
 """Computes the key of a problem. Problems with equal keys ask the same question."""
-Asked = tuple[str, Problem]
-"""A problem's key, and the problem itself."""
-
 LARGEST_DEFAULT_DEV = 500
 TOKEN = re.compile(
     r"(?:(?<![\w.])\.)?\d+(?:[.,]\d+)*(?:!+(?=\s*[-+*/^=)\d]))?"
@@ -44,6 +42,18 @@ class Splits:
     """How many rows were dropped, by reason: `duplicate`, `program_disagrees`, …"""
 
 
+class Asked(NamedTuple):
+    """A problem, and what its question is compared by."""
+
+    key: str
+    problem: Problem
+
+    @property
+    def keys(self) -> set[str]:
+        """`key`, and the key that the problem would have if its gold answer were text."""
+        return {self.key, _text_key(self.problem)}
+
+
 def question_key(problem: Problem) -> str:
     """A key that is equal for problems that ask the same question. It ignores case, spacing and
     sentence punctuation, but not numbers, operators or options.
@@ -51,8 +61,9 @@ def question_key(problem: Problem) -> str:
     If the gold answer is text, the question may be about case or punctuation, so only spacing is
     ignored.
     """
-    text = " ".join([problem.question, *problem.choices])
-    return _spaced(text) if problem.answer.kind == "text" else normalised(text)
+    if problem.answer.kind == "text":
+        return _text_key(problem)
+    return normalised(" ".join([problem.question, *problem.choices]))
 
 
 def draw_splits(
@@ -73,8 +84,8 @@ def draw_splits(
       dropped only if the rationales are the same too.
     - `contradiction`: rows of the split give different gold answers to the same question with the
       same options. None of these rows is kept.
-    - `leak`: test contains a problem with the same `key`. A row of train is also dropped if dev
-      contains such a problem.
+    - `leak`: test contains a problem with the same `key`, or with the same text apart from spacing.
+      A row of train is also dropped if dev contains such a problem.
 
     If `dev` is None, the questions of train are sorted by a hash of the question and `seed`, and
     the first `dev_size` of them become dev. Thus row order and rationales do not affect the choice.
@@ -82,16 +93,20 @@ def draw_splits(
     if `dev_size` leaves nothing to train on.
     """
     counts: Counter[str] = Counter()
-    tested = [(key(problem), problem) for problem in test]
-    learned = _without(_clean(train, key, several_rationales, counts), tested, counts)
+
+    def asked(problems: Iterable[Problem]) -> list[Asked]:
+        return [Asked(key(problem), problem) for problem in problems]
+
+    tested = asked(test)
+    learned = _without(_clean(asked(train), several_rationales, counts), tested, counts)
     if dev is None:
         chosen = _draw(learned, dev_size, seed)
         counts["leak"] -= len(chosen)
     else:
-        chosen = _without(_clean(dev, key, False, counts), tested, counts)
+        chosen = _without(_clean(asked(dev), False, counts), tested, counts)
     learned = _without(learned, chosen, counts)
     test_set, dev_set, train_set = _with_unique_ids(
-        *([problem for _, problem in asked] for asked in (tested, chosen, learned))
+        *([each.problem for each in split] for split in (tested, chosen, learned))
     )
     return Splits(train=train_set, dev=dev_set, test=test_set, counts=dict(+counts))
 
@@ -132,32 +147,36 @@ def _spaced(text: str) -> str:
     return " ".join(text.split())
 
 
-def _clean(
-    problems: Iterable[Problem], key: Key, several_rationales: bool, counts: Counter[str]
-) -> list[Asked]:
+def _text_key(problem: Problem) -> str:
+    """The key of a problem whose gold answer is text."""
+    return _spaced(" ".join([problem.question, *problem.choices]))
+
+
+def _clean(asked: Sequence[Asked], several_rationales: bool, counts: Counter[str]) -> list[Asked]:
     """The problems in the same order, without contradictions and duplicates, which are counted in
     `counts`."""
-    problems = list(problems)
     first: dict[str, Problem] = {}
-    questions = [question_key(problem) for problem in problems]
+    # by both keys, so that a number and a text are compared if they answer the same question
+    questions = [{question_key(each.problem), _text_key(each.problem)} for each in asked]
     contradicted = {
         question
-        for question, problem in zip(questions, problems, strict=True)
-        if not same_gold(first.setdefault(question, problem).answer, problem.answer)
+        for keys, each in zip(questions, asked, strict=True)
+        for question in keys
+        if not same_gold(first.setdefault(question, each.problem).answer, each.problem.answer)
     }
     kept: dict[tuple[str | None, ...], Asked] = {}
-    for question, problem in zip(questions, problems, strict=True):
+    for keys, each in zip(questions, asked, strict=True):
         identity = (
-            _spaced(problem.question),
-            *problem.choices,
-            problem.rationale if several_rationales else None,
+            _spaced(each.problem.question),
+            *each.problem.choices,
+            each.problem.rationale if several_rationales else None,
         )
-        if question in contradicted:
+        if keys & contradicted:
             counts["contradiction"] += 1
         elif identity in kept:
             counts["duplicate"] += 1
         else:
-            kept[identity] = (key(problem), problem)
+            kept[identity] = each
     return list(kept.values())
 
 
@@ -166,17 +185,17 @@ def _without(
 ) -> list[Asked]:
     """The problems in `asked` whose keys do not occur in `elsewhere`. The others are counted as
     leaks."""
-    taken = {question for question, _ in elsewhere}
-    kept = [(question, problem) for question, problem in asked if question not in taken]
+    taken = {key for each in elsewhere for key in each.keys}
+    kept = [each for each in asked if not each.keys & taken]
     counts["leak"] += len(asked) - len(kept)
     return kept
 
 
 def _draw(asked: Sequence[Asked], size: int | None, seed: int) -> list[Asked]:
     """One problem for each of `size` questions, drawn with `seed`."""
-    by_question: dict[str, Problem] = {}
-    for question, problem in asked:
-        by_question.setdefault(question, problem)
+    by_question: dict[str, Asked] = {}
+    for each in asked:
+        by_question.setdefault(each.key, each)
     if size is None:
         size = min(LARGEST_DEFAULT_DEV, max(len(by_question) // 10, len(by_question) > 1))
     if size and size >= len(by_question):
@@ -186,7 +205,7 @@ def _draw(asked: Sequence[Asked], size: int | None, seed: int) -> list[Asked]:
         )
     in_order = sorted(by_question, key=lambda question: derive_seed(seed, "dev", question))
     chosen = set(in_order[:size])
-    return [(question, by_question[question]) for question in by_question if question in chosen]
+    return [each for question, each in by_question.items() if question in chosen]
 
 
 def _with_unique_ids(*splits: Sequence[Problem]) -> list[tuple[Problem, ...]]:
