@@ -277,7 +277,8 @@ def lengthened_stages(folder: RunFolder, recipe: Recipe) -> list[str]:
             has_begun = files.is_done or any(files.checkpoints.glob("step-*"))
             if spec[key] > stage[key] and (recipe.stages[name].is_method or not has_begun):
                 stage[key] = spec[key]
-                longer += [name] * has_begun
+                if has_begun:
+                    longer.append(name)
     difference = first_difference(own, wanted)
     if difference is not None:
         raise RecipeError(

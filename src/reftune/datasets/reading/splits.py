@@ -19,6 +19,7 @@ from reftune.types import Answer, Problem
 
 Key = Callable[[Problem], str]
 """Computes the key of a problem. Problems with equal keys ask the same question."""
+
 LARGEST_DEFAULT_DEV = 500
 TOKEN = re.compile(
     r"(?:(?<![\w.])\.)?\d+(?:[.,]\d+)*(?:!+(?=\s*[-+*/^=)\d]))?"
@@ -61,9 +62,8 @@ def question_key(problem: Problem) -> str:
     If the gold answer is text, the question may be about case or punctuation, so only spacing is
     ignored.
     """
-    if problem.answer.kind == "text":
-        return _text_key(problem)
-    return normalised(" ".join([problem.question, *problem.choices]))
+    text = _text_key(problem)
+    return text if problem.answer.kind == "text" else normalised(text)
 
 
 def draw_splits(
