@@ -164,11 +164,13 @@ def evaluate(
             )
     put = _format(format or recipe.get("format") or "nl")
     lengths = LengthTable.model_validate(recipe.get("lengths") or {})
+    if max_new is not None and max_new < 1:
+        raise RecipeError(f"max_new: expected a positive number of tokens, got {max_new}")
     collector = Collector(
         engine=load_component("kv", group="engines"),
         encoder=Encoder(policy.tokenizer, put),
         reward=Outcome(),
-        lengths=LengthTable(max_new=max_new or lengths.max_new),
+        lengths=LengthTable(max_new=lengths.max_new if max_new is None else max_new),
     )
     own = policy.stop
     policy.stop = replace(own, texts=stop_texts(put))

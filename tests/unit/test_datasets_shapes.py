@@ -345,6 +345,18 @@ def test_golds_that_are_positions_are_not_read_as_texts(tmp_path: Path, answer: 
     assert problem.answer.value == "a"
 
 
+def test_columns_that_are_no_options_are_named_with_the_remedy(tmp_path: Path) -> None:
+    row = {"question": "What is 3 + 4?", "a": 3, "b": 4, "answer": 7}
+    remedy = "a to b are read as options .*set dataset.columns.choices=null"
+    with pytest.raises(DataError, match=remedy):
+        load(tmp_path, row)
+    (problem,) = load(tmp_path, row, columns={"choices": None})
+    assert (problem.answer, problem.choices) == (Answer(kind="number", value=Fraction(7)), ())
+    with pytest.raises(DataError) as error:
+        load(tmp_path, row, columns={"choices": ["a", "b"]})
+    assert "read as options" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     "empty", ["", " ", "[]", [], {}, {"text": [], "label": []}, {"A": None, "B": None}], ids=str
 )

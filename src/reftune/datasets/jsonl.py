@@ -105,6 +105,18 @@ class Jsonl(FileDataset):
             )
         return None
 
+    def _guessed_options(self, columns: Columns) -> str:
+        """A remedy for tables whose columns `a` and `b`, say, are not options; empty if the user
+        named the options."""
+        names = columns.choices
+        is_named = self.columns is not None and "choices" in self.columns.model_fields_set
+        if is_named or not isinstance(names, list):
+            return ""
+        return (
+            f"; the columns {names[0]} to {names[-1]} are read as options (if they are not, set"
+            " dataset.columns.choices=null)"
+        )
+
     def _read_row(self, row: Row, columns: Columns) -> _Read:
         options = self._options(row, columns)
         question, messages = _question(row, columns.question)
@@ -112,7 +124,8 @@ class Jsonl(FileDataset):
         try:
             answer, stated = self._gold(cell, options)
         except DataError as error:
-            raise DataError(f"{row.where}: {columns.answer} is {error}") from None
+            hint = self._guessed_options(columns) if options is not None else ""
+            raise DataError(f"{row.where}: {columns.answer} is {error}{hint}") from None
         if columns.rationale == columns.answer:
             rationale = worked_solution(cell) if isinstance(cell, str) else None
         else:
