@@ -58,11 +58,12 @@ NOTES = {
     "comparison": (
         "Reranking uses the paper's classifier, trained on 20 samples per question from the "
         "warm-up model. If it chooses from more than 8 samples, its choices get "
-        "[worse](experiments/reranking.md), because it overrates some unlikely wrong solutions. "
-        "[Our reward model](algorithms.md#loss) also uses the solution's likelihood. In [five "
-        "other runs](experiments/reranking.md#five-seeds-on-test), reranking SFT's samples with "
-        "our reward model beats greedy decoding by 10.5 points [6.1, 14.9] and voting by 6.1 "
-        "points [2.4, 10.1]; for ReFT, neither difference is significant."
+        "[worse](experiments/reranking.md), because it overrates some wrong solutions that the "
+        "model rarely samples. "
+        "[Our reward model](algorithms.md#loss) adds the solution's likelihood to the classifier's "
+        "output. In [five other runs](experiments/reranking.md#five-seeds-on-test), reranking "
+        "SFT's samples with our reward model beats greedy decoding by 10.5 points [6.1, 14.9] and "
+        "voting by 6.1 points [2.4, 10.1]; for ReFT, neither difference is significant."
     ),
     "modern": (
         "*ReFT* is PPO with the coefficients and value head of the authors' code. *ReFT modern* "
@@ -94,17 +95,19 @@ NOTES = {
         "warm-up](experiments/handover.md#first-attempts), no method beat SFT.\n\n"
         "In [five other runs](experiments/reranking.md#five-seeds-on-test-in-words), reranking "
         "with our reward model beats greedy decoding by 8.8 points [6.2, 11.5] for SFT. For ReFT, "
-        "the gain is not significant, and ReFT is no longer better than SFT. Reranking with the "
-        "paper's classifier is worse than greedy decoding, by 11.5 points [7.5, 15.8] for SFT and "
-        "by 25.1 points [21.9, 28.5] for ReFT."
+        "the gain is not significant, and with this reranking, ReFT is not better than SFT. In the "
+        "same runs, reranking with the paper's classifier is worse than greedy decoding, by 11.5 "
+        "points [7.5, 15.8] for SFT and by 25.1 points [21.9, 28.5] for ReFT."
     ),
 }
 """Recipe → text above its table."""
 OPEN = [
     "**The only pretrained model** whose training finished is SmolLM2-135M-Instruct, on generated "
-    "questions that need one arithmetic step. Over three seeds, GRPO gains 9.9 points [6.2, 13.4] "
-    "over a short warm-up, but further SFT with as many gradient passes is 12.1 points [8.6, 16.1] "
-    "better than GRPO. From a longer warm-up, GRPO gains 1.7 points [−0.9, 5.0], n.s. "
+    "questions, with three seeds. On questions that need one arithmetic step, GRPO gains 9.9 "
+    "points [6.2, 13.4] over a short warm-up, but further SFT with as many gradient passes is 12.1 "
+    "points [8.6, 16.1] better than GRPO. From a longer warm-up, GRPO gains 1.7 points "
+    "[−0.9, 5.0], n.s. On questions of two steps, where half of the training solutions omit the "
+    "working, GRPO from a longer SFT is 14.8 points [8.7, 20.4] better than still further SFT "
     "([log](experiments/smollm2-instruct.md)).",
     "**No run on real data** is complete. [SmolLM2 on SVAMP](experiments/smollm2-svamp.md) "
     "reports 28 RL steps on two CPU cores, and three warm-ups on a GPU, where time ran out before "

@@ -36,9 +36,9 @@ can set any of them (`stages.reft.steps=100`). A nested mapping is a *table*. So
 recipe inherits that file's keys: tables are merged unless their kinds differ, and `null` removes an
 inherited key.
 
-If a key allows only certain values, the other values follow the default in parentheses. A dash
-means that the key is unset by default. [Notation](algorithms.md#notation) explains terms such as
-*method* and *rollout*. "The paper" is the ReFT paper, and "the authors" are its authors.
+If a key allows only certain values, those other than the default stand in parentheses after it. A
+dash means that the key is unset by default. [Notation](algorithms.md#notation) explains terms such
+as *method* and *rollout*. "The paper" is the ReFT paper, and "the authors" are its authors.
 """
 Rows = dict[str, tuple[str, str]]
 """Key → its default and meaning."""

@@ -142,7 +142,7 @@ def evaluate(
     keys `question`, `answer` and, optionally, `id`, `choices` and `answer_kind`. `max_new` is the
     maximum number of tokens per solution. For a folder `stages/NAME`, `format` and `max_new`
     default to the run's settings. For any other model, they default to `nl` and 256. Raises:
-    ReftuneError if the model, a problem or the format cannot be used.
+    ReftuneError if the model, a problem, the format or `max_new` cannot be used.
     """
     from reftune.grading.rewards.outcome import Outcome
     from reftune.model.encoder import Encoder, stop_texts
@@ -150,6 +150,8 @@ def evaluate(
 
     if not problems:
         raise RecipeError("evaluate: no problems; expected at least one")
+    if max_new is not None and (not isinstance(max_new, int) or max_new < 1):
+        raise RecipeError(f"max_new: {max_new!r}; expected a positive number of tokens")
     recipe = _recipe_of(model)
     policy = _policy(model)
     found = tuple(
@@ -164,8 +166,6 @@ def evaluate(
             )
     put = _format(format or recipe.get("format") or "nl")
     lengths = LengthTable.model_validate(recipe.get("lengths") or {})
-    if max_new is not None and max_new < 1:
-        raise RecipeError(f"max_new: expected a positive number of tokens, got {max_new}")
     collector = Collector(
         engine=load_component("kv", group="engines"),
         encoder=Encoder(policy.tokenizer, put),

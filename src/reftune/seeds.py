@@ -1,5 +1,5 @@
-"""Every random number in a run is a function of a seed and the number's purpose, so a checkpoint
-need not contain the state of a generator."""
+"""Every random number in a run is a function of a seed and of what the number is used for, so a
+checkpoint need not contain the state of a generator."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ def test_evaluate_takes_a_policy_and_problems(make_policy):
     assert result.accuracy == 0.0
     with pytest.raises(RecipeError, match="no problems"):
         reftune.evaluate(make_policy("llama"), [])
-    with pytest.raises(RecipeError, match="max_new: expected a positive number of tokens, got 0"):
+    with pytest.raises(RecipeError, match="max_new: 0; expected a positive number of tokens"):
         reftune.evaluate(make_policy("llama"), [problem], max_new=0)
     with pytest.raises(DataError, match="problem 0: question is None; expected text"):
         reftune.evaluate(make_policy("llama"), [{"prompt": "2 + 3?", "answer": 5}])

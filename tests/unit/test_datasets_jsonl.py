@@ -201,6 +201,16 @@ def test_a_mapped_column_must_be_there(tmp_path: Path) -> None:
         load(tmp_path, SUM, columns={"rationale": "why"})
 
 
+def test_a_run_s_own_recipe_names_only_the_columns_that_the_user_named(tmp_path: Path) -> None:
+    # the data have no column `id`, so a recipe that named it could not be used again
+    source = write(tmp_path / "data.jsonl", {"q": "2 + 3?", "a": "x", "answer": 5})
+    given = {"kind": "jsonl", "train": source, "columns": {"question": "q", "choices": None}}
+    dumped = Jsonl.model_validate({**given, "dev_size": 0}).model_dump(mode="json")
+    assert dumped["columns"] == given["columns"]
+    (problem,) = Jsonl.model_validate(dumped).load(seed=0).train
+    assert (problem.question, problem.choices) == ("2 + 3?", ())
+
+
 def test_an_unknown_key_of_columns_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(ValidationError, match=r"qestion: unknown key; did you mean question\?"):
         Jsonl.model_validate({"kind": "jsonl", "train": "x.jsonl", "columns": {"qestion": "q"}})

@@ -345,15 +345,22 @@ def test_golds_that_are_positions_are_not_read_as_texts(tmp_path: Path, answer: 
     assert problem.answer.value == "a"
 
 
-def test_columns_that_are_no_options_are_named_with_the_remedy(tmp_path: Path) -> None:
-    row = {"question": "What is 3 + 4?", "a": 3, "b": 4, "answer": 7}
-    remedy = "a to b are read as options .*set dataset.columns.choices=null"
+@pytest.mark.parametrize(
+    ("row", "where"),
+    [({"a": 3, "b": 4}, "columns a to b"), ({"options": "puts and calls"}, "column options")],
+)
+def test_columns_that_are_no_options_are_named_with_the_remedy(
+    tmp_path: Path, row: dict[str, object], where: str
+) -> None:
+    row = {"question": "What is 3 + 4?", **row, "answer": 7}
+    remedy = f"{where}: read as options .*set dataset.columns.choices=null"
     with pytest.raises(DataError, match=remedy):
         load(tmp_path, row)
     (problem,) = load(tmp_path, row, columns={"choices": None})
     assert (problem.answer, problem.choices) == (Answer(kind="number", value=Fraction(7)), ())
+    named = [name for name in row if name not in ("question", "answer")]
     with pytest.raises(DataError) as error:
-        load(tmp_path, row, columns={"choices": ["a", "b"]})
+        load(tmp_path, row, columns={"choices": named[0] if len(named) == 1 else named})
     assert "read as options" not in str(error.value)
 
 

@@ -145,8 +145,8 @@ def make_plan(
     response: int | None = None,
     only: str | None = None,
 ) -> Plan:
-    """The plan for all stages, or for the stage `only`. `prompt` and `response` are lengths in
-    tokens. Their defaults are `lengths.max_prompt` (256 if unset) and `lengths.max_new`.
+    """The plan for all stages, or for the one that `only` names. `prompt` and `response` are
+    lengths in tokens. Their defaults are `lengths.max_prompt` (256 if unset) and `lengths.max_new`.
 
     Raises: RecipeError if none of these stages states its cost; ModelError if the configuration
     cannot be read; DataError as in `load_splits`.
@@ -231,8 +231,8 @@ class Planner:
         return self.hardware.rate(self.estimate.recipe.model.dtype)
 
     def flops(self, *, backward: bool) -> float:
-        """FLOPs of a pass over one sequence. They are counted in a trace, and doubled if the value
-        model is separate."""
+        """FLOPs of a pass over one sequence, counted by tracing the model; twice as many if the
+        value model is separate."""
         made = self.estimate
         update = made.outline.update(made.prompt, made.response, 2)
         models = 2 if made.cost.value_model else 1

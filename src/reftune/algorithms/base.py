@@ -126,7 +126,7 @@ class Clipped(Algorithm, ABC):
 
 
 def with_contrast(rollouts: Sequence[Rollout]) -> list[Rollout]:
-    """The rollouts of problems whose samples did not all earn the same reward."""
+    """The samples of those problems whose samples did not all earn the same reward."""
     rewards: dict[str, set[float]] = {}
     for rollout in rollouts:
         rewards.setdefault(rollout.problem.id, set()).add(rollout.reward)

@@ -61,8 +61,8 @@ class Jsonl(FileDataset):
         }
 
     def trainable(self, splits: Splits) -> Splits:
-        """`splits` without training rows whose rationale contradicts the gold answer. Numbers in
-        rationales are read with the gold answers' decimal separator."""
+        """`splits` without the training rows whose rationale contradicts the gold answer. Numbers
+        in rationales are read with the gold answers' decimal separator."""
         return drop_contradictions(splits, Reading(decimal=self.decimal))
 
     def problem(self, row: Row) -> Problem:
@@ -82,7 +82,7 @@ class Jsonl(FileDataset):
         their names. Raises: DataError if the training rows lack a named column, if dev or test lack
         a named column of the question or the options, or if no column is recognised for the
         question or the answer."""
-        named = {} if self.columns is None else self.columns.model_dump(exclude_unset=True)
+        named = {} if self.columns is None else self.columns.model_dump()
         for field, value in named.items():
             names = [value] if isinstance(value, str) else value or []
             if not is_train:  # the other parts of a question are optional, such as Alpaca's input
@@ -97,7 +97,10 @@ class Jsonl(FileDataset):
         them. Raises: DataError if the answer kind needs options and the row has none, or if the
         options cannot be read."""
         if self.answer_kind in ("choice", "auto") and has_options(row, columns.choices):
-            return read_options(row, columns.choices or "")
+            try:
+                return read_options(row, columns.choices or "")
+            except DataError as error:
+                raise DataError(f"{error}{self._hint(columns)}") from None
         if self.answer_kind == "choice":
             raise DataError(
                 f"{row.where}: no options; answer_kind: choice expects a column of options"
@@ -105,27 +108,25 @@ class Jsonl(FileDataset):
             )
         return None
 
-    def _guessed_options(self, columns: Columns) -> str:
-        """A remedy for tables whose columns `a` and `b`, say, are not options; empty if the user
-        named the options."""
-        names = columns.choices
-        is_named = self.columns is not None and "choices" in self.columns.model_fields_set
-        if is_named or not isinstance(names, list):
+    def _hint(self, columns: Columns) -> str:
+        """The remedy if columns such as `a` and `b` were recognised as options but are not. Empty
+        if the user's settings say that there are options."""
+        named = self.columns is not None and "choices" in self.columns.model_fields_set
+        if named or self.answer_kind == "choice" or self.positions_from is not None:
             return ""
-        return (
-            f"; the columns {names[0]} to {names[-1]} are read as options (if they are not, set"
-            " dataset.columns.choices=null)"
-        )
+        which = f"column {columns.choices}"
+        if isinstance(columns.choices, list):
+            which = f"columns {columns.choices[0]} to {columns.choices[-1]}"
+        return f"; {which}: read as options (if they are none, set dataset.columns.choices=null)"
 
     def _read_row(self, row: Row, columns: Columns) -> _Read:
         options = self._options(row, columns)
         question, messages = _question(row, columns.question)
         cell = marked_text(row, columns.answer)
         try:
-            answer, stated = self._gold(cell, options)
+            answer, stated = self._gold(cell, options, self._hint(columns))
         except DataError as error:
-            hint = self._guessed_options(columns) if options is not None else ""
-            raise DataError(f"{row.where}: {columns.answer} is {error}{hint}") from None
+            raise DataError(f"{row.where}: {columns.answer} is {error}") from None
         if columns.rationale == columns.answer:
             rationale = worked_solution(cell) if isinstance(cell, str) else None
         else:
@@ -142,15 +143,15 @@ class Jsonl(FileDataset):
         )
         return _Read(problem=problem, gold=_spelled(stated), options=options, where=row.where)
 
-    def _gold(self, cell: object, options: Options | None) -> tuple[Answer, object]:
+    def _gold(self, cell: object, options: Options | None, hint: str) -> tuple[Answer, object]:
         """The answer in a cell, and the part of the cell that states it. Raises: DataError if the
-        cell contains no answer of the expected kind."""
+        cell contains no answer of the expected kind, with `hint` if it names no option."""
         kind, reading = self.answer_kind, Reading(decimal=self.decimal)
         if kind in ("any_of", "list", "set", "regex"):
             return read_gold(cell, kind, reading=reading), cell
         stated = stated_gold(cell, reading)
         if options is not None:
-            return self._choice(stated, options), stated
+            return self._choice(stated, options, hint), stated
         answer = read_gold(stated, kind, reading=reading)
         if kind == "auto" and _MISSING.fullmatch(str(answer)):
             raise DataError(
@@ -165,7 +166,7 @@ class Jsonl(FileDataset):
             )
         return answer, stated
 
-    def _choice(self, stated: object, options: Options) -> Answer:
+    def _choice(self, stated: object, options: Options, hint: str) -> Answer:
         """The option that a gold answer names by its label, position or text. Raises: DataError if
         it names no option."""
         spelled, first = _spelled(stated), self.positions_from
@@ -177,14 +178,14 @@ class Jsonl(FileDataset):
         try:
             return read_gold(letter or stated, "choice", choices=options.texts)
         except DataError as error:
-            hint = " (if this is a position, set dataset.positions_from)" * is_digits
-            raise DataError(f"{error}{hint}") from None
+            position = " (if this is a position, set dataset.positions_from)" * is_digits
+            raise DataError(f"{error}{position}{hint}") from None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Read:
-    """A row's problem. If the gold answer is an option's label, `problem` reads it as the label,
-    even if it is also an option's text."""
+    """A row's problem. In `problem`, a gold answer that is the label of one option and the text of
+    another is read as the label."""
 
     problem: Problem
     gold: str

@@ -258,8 +258,8 @@ def option_value(text: str) -> Fraction | None:
 
 
 def option_answer(text: str) -> Answer | None:
-    """The number in an option such as `500 cm 2`. None for options that are not a single number,
-    such as `3 : 4`."""
+    """The number in an option, such as 500 in `500 cm 2`, where 2 belongs to the unit. None for
+    options that are not a single number, such as `3 : 4`."""
     for pattern, replacement in SPELLINGS:
         text = pattern.sub(replacement, text)
     return None if set(text) & set("([∏") else number_gold(text)

@@ -45,7 +45,8 @@ ARITHMETIC: Mapping[str, Callable[[int, int], int]] = {
 
 
 class WordProblems(Component):
-    """Generates word problems. The dev and test questions do not depend on `train` or `styles`."""
+    """Generates word problems. The dev and test questions depend neither on the number of training
+    questions nor on `styles`."""
 
     train: int = Field(1000, ge=1)
     dev: int = Field(300, ge=1)

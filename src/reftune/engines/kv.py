@@ -360,8 +360,8 @@ def widest(device: torch.device) -> torch.dtype:
 
 def _first_past(cumulative: Tensor, threshold: Tensor) -> Tensor:
     """For each row of the non-decreasing `cumulative` (B, N), the first column whose entry exceeds
-    the row's `threshold` (B,). If rounding leaves no such column, this is the last column at which
-    the row increases."""
+    the row's `threshold` (B,). If rounding leaves no such column, the result is the last column at
+    which the row increases."""
     found = torch.searchsorted(cumulative, threshold[:, None], right=True).squeeze(1)
     return found.minimum((cumulative < cumulative[:, -1:]).sum(1))
 

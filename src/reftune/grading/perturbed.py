@@ -93,8 +93,8 @@ def _right_programs(problem: Problem, target: str, end: re.Match[str]) -> Iterat
 
 
 def _parts(target: str) -> tuple[str, str] | None:
-    """A solution in words, divided into the text before its answer and the answer. None if no
-    answer can be found."""
+    """The answer of a solution in words and the text before it, in the order of the solution. None
+    if no answer can be found."""
     tail = answer_text(target)
     found = _STATED.fullmatch(tail) if tail else None
     if tail is None or found is None or not target.endswith(tail):

@@ -133,8 +133,8 @@ def grade_sentence(text: str, problem: Problem) -> Graded:
 
 
 def value_text(value: Any) -> str | None:
-    """A program's value as text; None unless the value is a string or a finite number of limited
-    length."""
+    """A program's value as text. None unless the value is a string, a finite float or decimal, or
+    an integer that is not too long."""
     if isinstance(value, bool):
         return None
     if isinstance(value, int):

@@ -105,7 +105,7 @@ class Encoder:
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
-    """The text of tokens. Special tokens are omitted, except tags that grading reads, such as
+    """The tokens' text. Special tokens are omitted, except tags that grading reads, such as
     `</think>`. Spaces stay as sampled, because transformers' clean-up would change code."""
     ids, (tags, others) = list(token_ids), _special_ids(tokenizer)
     has_tags = not tags.isdisjoint(ids)

@@ -198,8 +198,8 @@ def whole_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def part_of(value: Tensor, like: Tensor) -> Tensor:
-    """This process's part of `value`, which is split in the same way as `like`. If `like` is not
-    split, this is the whole `value`. Every process must pass the whole `value`."""
+    """Split `value` in the same way as `like`, and return this process's part. If `like` is not
+    split, return all of `value`. Every process must pass all of `value`."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     if not isinstance(like, DTensor):

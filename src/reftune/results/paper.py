@@ -174,7 +174,7 @@ def _accuracies(
 ) -> str:
     """A table with a row for each combination of model, method and decision rule. Only rules for
     which `is_shown` returns True are included; if there are none, the result is an empty string. If
-    a kind of rationale has several tasks, a column contains the average over these tasks."""
+    several tasks use the same kind of rationale, an additional column contains their average."""
     places = sorted({("", cell["task"], cell["rationale"]) for cell in found}, key=_order)
     columns = {f"{task} {rationale}": rationale for _, task, rationale in places}
     rationales = [of for of in columns.values() if list(columns.values()).count(of) > 1]

@@ -1,4 +1,4 @@
-"""Computes the scores of runs and compares them, from the files in the run folders. Also determines
+"""Computes and compares the scores of runs from the files in their folders. Also determines
 whether a warm-up was finished when RL began, and whether a reward model beats a random choice."""
 
 from __future__ import annotations
@@ -260,7 +260,8 @@ def _same_problems(evals: Iterable[Sequence[EvalRow]]) -> bool:
 
 def score_table(groups: Sequence[Group], *, k: int | None = None) -> ScoreTable:
     """Scores and paired comparisons of all methods. Votes use the first `k` samples of each
-    problem. If `k` is None, they use as many samples as every problem has (see `num_samples`).
+    problem. If `k` is None, they use as many samples as the method's problem with the fewest
+    samples has.
 
     Raises: DataError if `k` is given and no method has samples, or if a method with samples has
     fewer than `k` samples for some problem.

@@ -115,8 +115,8 @@ def _with(recipe: Recipe, values: Values) -> Recipe:
 
 
 def _stored(recipe: Recipe) -> Values:
-    """For the keys that are `auto` in `recipe`, the values that the run folder's recipe has. Empty
-    if there is no run."""
+    """The values that the recipe in the run folder has for the keys that are `auto` in `recipe`.
+    Empty if there is no run."""
     try:
         stored = parse_recipe(yaml.safe_load(RunFolder(recipe.folder).recipe.read_bytes()))
     except (OSError, ValueError, TypeError, yaml.YAMLError, RecipeError):

@@ -67,7 +67,8 @@ class FinalEvaluation:
     ) -> list[dict[str, Any]]:
         """The result rows of `problems`. `start` is the position of `problems[0]` among all
         evaluated problems. Every sample depends only on the weights, the recipe, the method's name
-        and the problem's position, so interruptions change nothing."""
+        and the problem's position among all problems. So an evaluation that is interrupted and
+        resumed gives the same samples."""
         policy, table = self.models.load(method), self.recipe.evaluate
         collector = collector_of(self.recipe, policy)
         greedy = collector.solve(policy, problems)
@@ -138,7 +139,7 @@ class FinalEvaluation:
 
     def check_reranker(self) -> None:
         """Check that a reranker from another run has the base model's tokenizer. Raises: ModelError
-        if it has another tokenizer."""
+        if it has a different one."""
         name = self.recipe.evaluate.rerank
         if name is not None and name not in self.recipe.stages:
             require_same_tokenizer(

@@ -188,7 +188,7 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 def _serving(table: dict[str, Any], stage: Path) -> Serving | None:
     """The settings of a stage's model. None if the recipe, its data or the tokenizer can no longer
-    be read. In that case, the card shows no prompt, and the files stay as training left them."""
+    be read. In that case, the card shows no prompt, and the exported files are the stage's."""
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     try:

@@ -94,7 +94,7 @@ class Models:
     def _read(
         self, name: str, *, as_stored: bool
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """A model, without its value head, and its tokenizer. Adapters are merged into the base."""
+        """A model and its tokenizer, without the value head. Adapters are merged into the base."""
         table = self.recipe.model
         if name == "base":
             is_scratch = table.scratch is not None
@@ -170,7 +170,7 @@ def check_stage_graph(recipe: Recipe) -> None:
 
 
 def require_trained(recipe: Recipe, names: Collection[str]) -> None:
-    """Check that each of `names` is a finished method or reward model, or the path of a model
+    """Check that each of `names` is a trained method or reward model, or the path of a model
     folder. Raises: RecipeError if a name is none of these."""
     for name in names:
         folder = RunFolder(recipe.folder).stage(name)

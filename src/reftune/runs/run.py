@@ -214,8 +214,8 @@ class Run:
 
 @contextmanager
 def threads_of(recipe: Recipe) -> Iterator[None]:
-    """Inside the block, use the recipe's number of CPU threads. Afterwards, restore the previous
-    number."""
+    """A context in which PyTorch uses the recipe's number of CPU threads. Afterwards, the previous
+    number is restored."""
     before = torch.get_num_threads()
     # setting the number, even to the same value, makes decoding a quarter slower
     if recipe.threads in (None, before):

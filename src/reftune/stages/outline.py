@@ -1,5 +1,5 @@
 """Counts the bytes and operations that a model's forward and backward passes need, without
-allocating any tensor. Our own code counts the bytes, because PyTorch's MemTracker (2.13) fails on
+allocating any tensor. Bytes are not counted with PyTorch's MemTracker (2.13), because it fails on
 parameters that are not trained."""
 
 from __future__ import annotations

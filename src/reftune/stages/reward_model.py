@@ -232,8 +232,8 @@ class Classifier(nn.Module):
 
     def solution_batch(self, solutions: Sequence[tuple[Problem, str]]) -> TokenBatch:
         """A batch of prompts and solutions. If a prompt or a solution does not fit in the model's
-        context, the end of this prompt or solution is cut off. Every solution still ends with the
-        end token, because the classifier reads the state that predicts this token."""
+        context, its end is cut off. Every solution still ends with the end token, because the
+        classifier reads the state that predicts this token."""
         longest = None if self.policy.context is None else self.policy.context - 1
         prompts = {problem.id: self.encoder.prompt(problem)[:longest] for problem, _ in solutions}
         before = [prompts[problem.id] for problem, _ in solutions]

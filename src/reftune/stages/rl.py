@@ -286,8 +286,8 @@ class Trainer:
         return accumulate_gradient(self.policy, batch.tokens, loss)
 
     def parts(self, batch: RolloutBatch, n: int) -> Iterator[RolloutBatch]:
-        """The minibatches of all passes over `batch`, which contains rollout `n`. Each minibatch
-        has its own loss weights."""
+        """The minibatches of all passes over `batch`, the batch of rollout number `n`. Each
+        minibatch has its own loss weights."""
         count = min(self.stage.minibatches, len(batch))
         for update in range(self.stage.updates):
             draw = generator(self.context.seed("minibatches", n), update)

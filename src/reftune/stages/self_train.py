@@ -141,8 +141,8 @@ class SelfTrain(Sampled):
     keep: int = Field(10, gt=0)
     """Maximum number of distinct correct samples kept per problem."""
     gold: Literal["once", "paper"] = "once"
-    """How often a gold solution is used: `once`, or, as in the data files of ReFT's authors
-    (`paper`), twice unless a sample is identical to it."""
+    """How often a gold solution is used. With `paper`, as in the data files of ReFT's authors, it
+    is used twice, or once if a sample is identical to it."""
     sft: Schedule
     """The keys of an `sft` stage, except `kind`, `init`, `snapshots` and `until`."""
 

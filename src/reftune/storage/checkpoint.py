@@ -53,8 +53,8 @@ def save_checkpoint(
     state: Mapping[str, Any],
     keep: int = 2,
 ) -> Path:
-    """Write the checkpoint of `step`, completely or not at all. Then delete all other checkpoints
-    except the latest `keep` - 1 of earlier steps. Return the path `folder/step-…`. Raises:
+    """Write the checkpoint of `step`, completely or not at all. Of the other checkpoints, keep only
+    the latest `keep` - 1 from earlier steps. Return the path `folder/step-…`. Raises:
     CheckpointError for a disk error; older checkpoints then remain."""
     from safetensors.torch import save_file
 

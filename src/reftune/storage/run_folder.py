@@ -260,8 +260,8 @@ def refuse_foreign(folder: RunFolder, recipe: Recipe) -> bool:
 
 def lengthened_stages(folder: RunFolder, recipe: Recipe) -> list[str]:
     """The names of the stages, other than reward models, that have begun and for which `recipe`
-    sets more steps or epochs than the folder's recipe. `recipe` may also lengthen stages that have
-    not begun, and have more stages, because a new stage does not affect the existing ones.
+    sets more steps or epochs than the folder's recipe. Stages that have not begun may be lengthened
+    too. `recipe` may also add stages, because a new stage does not affect the existing ones.
 
     Raises: RecipeError if the recipes also differ in anything else that affects results, or if one
     of these stages cannot continue, because a later stage has begun or the stage's own final

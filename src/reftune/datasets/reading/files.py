@@ -1,6 +1,5 @@
 """Reads the records of local files and notes the location of each record. CSV is read with the
-standard library, because a table library would lose line numbers or change cells such as `007`,
-`NA` and dates."""
+standard library, because pandas would lose line numbers or change cells such as `007` and `NA`."""
 
 from __future__ import annotations
 
@@ -144,7 +143,7 @@ def _is_table(value: object) -> bool:
 
 
 def _json_list(path: Path, text: str, position: int) -> Records:
-    """The objects in a valid JSON list, whose content begins at the index `position` of `text`."""
+    """The objects in a valid JSON list, whose content begins at index `position` in `text`."""
     more, decoder = re.compile(r"[^\s,\]]"), json.JSONDecoder(parse_constant=_constant)
     end, line, counted = re.compile(r"[\s,]*\]"), 1, 0
     while not end.match(text, position) and (begins := more.search(text, position)):

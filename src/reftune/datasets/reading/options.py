@@ -57,8 +57,8 @@ def _bare(label: str) -> str:
 
 
 def read_options(row: Row, columns: str | Sequence[str]) -> Options:
-    """The options of a row. If `columns` is a single column, it contains one of these, possibly
-    written as a string:
+    """The options of a row. If `columns` is a single column, it contains one of the following,
+    possibly written as a string:
 
     - a list of option texts
     - a list of `{text, label}`

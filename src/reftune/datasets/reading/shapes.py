@@ -8,6 +8,8 @@ from itertools import product, takewhile
 from string import ascii_lowercase
 from typing import Any
 
+from pydantic import SerializerFunctionWrapHandler, model_serializer
+
 from reftune.datasets.reading.conversations import is_answered, is_conversation
 from reftune.datasets.reading.golds import worked_solution
 from reftune.datasets.reading.rows import Row
@@ -41,8 +43,8 @@ LABELLED = ("{}", "option_{}", "option {}", "option{}", "op{}", "choice_{}")
 
 class Columns(Table):
     """The names of the data's columns. The name of a nested column is a dotted path, such as
-    `reward_model.ground_truth`. All other columns are passed to reward functions as keyword
-    arguments."""
+    `reward_model.ground_truth`. Columns that are not listed here are passed to reward functions
+    as keyword arguments."""
 
     question: str | list[str] = "question"
     """The question or conversation. Several columns are joined by line breaks."""
@@ -58,9 +60,14 @@ class Columns(Table):
     @property
     def names(self) -> list[str]:
         """The names of all columns in use, each once."""
-        values = [value for value in self.model_dump().values() if value is not None]
-        flat = [name for value in values for name in ([value] if isinstance(value, str) else value)]
-        return list(dict.fromkeys(flat))
+        values = [getattr(self, field) for field in type(self).model_fields]
+        lists = [[value] if isinstance(value, str) else value or [] for value in values]
+        return list(dict.fromkeys(name for names in lists for name in names))
+
+    @model_serializer(mode="wrap")
+    def _as_named(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Only the columns that were named, because the data need not have the others."""
+        return {name: value for name, value in dump(self).items() if name in self.model_fields_set}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,7 +134,7 @@ class _Found:
         return next(iter((*filled, *empty)), None)
 
     def question(self) -> str | list[str] | None:
-        """The column of the question. For Alpaca's rows, the column of the instruction and, if
+        """The column of the question. For Alpaca rows, the column of the instruction and, if
         there is one, the column of the input. None if no column is found."""
         instruction, context = self.by_lower.get("instruction"), self.by_lower.get("input")
         if instruction is not None and not {"question", "prompt"} & set(self.by_lower):

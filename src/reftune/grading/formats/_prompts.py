@@ -69,7 +69,8 @@ class Prompted(Component):
 
     @property
     def writes_all(self) -> bool:
-        """Whether the style is `chat` or `plain`, whose prompts contain no part of the solution."""
+        """Whether the model writes the whole solution. It does in the styles `chat` and `plain`,
+        whose prompts contain no part of the solution."""
         return self.style in READ_BY
 
     def framed(self, problem: Problem) -> str | Conversation:

@@ -33,8 +33,8 @@ class Nl(Prompted):
     ignores."""
     markers: tuple[str, ...] = ()
     """Phrases that announce the answer, in addition to the built-in English ones. If a gold
-    solution does not end by stating its answer, a last line is added: the first of these phrases
-    (default: `The answer is`) and the answer."""
+    solution does not state its answer at the end, a final line is added: the first phrase listed
+    here (default: `The answer is`) and the answer."""
     decimal: Literal[".", ","] = "."
     """Decimal separator of the model's answers."""
 

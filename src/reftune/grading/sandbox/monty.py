@@ -1,5 +1,5 @@
-"""The `monty` backend, which runs programs in worker processes with pydantic-monty, an interpreter
-for Python that is written in Rust."""
+"""The `monty` backend, which runs programs in worker processes with pydantic-monty, a Python
+interpreter written in Rust."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ rounding errors. To remove it, change its callers:
 - `stages/outline.py` treats `ATTENTION` like `sdpa`: keep `sdpa`.
 - `terminal/cli.py` calls `allocator.keep_freed_memory`: drop the call.
 
-Dropout masks depend on the layout of the sequences. Without this folder, a run with dropout
-therefore draws masks that are different but equally likely. `tests/unit/test_speed.py` compares
+Dropout masks depend on the layout of the sequences, which this folder changes. Without it, a run
+with dropout draws masks that are different but equally likely. `tests/unit/test_speed.py` compares
 runs with and without the folder.
 """

@@ -319,8 +319,8 @@ def _chosen(run: RunResults, method: str) -> _Look | None:
 
 
 def _passes_before(run: RunResults, method: str) -> float:
-    """Number of sequences trained on between the base model and the model that `method` starts
-    from."""
+    """Number of gradient passes, each over one sequence, from the base model to the model that
+    `method` starts from."""
     init = run.stages[method].init
     if init == method:
         return 0.0
@@ -332,9 +332,9 @@ def _passes_before(run: RunResults, method: str) -> float:
 
 
 def _passes_to(folder: Path) -> float:
-    """Number of sequences trained on between the base model and the model in an earlier run's stage
-    folder; 0 for `base`, or if the folder has no `stage.json`. A stage's passes are taken to be
-    spread evenly over its steps."""
+    """Number of gradient passes from the base model to the model in an earlier run's stage folder;
+    0 for `base`, or if the folder has no `stage.json`. A stage's passes are taken to be spread
+    evenly over its steps."""
     passes, seen = 0.0, set[Path]()
     while folder.resolve() not in seen and (info := read_json(StageFolder(folder).info)):
         seen.add(folder.resolve())
@@ -347,7 +347,7 @@ def _passes_to(folder: Path) -> float:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EqualCompute:
-    """The best dev accuracy that each of two methods reached within `passes` training sequences,
+    """The best dev accuracy that each of two methods reached within `passes` gradient passes,
     counted from the base model."""
 
     a: str
@@ -358,7 +358,7 @@ class EqualCompute:
 
 
 def equal_compute(chart: Chart, a: str, b: str) -> EqualCompute | None:
-    """The best dev accuracies of `a` and `b` within the number of training sequences that both
+    """The best dev accuracies of `a` and `b` within the number of gradient passes that both
     reached. None if either method has no dev accuracy within this number."""
     found = {series.label: series for series in chart.series}
     if a not in found or b not in found:

@@ -28,7 +28,7 @@ Json = dict[str, Any]
 
 
 def problems(methods: Sequence[MethodScore]) -> Json:
-    """Problems of the final evaluation, each with the greedy answer of every method. If there are
+    """Problems from the final evaluation, each with the greedy answer of every method. If there are
     several seeds, the answers come from the first seed.
 
     Problems on which methods disagree are chosen first. The chosen problems are shown in the
