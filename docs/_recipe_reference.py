@@ -36,8 +36,8 @@ can set any of them (`stages.reft.steps=100`). A nested mapping is a *table*. So
 recipe inherits that file's keys: tables are merged unless their kinds differ, and `null` removes an
 inherited key.
 
-If a key allows only certain values, those other than the default stand in parentheses after it. A
-dash means that the key is unset by default. [Notation](algorithms.md#notation) explains terms such
+If a key allows only certain values, its default is followed by the others in parentheses. A dash
+means that the key is unset by default. [Notation](algorithms.md#notation) explains terms such
 as *method* and *rollout*. "The paper" is the ReFT paper, and "the authors" are its authors.
 """
 Rows = dict[str, tuple[str, str]]
@@ -85,7 +85,7 @@ def _defaults(of: Mapping[str, str]) -> str:
     kinds = {value: [kind for kind in of if of[kind] == value] for value in of.values()}
     if len(kinds) == 1:
         return next(iter(kinds))
-    return "; ".join(f"{value} for {_and(names)}" for value, names in kinds.items())
+    return "; ".join(f"{_and(names)}: {value}" for value, names in kinds.items())
 
 
 def _section(title: str, model: type[BaseModel], rows: Rows, level: int = 2) -> Iterator[str]:

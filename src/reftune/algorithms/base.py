@@ -77,7 +77,7 @@ class Algorithm(Component, ABC):
         pure."""
 
     def weights(self, batch: RolloutBatch) -> Tensor:
-        """The weight of each token in the loss of a minibatch, (B, R). This method must be pure."""
+        """The weights (B, R) of the tokens in the loss of a minibatch. This method must be pure."""
         return token_weights(batch.response_mask, "token")
 
     @abstractmethod

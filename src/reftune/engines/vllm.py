@@ -58,8 +58,8 @@ class Vllm(Component):
     """Folder through which weights are passed to vLLM. Default: `/dev/shm` (in memory) if it
     exists, otherwise the system's temporary folder."""
     batch_size: int = Field(256, gt=0)
-    """Maximum number of solutions decoded at once. With servers, each training process sends at
-    most this many requests at once, each for at most this many solutions."""
+    """Maximum number of solutions decoded at once. With servers, this is both the maximum number of
+    requests that a training process has open at once, and of solutions per request."""
     memory: float = Field(0.3, gt=0, le=1)
     """Share of the device's memory that colocated vLLM uses."""
     eager: bool = False

@@ -153,8 +153,8 @@ def is_alternative(completion: str, before: Statement, after: Statement) -> bool
 
 
 def alternative_behind(completion: str, statement: Statement) -> str | None:
-    """If a closed box or tag is followed by "or" and a number, the rest of the line from this
-    number on, such as "4" in "\\boxed{3} or 4". None in any other case."""
+    """The rest of the line after "or" if a closed box or tag is followed by "or" and a number, such
+    as "4" in "\\boxed{3} or 4". None in any other case."""
     found = _OR_NUMBER.match(completion, statement.end) if statement.is_closed else None
     return None if found is None else completion[found.end() :].partition("\n")[0]
 

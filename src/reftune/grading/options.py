@@ -114,7 +114,7 @@ _SEPARATOR = re.compile(
 
 
 def _named(part: str, choices: Sequence[str]) -> list[int]:
-    """The positions of the options that a part of a line names by letter, by text, or by both."""
+    """The positions of the options that `part` of a line names by letter, by text, or by both."""
     bare = part.strip(" ).:,(")
     lettered = re.fullmatch(r"([a-z])(?:[ ).:]+(.*))?", bare, re.IGNORECASE)
     letter, text = ("", "") if lettered is None else (lettered[1].lower(), lettered[2] or "")

@@ -44,6 +44,6 @@ def _grade_string_paper(value: Any, gold: str) -> Graded:
 
 
 def paper_response(completion: str) -> str:
-    """The part of a completion that the authors' code grades. If the model repeats `PAPER_HEADER`,
-    this part is the text after its last occurrence. Otherwise, it is the whole completion."""
+    """The part of a completion that the authors' code grades: the text after the last
+    `PAPER_HEADER`, which also stands in the prompt, or else the whole completion."""
     return (PAPER_HEADER + completion).split(PAPER_HEADER)[-1].strip()

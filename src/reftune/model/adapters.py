@@ -157,7 +157,7 @@ def _paired(
 
 
 def require_continuable(folder: Path, table: ModelTable) -> None:
-    """Check that a run whose `model` table is `table` can continue training the adapters in
+    """Check that a run with the model settings `table` can continue training the adapters in
     `folder`. Raises: ModelError if the adapters cannot be read, or if their base model or scaling
     differs from the run's."""
     found = sorted({adapter.scaling for adapter in read_adapters(folder).values()})

@@ -117,9 +117,9 @@ def linear_layers(model: Any) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
 def plain_state(
     model: Any, dtype: torch.dtype = torch.float32, *, merged: bool = True
 ) -> dict[str, Tensor]:
-    """The weights of a model as plain tensors on the CPU, rounded once to `dtype`. If `merged` is
-    True, adapters are merged in fp32; if not, they are left out. 4-bit weights are dequantized, and
-    tied weights stay tied."""
+    """The weights of a model as plain tensors on the CPU. If `merged` is True, adapters are merged
+    in fp32; if not, they are left out. The results are rounded to `dtype`. 4-bit weights are
+    dequantized, and tied weights stay tied."""
     layers = _lora_layers(model)
     base = model.get_base_model() if layers else model
     tensors = dict(base.named_parameters(remove_duplicate=False))

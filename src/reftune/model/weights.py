@@ -104,7 +104,7 @@ def untrained(table: ModelTable, *, texts: Iterable[str] = ()) -> Any:
 
 @contextmanager
 def _loading(path: Path | str | None) -> Iterator[None]:
-    """Turn the errors that transformers raises when it loads a model into a ModelError."""
+    """Raise a ModelError in place of the errors that transformers raises when it loads a model."""
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 

@@ -94,8 +94,9 @@ def _old(folder: Path) -> Path:
 
 def link_files(source: Path, target: Path, *, but: str = "") -> None:
     """For every file under `source`, create a hard link at the same relative path under `target`,
-    replacing any file that is already there. Files named `but` are skipped. If the file system does
-    not support hard links, the files are copied. Raises: CheckpointError for a disk error."""
+    replacing any file that is already there. Files with the name given by `but` are skipped. If the
+    file system does not support hard links, the files are copied. Raises: CheckpointError for a
+    disk error."""
     if not is_main():
         return
     with writing(target):

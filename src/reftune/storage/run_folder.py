@@ -350,7 +350,7 @@ def _as_of_now(old: dict[str, Any]) -> dict[str, Any]:
 
 def first_difference(old: Any, new: Any, where: str = "") -> str | None:
     """The first key, in the order of `old`, that affects results and differs between the recipes,
-    with both values; None if there is none."""
+    followed by its two values. None if there is no such key."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in [*old, *(key for key in new if key not in old)]:
             place = f"{where}.{key}".lstrip(".")

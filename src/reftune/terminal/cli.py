@@ -452,7 +452,7 @@ def score(
         bool, typer.Option("--json", help="Print one JSON object per line.")
     ] = False,
 ) -> None:
-    """Grade completions and state the reason for each verdict, to debug a reward."""
+    """Grade completions and state the reason for each verdict, for debugging a reward."""
     from reftune.terminal.score import score_as_recipe, score_file
     from reftune.text import printable
 

@@ -1,4 +1,4 @@
-"""`reftune score` grades the completions in a file, to debug a reward."""
+"""`reftune score` grades the completions in a file, for debugging a reward."""
 
 from __future__ import annotations
 

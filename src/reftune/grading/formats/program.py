@@ -15,9 +15,9 @@ not end in an error:
 
 1. the program or body as it stands
 2. the program or body without prose. A statement at the left margin of a program is kept only if it
-   is an import, a definition, or an assignment before `solution`. An indented body is cut off
-   before its first line at the left margin. A body that is not indented is cut off after its first
-   `return` at the left margin.
+   is an import, a definition, or an assignment before `solution`. An indented body ends before
+   the first line that is not indented. A body that is not indented ends after its first `return` at
+   the left margin.
 3. the program, preceded by the fenced blocks above it that do not define `solution`, as if the
    blocks were the cells of a notebook
 """
@@ -105,8 +105,8 @@ class Program(Prompted):
         )
 
     def prompt(self, problem: Problem) -> str | Conversation:
-        """The prompt in the chosen `style`. In the style `compact`, the prompt ends with the
-        function's header. In the style `paper`, it ends with the header and a docstring that
+        """The prompt in the chosen `style`. In the `compact` style, the prompt ends with the
+        function's header. In the `paper` style, it ends with the header and a docstring that
         contains the question."""
         if self.writes_all:
             return self.framed(problem)
@@ -118,7 +118,7 @@ class Program(Prompted):
         """The gold program without the docstring of `solution`. If the prompt already contains the
         function's header, the target is only the body of `solution`.
 
-        In the style `compact`, the target begins with the line break before the body, because many
+        In the `compact` style, the target begins with the line break before the body, because many
         tokenizers merge this line break and the following indent into one token. Raises: DataError
         if there is no program.
         """

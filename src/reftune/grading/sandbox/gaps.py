@@ -1,5 +1,5 @@
-"""Determines which part of Python a program needs but monty lacks, from the error that ends the
-program."""
+"""Reads the error that ended a program, to determine which part of Python the program needs but
+monty lacks."""
 
 from __future__ import annotations
 

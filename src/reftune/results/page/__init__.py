@@ -1,1 +1,1 @@
-"""The HTML page about one or more runs, and its main charts as files."""
+"""The HTML page about one or more runs. Its main charts can also be written as separate files."""

@@ -49,8 +49,8 @@ def problems(methods: Sequence[MethodScore]) -> Json:
 
 
 def samples(groups: Sequence[Group]) -> Json:
-    """Solutions sampled in training. The stages of all runs take turns, and each stage adds one
-    solution per turn. A stage first adds its longest solutions and those whose programs ran
+    """Solutions sampled in training, listed in rounds: in each round, every stage of every run
+    adds one solution. A stage first adds its longest solutions and those whose programs ran
     longest, then others that are spread evenly over its steps."""
     stages = entries(groups)
     pools = [
