@@ -107,8 +107,8 @@ OPEN = [
     "points [6.2, 13.4] over a short warm-up, but further SFT with as many gradient passes is 12.1 "
     "points [8.6, 16.1] better than GRPO. From a longer warm-up, GRPO gains 1.7 points "
     "[−0.9, 5.0], n.s. On questions of two steps, where half of the training solutions omit the "
-    "working, GRPO from a longer SFT is 14.8 points [8.7, 20.4] better than still further SFT "
-    "([log](experiments/smollm2-instruct.md)).",
+    "working, GRPO from a longer SFT is 14.6 points [10.1, 18.9] better than still further SFT, "
+    "over five seeds ([log](experiments/smollm2-instruct.md)).",
     "**No run on real data** is complete. [SmolLM2 on SVAMP](experiments/smollm2-svamp.md) "
     "reports 28 RL steps on two CPU cores, and three warm-ups on a GPU, where time ran out before "
     "RL began.",
