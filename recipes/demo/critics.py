@@ -19,7 +19,7 @@ from reftune.model.policy import Policy, TokenScores
 from reftune.stages.rl import Rl, Trainer
 from reftune.stages.rollouts import Collector, Solved
 from reftune.stages.stage import StageContext
-from reftune.types import Problem, Rollout
+from reftune.types import Problem, Solution
 
 # --- algorithms -----------------------------------------------------------------------------------
 
@@ -127,7 +127,7 @@ class Prefixes(Rl):
 
 
 class PrefixTrainer(Trainer):
-    def sample(self, n: int, purpose: str) -> tuple[list[Rollout], dict[str, float]]:
+    def sample(self, n: int, purpose: str) -> tuple[list[Solution], dict[str, float]]:
         """Like `Trainer.sample`, but a rollout for training starts from prefixes."""
         plain = self.context.collector
         if purpose == "rollout":

@@ -240,7 +240,7 @@ class Attempt:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Rollout:
+class Solution:
     """A graded and rewarded solution to a problem. It was sampled from the policy or is the gold
     solution."""
 

@@ -24,8 +24,8 @@ each_algorithm = pytest.mark.parametrize("kind", KINDS)
 
 def trained_batch(trainer: Any) -> RolloutBatch:
     """A rollout of the trainer, credited and weighted."""
-    rollouts, _ = trainer.sample(1, "rollout")
-    selected = trainer.algorithm.select(rollouts, trainer.context.collector.encoder)
+    solutions, _ = trainer.sample(1, "rollout")
+    selected = trainer.algorithm.select(solutions, trainer.context.collector.encoder)
     batch, _ = trainer.score(selected)
     batch = trainer.algorithm.credit(batch)
     return replace(batch, weights=trainer.algorithm.weights(batch))
@@ -76,8 +76,8 @@ def test_the_loss_of_a_batch_is_the_sum_over_its_parts(kind: str, trainer_of) ->
 @each_algorithm
 def test_the_order_of_the_samples_does_not_matter(kind: str, trainer_of) -> None:
     trainer = trainer_of(kind)
-    rollouts, _ = trainer.sample(1, "rollout")
-    selected = trainer.algorithm.select(rollouts, trainer.context.collector.encoder)
+    solutions, _ = trainer.sample(1, "rollout")
+    selected = trainer.algorithm.select(solutions, trainer.context.collector.encoder)
     trainer.policy.eval()
 
     def loss(order: list[int]) -> float:
@@ -97,8 +97,8 @@ def test_the_order_of_the_samples_does_not_matter(kind: str, trainer_of) -> None
 def test_the_algorithm_states_which_scores_it_needs(kind: str, trainer_of) -> None:
     """Scores that an algorithm claims not to need may be missing."""
     trainer = trainer_of(kind)
-    rollouts, _ = trainer.sample(1, "rollout")
-    selected = trainer.algorithm.select(rollouts, trainer.context.collector.encoder)
+    solutions, _ = trainer.sample(1, "rollout")
+    selected = trainer.algorithm.select(solutions, trainer.context.collector.encoder)
     batch, _ = trainer.score(selected)
     assert (batch.ref_logprobs is not None) == trainer.algorithm.needs_reference
     if not trainer.algorithm.needs_values:

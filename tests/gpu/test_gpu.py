@@ -111,8 +111,8 @@ def test_a_ppo_step_is_that_of_the_cpu(make_trainer: Callable[..., Trainer], tmp
             model={**model, "device": device},
             run_dir=str(tmp_path / device),
         )
-        rollouts, _ = trainer.sample(1, "rollout")
-        batch, _ = trainer.score(rollouts)
+        solutions, _ = trainer.sample(1, "rollout")
+        batch, _ = trainer.score(solutions)
         batch = trainer.algorithm.credit(batch)
         assert batch.advantages is not None and batch.advantages.device.type == device
         credit.append(batch.advantages.cpu())

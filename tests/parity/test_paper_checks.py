@@ -262,8 +262,8 @@ def test_e20_means_are_over_tokens_then_over_samples():
 
 
 def test_e21_the_first_update_starts_from_ratios_of_one_and_no_kl(trainer):
-    rollouts, _ = trainer.sample(1, "rollout")
-    batch, metrics = trainer.score(rollouts)
+    solutions, _ = trainer.sample(1, "rollout")
+    batch, metrics = trainer.score(solutions)
     # the reference is the initial policy, whose scores come from decoding
     assert metrics["kl/reference"] == pytest.approx(0, abs=1e-4)
     batch = trainer.algorithm.credit(batch)

@@ -23,7 +23,7 @@ from reftune.model.encoder import Encoder
 from reftune.model.policy import TokenScores
 from reftune.recipe.kinds import load_component
 from reftune.stages.rl import Rl, rollout_batch, worth_showing
-from reftune.types import Answer, Completion, Graded, Problem, Rollout, Verdict
+from reftune.types import Answer, Completion, Graded, Problem, Solution, Verdict
 
 
 def batch(
@@ -141,9 +141,9 @@ def test_grpo_stops_at_its_clip_bounds():
     assert loss_of(Grpo(clip_high=0.3), sampled, now) == pytest.approx((-0.5 * 1.3 + 0.5 * 1.5) / 2)
 
 
-def test_problems_without_contrast_can_be_left_out(rollouts, encoder):
-    assert len(Grpo().select(rollouts, encoder)) == 4
-    kept = Grpo(drop_constant_groups=True).select(rollouts, encoder)
+def test_problems_without_contrast_can_be_left_out(solutions, encoder):
+    assert len(Grpo().select(solutions, encoder)) == 4
+    kept = Grpo(drop_constant_groups=True).select(solutions, encoder)
     assert [r.problem.id for r in kept] == ["a", "a"]
 
 
@@ -195,9 +195,9 @@ def encoder(tokenizer) -> Encoder:
     return Encoder(tokenizer, Spelled())
 
 
-def rollout(id: str, reward: float, *, tokens: int = 1, rationale: str | None = "wa") -> Rollout:
+def solution(id: str, reward: float, *, tokens: int = 1, rationale: str | None = "wa") -> Solution:
     verdict = Verdict.CORRECT if reward == 1 else Verdict.WRONG if reward > 0 else Verdict.ERROR
-    return Rollout(
+    return Solution(
         problem=Problem(
             id=id,
             question="wb",
@@ -214,14 +214,14 @@ def rollout(id: str, reward: float, *, tokens: int = 1, rationale: str | None = 
 
 
 @pytest.fixture
-def rollouts() -> list[Rollout]:
+def solutions() -> list[Solution]:
     """Two samples each of two problems; those of b earned the same."""
-    return [rollout("a", 1.0), rollout("b", 0.1), rollout("a", 0.0), rollout("b", 0.1)]
+    return [solution("a", 1.0), solution("b", 0.1), solution("a", 0.0), solution("b", 0.1)]
 
 
 def test_correct_samples_and_the_gold_of_every_problem_are_trained_on(encoder):
     # rewards 1, .1, 0, 1, as in a minibatch of the paper
-    sampled = [rollout("a", 1.0), rollout("b", 0.1), rollout("c", 0.0), rollout("d", 1.0)]
+    sampled = [solution("a", 1.0), solution("b", 0.1), solution("c", 0.0), solution("d", 1.0)]
     found = OnlineSt().select(sampled, encoder)
     assert [(r.problem.id, r.source) for r in found] == [
         ("a", "policy"),
@@ -236,8 +236,8 @@ def test_correct_samples_and_the_gold_of_every_problem_are_trained_on(encoder):
     assert (gold.prompt_ids, gold.reward, gold.graded.verdict) == ((5, 6, 7), 1.0, Verdict.CORRECT)
 
 
-def test_gold_counts_once_a_problem_however_many_samples(encoder, rollouts):
-    found = OnlineSt().select(rollouts, encoder)
+def test_gold_counts_once_a_problem_however_many_samples(encoder, solutions):
+    found = OnlineSt().select(solutions, encoder)
     assert [(r.problem.id, r.source) for r in found] == [
         ("a", "policy"),
         ("a", "gold"),
@@ -246,22 +246,22 @@ def test_gold_counts_once_a_problem_however_many_samples(encoder, rollouts):
 
 
 def test_a_problem_without_a_rationale_gives_its_samples_only(encoder):
-    assert OnlineSt().select([rollout("a", 0.1, rationale=None)], encoder) == []
-    assert len(OnlineSt().select([rollout("a", 1.0, rationale=None)], encoder)) == 1
+    assert OnlineSt().select([solution("a", 0.1, rationale=None)], encoder) == []
+    assert len(OnlineSt().select([solution("a", 1.0, rationale=None)], encoder)) == 1
 
 
 def test_the_preset_paper_cuts_gold_and_loses_its_end(encoder):
     # 3 prompt tokens, and a gold solution such as "wa", " ", "wb", eos
-    [whole] = OnlineSt().select([rollout("a", 0.0, rationale="wa 1 2")], encoder)
+    [whole] = OnlineSt().select([solution("a", 0.0, rationale="wa 1 2")], encoder)
     [cut] = OnlineSt(gold_max_tokens=5, dropout=True).select(
-        [rollout("a", 0.0, rationale="wa 1 2")], encoder
+        [solution("a", 0.0, rationale="wa 1 2")], encoder
     )
     assert whole.completion.token_ids[-1] == encoder.tokenizer.eos_token_id
     assert (
         cut.completion.token_ids == whole.completion.token_ids[:2]
         and cut.completion.finish_reason == "length"
     )
-    assert OnlineSt(gold_max_tokens=3).select([rollout("a", 0.0)], encoder) == [], (
+    assert OnlineSt(gold_max_tokens=3).select([solution("a", 0.0)], encoder) == [], (
         "nothing is left beside the prompt"
     )
 
@@ -269,7 +269,9 @@ def test_the_preset_paper_cuts_gold_and_loses_its_end(encoder):
 def self_training_batch(encoder: Encoder, *samples: tuple[float, int]) -> RolloutBatch:
     """Samples of different problems, each with a reward and a number of tokens; each gold solution
     is 2 tokens, including eos."""
-    sampled = [rollout(str(i), reward, tokens=tokens) for i, (reward, tokens) in enumerate(samples)]
+    sampled = [
+        solution(str(i), reward, tokens=tokens) for i, (reward, tokens) in enumerate(samples)
+    ]
     return rollout_batch(OnlineSt().select(sampled, encoder), device=torch.device("cpu"))
 
 
@@ -347,7 +349,7 @@ def test_gold_beyond_the_limits_of_the_recipe_is_left_out(make_trainer):
     collector = replace(whole, lengths=whole.lengths.model_copy(update={"max_new": 4}))
     trainer.context = replace(trainer.context, collector=collector)
 
-    def fits(r: Rollout) -> bool:
+    def fits(r: Solution) -> bool:
         return collector.fits(r.prompt_ids, r.completion.token_ids, trainer.policy)
 
     sampled, _ = trainer.sample(1, "rollout")
@@ -382,8 +384,8 @@ def test_comparing_the_samples_of_a_problem_needs_two(algorithm):
 
 
 def test_samples_of_followed_problems_the_longest_and_one_that_took_too_long_are_kept():
-    sampled = [rollout(id, 1.0) for id in "aabbccddeeff"]
-    sampled[7] = rollout("d", 0.1, tokens=9)
+    sampled = [solution(id, 1.0) for id in "aabbccddeeff"]
+    sampled[7] = solution("d", 0.1, tokens=9)
     sampled[9] = replace(sampled[9], graded=Graded(verdict=Verdict.TIMEOUT, value=None, reason=""))
     kept = worth_showing(sampled, {"c", "f", "z"})
     assert [r.problem.id for r in kept] == ["c", "f", "a", "b", "d", "e"]

@@ -123,24 +123,25 @@ def test_prefixes_shrink_to_nothing_in_the_first_half_of_the_steps(make_trainer:
     trainer = prefix_trainer(make_trainer)
     prompt = trainer.context.collector.encoder.prompt
     for n, share in ((1, 0.8), (3, 0.4), (5, 0.0), (8, 0.0)):
-        for rollout in trainer.sample(n, "rollout")[0]:
-            prefix = gold_prefix(trainer, rollout.problem, share)
-            assert list(rollout.prompt_ids) == [*prompt(rollout.problem), *prefix]
+        for solution in trainer.sample(n, "rollout")[0]:
+            prefix = gold_prefix(trainer, solution.problem, share)
+            assert list(solution.prompt_ids) == [*prompt(solution.problem), *prefix]
 
 
 def test_the_value_head_is_fitted_to_samples_without_prefixes(make_trainer: Any):
     trainer = prefix_trainer(make_trainer)
-    for rollout in trainer.sample(1, "prefit")[0]:
-        assert list(rollout.prompt_ids) == trainer.context.collector.encoder.prompt(rollout.problem)
+    for solution in trainer.sample(1, "prefit")[0]:
+        prompt = trainer.context.collector.encoder.prompt(solution.problem)
+        assert list(solution.prompt_ids) == prompt
 
 
 def test_prefix_and_completion_are_graded_together(make_trainer: Any):
     trainer = prefix_trainer(make_trainer)
     encoder = trainer.context.collector.encoder
-    for rollout in trainer.sample(1, "rollout")[0]:
-        prefix = gold_prefix(trainer, rollout.problem, 0.8)
-        whole = encoder.decode(prefix) + rollout.completion.text
-        assert [rollout.graded] == encoder.format.grade([rollout.problem], [whole])
+    for solution in trainer.sample(1, "rollout")[0]:
+        prefix = gold_prefix(trainer, solution.problem, 0.8)
+        whole = encoder.decode(prefix) + solution.completion.text
+        assert [solution.graded] == encoder.format.grade([solution.problem], [whole])
 
 
 def test_a_prefix_does_not_make_its_prompt_too_long(make_trainer: Any, tmp_path: Path):
@@ -153,6 +154,6 @@ def test_a_prefix_does_not_make_its_prompt_too_long(make_trainer: Any, tmp_path:
         model={"scratch": {"context": longest + 40}},
         run_dir=str(tmp_path / "other"),
     )
-    rollouts, _ = trainer.sample(1, "rollout")
-    assert max(len(rollout.prompt_ids) for rollout in rollouts) > longest
-    assert all(rollout.completion.logprobs != (0.0,) for rollout in rollouts)  # none was left out
+    solutions, _ = trainer.sample(1, "rollout")
+    assert max(len(solution.prompt_ids) for solution in solutions) > longest
+    assert all(s.completion.logprobs != (0.0,) for s in solutions)  # none was left out

@@ -29,8 +29,8 @@ def test_a_sampler_that_reports_more_than_float_can_hold_is_capped():
 
 
 def scored_batch(trainer):
-    rollouts, _ = trainer.sample(1, "rollout")
-    batch, _ = trainer.score(rollouts)
+    solutions, _ = trainer.sample(1, "rollout")
+    batch, _ = trainer.score(solutions)
     return trainer.algorithm.credit(batch)
 
 
@@ -78,17 +78,19 @@ def test_a_step_logs_what_the_correction_did(make_trainer):
 
 def test_the_engines_own_scores_spare_the_policy_a_pass(trainer, monkeypatch):
     trainer.policy.reset_value_head(0)
-    rollouts, _ = trainer.sample(1, "rollout")
-    bare = [replace(r, completion=replace(r.completion, values=(), entropies=())) for r in rollouts]
+    solutions, _ = trainer.sample(1, "rollout")
+    bare = [
+        replace(s, completion=replace(s.completion, values=(), entropies=())) for s in solutions
+    ]
     passes = []
     monkeypatch.setattr(
         trainer.policy, "score", lambda *args, **kw: passes.append(1) or score(*args, **kw)
     )
     score = type(trainer.policy).score.__get__(trainer.policy)
-    batch, metrics = trainer.score(rollouts)
+    batch, metrics = trainer.score(solutions)
     assert not passes and "kl/mismatch" not in metrics
     # one completion without values: all are scored again
-    expected, measured = trainer.score([*rollouts[:-1], bare[-1]])
+    expected, measured = trainer.score([*solutions[:-1], bare[-1]])
     assert passes == [1] and measured["kl/mismatch"] < 1e-5
     for name in ("logprobs", "values", "ref_logprobs"):
         assert_close(getattr(batch, name), getattr(expected, name), atol=1e-5, rtol=0)

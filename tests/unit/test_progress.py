@@ -10,7 +10,7 @@ from rich.console import Console
 from reftune.stages.stage import Progress
 from reftune.terminal.live import LineProgress, RichProgress, StageView, make_progress
 from reftune.text import clock, counted, printable
-from reftune.types import Answer, Completion, Graded, Problem, Rollout, Verdict
+from reftune.types import Answer, Completion, Graded, Problem, Solution, Verdict
 
 
 class Clock:
@@ -23,8 +23,8 @@ class Clock:
         return self.now
 
 
-def rollout(text: str) -> Rollout:
-    return Rollout(
+def solution(text: str) -> Solution:
+    return Solution(
         problem=Problem(id="p", question="How many?", answer=Answer(kind="number", value="3")),
         prompt_ids=(1,),
         completion=Completion(token_ids=(1,), text=text, logprobs=(0.0,), finish_reason="eos"),
@@ -102,7 +102,7 @@ def test_the_live_view_shows_numbers_and_the_last_sample_with_its_verdict():
     progress = RichProgress(console, time_s=Clock())
     progress.stage("reft", total_steps=10)
     progress.step(4, {"reward/mean": 0.625, "reward/correct": 0.6, "kl/reference": 1.5})
-    progress.rollouts(1, [rollout("def solution():\n    return [bold]4[/bold]")])
+    progress.solutions(1, [solution("def solution():\n    return [bold]4[/bold]")])
     with console.capture() as capture:
         console.print(progress.render())
     progress.close()

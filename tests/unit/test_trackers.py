@@ -13,7 +13,7 @@ from reftune.recipe import parse_recipe
 from reftune.stages.stage import Progress
 from reftune.terminal import trackers
 from reftune.terminal.trackers import TrackedProgress, tracked, tracker_names
-from reftune.types import Answer, Completion, Graded, Problem, Rollout, Verdict
+from reftune.types import Answer, Completion, Graded, Problem, Solution, Verdict
 
 
 @pytest.fixture
@@ -152,10 +152,10 @@ def test_a_tracker_that_fails_later_is_left_out_and_the_run_goes_on(
     assert notes[0].endswith("the run continues without it")
 
 
-def some_rollouts(count: int) -> list[Rollout]:
+def some_solutions(count: int) -> list[Solution]:
     answer = Answer(kind="number", value=Fraction(5))
     return [
-        Rollout(
+        Solution(
             problem=Problem(id=str(i), question="2 + 3?", answer=answer),
             prompt_ids=(1,),
             completion=Completion(token_ids=(2,), text="5", logprobs=(0.0,), finish_reason="eos"),
@@ -189,8 +189,8 @@ def test_sampled_solutions_are_a_table_if_a_tracker_has_tables(recipe, monkeypat
     monkeypatch.setattr(trackers, "_open", lambda name, recipe: Tracker())
     watched = TrackedProgress(Progress(), [name], recipe(tracker_rollouts=3))
     watched.stage("reft", 2)
-    watched.rollouts(2, some_rollouts(5))
-    watched.rollouts(3, [])
+    watched.solutions(2, some_solutions(5))
+    watched.solutions(3, [])
     if name == "tensorboard":
         assert logged == []
         return
@@ -205,4 +205,4 @@ def test_no_table_is_logged_if_the_recipe_wants_none(recipe, monkeypatch):
     monkeypatch.setattr(trackers, "_table", lambda *arguments: pytest.fail("a table"))
     watched = TrackedProgress(Progress(), [], recipe(tracker_rollouts=0))
     watched.stage("reft", 1)
-    watched.rollouts(1, some_rollouts(2))
+    watched.solutions(1, some_solutions(2))

@@ -267,9 +267,9 @@ def collector(tokenizer, *, engine=None, rewards=(), max_new=10, **lengths) -> C
 def test_rollouts_without_a_reward_are_left_out(make_policy, tokenizer):
     problems = [problem(1, None), problem(2, None), problem(3, None)]
     team = collector(tokenizer, rewards=[0.5, None, 1])
-    rollouts = team.rewarded(team.solve(make_policy(), problems))
-    assert [(r.problem.id, r.reward) for r in rollouts] == [("1", 0.5), ("3", 1.0)]
-    assert rollouts[1].prompt_ids == tuple(team.encoder.prompt(problems[2]))
+    solutions = team.rewarded(team.solve(make_policy(), problems))
+    assert [(r.problem.id, r.reward) for r in solutions] == [("1", 0.5), ("3", 1.0)]
+    assert solutions[1].prompt_ids == tuple(team.encoder.prompt(problems[2]))
 
 
 def test_a_reward_that_is_no_number_names_its_problem(make_policy, tokenizer):
@@ -503,17 +503,17 @@ def test_a_snapshot_at_a_dev_evaluation_needs_no_other(
 
 def test_a_rollout_without_a_reward_is_reported(trainer):
     notes = []
-    progress = SimpleNamespace(note=notes.append, rollouts=lambda step, rollouts: None)
+    progress = SimpleNamespace(note=notes.append, solutions=lambda step, solutions: None)
     collector = replace(trainer.context.collector, reward=lambda *samples: [None] * len(samples[0]))
     trainer.context = replace(trainer.context, progress=progress, collector=collector)
-    rollouts, _ = trainer.sample(3, "rollout")
-    assert rollouts == []
+    solutions, _ = trainer.sample(3, "rollout")
+    assert solutions == []
     assert notes == ["reft rollout 3: every reward is None, so there is nothing to train on"]
 
 
 def test_a_rollout_whose_loss_is_not_finite_is_saved_and_named(trainer, monkeypatch):
-    rollouts, _ = trainer.sample(1, "rollout")
-    batch, _ = trainer.score(rollouts)
+    solutions, _ = trainer.sample(1, "rollout")
+    batch, _ = trainer.score(solutions)
     before = {name: value.clone() for name, value in trainer.policy.state_dict().items()}
     ppo = type(trainer.algorithm)
     monkeypatch.setattr(
@@ -529,12 +529,12 @@ def test_a_rollout_whose_loss_is_not_finite_is_saved_and_named(trainer, monkeypa
     )
     rows = json.loads(path.read_text())["rows"]
     assert [row["tokens"] for row in rows] == [
-        [*r.prompt_ids, *r.completion.token_ids] for r in rollouts
+        [*r.prompt_ids, *r.completion.token_ids] for r in solutions
     ]
-    assert [row["rewards"] for row in rows] == pytest.approx([r.reward for r in rollouts])
+    assert [row["rewards"] for row in rows] == pytest.approx([r.reward for r in solutions])
     assert all(
         len(row["advantages"]) == len(r.completion.token_ids)
-        for row, r in zip(rows, rollouts, strict=True)
+        for row, r in zip(rows, solutions, strict=True)
     )
     assert all(
         torch.equal(value, before[name]) for name, value in trainer.policy.state_dict().items()
@@ -558,8 +558,8 @@ def test_a_rollout_that_no_reward_applies_to_trains_nothing(trainer, monkeypatch
 def test_updates_are_made_without_dropout(make_trainer):
     # with next to no learning rate nothing but dropout could move a ratio from 1
     trainer = make_trainer({"optimizer": {"learning_rate": 1e-9}})
-    rollouts, _ = trainer.sample(1, "rollout")
-    batch, _ = trainer.score(rollouts)
+    solutions, _ = trainer.sample(1, "rollout")
+    batch, _ = trainer.score(solutions)
     trainer.policy.train()
     metrics = trainer.update(trainer.algorithm.credit(batch), 1)
     assert metrics["policy/ratio_max"] == pytest.approx(1, abs=1e-4)
@@ -568,8 +568,8 @@ def test_updates_are_made_without_dropout(make_trainer):
 def test_minibatches_are_equal_parts_that_each_pass_draws_anew(make_trainer):
     # 8 samples in 4 steps a pass, 2 passes: 8 steps of 2 samples, each sample once in a pass
     trainer = make_trainer({"minibatches": 4, "updates": 2})
-    rollouts, _ = trainer.sample(1, "rollout")
-    batch = trainer.algorithm.credit(trainer.score(rollouts)[0])
+    solutions, _ = trainer.sample(1, "rollout")
+    batch = trainer.algorithm.credit(trainer.score(solutions)[0])
     batch = replace(batch, rewards=torch.arange(8.0))
     parts = list(trainer.parts(batch, 1))
     first, second = ([p.rewards.tolist() for p in parts[i : i + 4]] for i in (0, 4))
@@ -589,18 +589,18 @@ def test_more_minibatches_than_samples_are_refused(make_recipe):
 
 def test_samples_that_were_cut_off_are_no_part_of_the_loss(make_trainer, monkeypatch):
     trainer = make_trainer({"mask_truncated": True, "algorithm": {"kind": "grpo"}, "samples": 4})
-    rollouts, _ = trainer.sample(1, "rollout")
-    cut = {id(r.completion) for r in rollouts if r.completion.finish_reason == "length"}
-    whole = [r for r in rollouts if id(r.completion) not in cut]
+    solutions, _ = trainer.sample(1, "rollout")
+    cut = {id(r.completion) for r in solutions if r.completion.finish_reason == "length"}
+    whole = [r for r in solutions if id(r.completion) not in cut]
     assert cut and whole, "the case needs both"
     seen = []
     update = trainer.update
-    monkeypatch.setattr(trainer, "sample", lambda n, purpose: (rollouts, {}))
+    monkeypatch.setattr(trainer, "sample", lambda n, purpose: (solutions, {}))
     monkeypatch.setattr(trainer, "update", lambda batch, n: seen.append(batch) or update(batch, n))
     trainer.step(1)
     (batch,) = seen
-    credited = trainer.algorithm.credit(rollout_batch(rollouts, device="cpu"))
-    kept = [i for i, r in enumerate(rollouts) if r in whole]
+    credited = trainer.algorithm.credit(rollout_batch(solutions, device="cpu"))
+    kept = [i for i, r in enumerate(solutions) if r in whole]
     lengths = [len(r.completion.token_ids) for r in whole]
     assert batch.tokens.response_lengths.tolist() == lengths
     # the baseline is still that of all samples of the problem
@@ -609,21 +609,21 @@ def test_samples_that_were_cut_off_are_no_part_of_the_loss(make_trainer, monkeyp
 
 def test_a_rollout_that_was_cut_off_throughout_trains_nothing(make_trainer, monkeypatch):
     trainer = make_trainer({"mask_truncated": True})
-    rollouts = [
+    solutions = [
         replace(r, completion=replace(r.completion, finish_reason="length"))
         for r in trainer.sample(1, "rollout")[0]
     ]
-    monkeypatch.setattr(trainer, "sample", lambda n, purpose: (rollouts, {}))
+    monkeypatch.setattr(trainer, "sample", lambda n, purpose: (solutions, {}))
     before = trainer.policy.value_head.weight.clone()
     assert "grad/norm" not in trainer.step(1)
     assert torch.equal(before, trainer.policy.value_head.weight)
 
 
 def test_samples_of_one_problem_are_one_group(trainer):
-    rollouts, _ = trainer.sample(1, "rollout")
-    batch, _ = trainer.score(rollouts)
+    solutions, _ = trainer.sample(1, "rollout")
+    batch, _ = trainer.score(solutions)
     assert batch.groups.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert [r.problem.id for r in rollouts[::2]] == [r.problem.id for r in rollouts[1::2]]
+    assert [r.problem.id for r in solutions[::2]] == [r.problem.id for r in solutions[1::2]]
 
 
 def test_rollouts_go_through_the_training_problems_epoch_by_epoch(trainer):

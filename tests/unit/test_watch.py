@@ -75,7 +75,7 @@ def test_a_finished_run_is_told_from_its_files(run: Path):
     (run / "summary.json").write_text("{}")
     told = Told()
     assert watch(run, told, RunClock())
-    *calls, (kind, step, [rollout]) = told.calls
+    *calls, (kind, step, [solution]) = told.calls
     assert calls == [
         ("stage", "sft", 20, 5),
         ("step", 5, {"progress/epoch": 1.0, "loss/sft": 0.2}),
@@ -83,8 +83,8 @@ def test_a_finished_run_is_told_from_its_files(run: Path):
         ("stage", "reft", 3, 1),
         ("step", 1, {"reward/mean": 0.5}),
     ]
-    assert (kind, step) == ("rollouts", 1)
-    assert (rollout.completion.text, rollout.graded.reason, rollout.reward) == (
+    assert (kind, step) == ("solutions", 1)
+    assert (solution.completion.text, solution.graded.reason, solution.reward) == (
         "3",
         "3 is not 2",
         0.1,

@@ -1,2 +1,2 @@
-"""Algorithms choose the rollouts to train on, assign credit, and define the loss. Each algorithm
+"""Algorithms choose the solutions to train on, assign credit, and define the loss. Each algorithm
 has its own file."""

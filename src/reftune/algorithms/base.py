@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from reftune.model.batch import RolloutBatch
     from reftune.model.encoder import Encoder
     from reftune.model.policy import TokenScores
-    from reftune.types import Rollout
+    from reftune.types import Solution
 
 Reduction = Literal["sequence", "token"]
 
@@ -65,10 +65,10 @@ class Algorithm(Component, ABC):
         """Whether dropout is active during updates."""
         return False
 
-    def select(self, rollouts: Sequence[Rollout], encoder: Encoder) -> list[Rollout]:
-        """The rollouts to train on. A subclass may drop some or add others, such as gold
+    def select(self, solutions: Sequence[Solution], encoder: Encoder) -> list[Solution]:
+        """The solutions to train on. A subclass may drop some or add others, such as gold
         solutions."""
-        return list(rollouts)
+        return list(solutions)
 
     @abstractmethod
     def credit(self, batch: RolloutBatch) -> RolloutBatch:
@@ -109,8 +109,8 @@ class Clipped(Algorithm, ABC):
     def min_samples(self) -> int:
         return 2 if self.drop_constant_groups else 1
 
-    def select(self, rollouts: Sequence[Rollout], encoder: Encoder) -> list[Rollout]:
-        return with_contrast(rollouts) if self.drop_constant_groups else list(rollouts)
+    def select(self, solutions: Sequence[Solution], encoder: Encoder) -> list[Solution]:
+        return with_contrast(solutions) if self.drop_constant_groups else list(solutions)
 
     def weights(self, batch: RolloutBatch) -> Tensor:
         return token_weights(batch.response_mask, self.reduction)
@@ -125,12 +125,12 @@ class Clipped(Algorithm, ABC):
         return LossTerms(total=policy, metrics={"policy/loss": policy.detach(), **moved})
 
 
-def with_contrast(rollouts: Sequence[Rollout]) -> list[Rollout]:
+def with_contrast(solutions: Sequence[Solution]) -> list[Solution]:
     """The samples of those problems whose samples did not all earn the same reward."""
     rewards: dict[str, set[float]] = {}
-    for rollout in rollouts:
-        rewards.setdefault(rollout.problem.id, set()).add(rollout.reward)
-    return [rollout for rollout in rollouts if len(rewards[rollout.problem.id]) > 1]
+    for solution in solutions:
+        rewards.setdefault(solution.problem.id, set()).add(solution.reward)
+    return [solution for solution in solutions if len(rewards[solution.problem.id]) > 1]
 
 
 # --- per-token tensors ----------------------------------------------------------------------------

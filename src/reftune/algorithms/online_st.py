@@ -18,7 +18,7 @@ from reftune.algorithms.base import Algorithm, LossTerms, token_weights
 from reftune.model.batch import RolloutBatch
 from reftune.model.encoder import Encoder
 from reftune.model.policy import TokenScores
-from reftune.types import Completion, Graded, Rollout, Verdict
+from reftune.types import Completion, Graded, Solution, Verdict
 
 
 class OnlineSt(Algorithm):
@@ -33,17 +33,17 @@ class OnlineSt(Algorithm):
     def trains_with_dropout(self) -> bool:
         return self.dropout
 
-    def select(self, rollouts: Sequence[Rollout], encoder: Encoder) -> list[Rollout]:
+    def select(self, solutions: Sequence[Solution], encoder: Encoder) -> list[Solution]:
         """The correct samples, followed by the gold solutions of all sampled problems that have
         one. Problems without a correct sample are included."""
-        correct = [rollout for rollout in rollouts if rollout.graded.verdict is Verdict.CORRECT]
-        sampled = {rollout.problem.id: rollout for rollout in rollouts}.values()
+        correct = [solution for solution in solutions if solution.graded.verdict is Verdict.CORRECT]
+        sampled = {solution.problem.id: solution for solution in solutions}.values()
         gold = [
-            gold_rollout(r, encoder, max_tokens=self.gold_max_tokens)
+            gold_solution(r, encoder, max_tokens=self.gold_max_tokens)
             for r in sampled
             if r.problem.rationale is not None
         ]
-        return [*correct, *(rollout for rollout in gold if rollout.completion.token_ids)]
+        return [*correct, *(solution for solution in gold if solution.completion.token_ids)]
 
     def credit(self, batch: RolloutBatch) -> RolloutBatch:
         return batch
@@ -73,9 +73,9 @@ class OnlineSt(Algorithm):
         return LossTerms(total=sampled + gold, metrics=metrics)
 
 
-def gold_rollout(sampled: Rollout, encoder: Encoder, *, max_tokens: int | None) -> Rollout:
-    """The gold solution to a sample's problem, as a rollout. The solution is truncated so that
-    prompt and solution together have at most `max_tokens` tokens."""
+def gold_solution(sampled: Solution, encoder: Encoder, *, max_tokens: int | None) -> Solution:
+    """The gold solution to the problem of `sampled`. It is truncated so that prompt and solution
+    together have at most `max_tokens` tokens."""
     whole = encoder.target(sampled.problem)
     kept = whole if max_tokens is None else whole[: max(0, max_tokens - len(sampled.prompt_ids))]
     completion = Completion(

@@ -37,7 +37,7 @@ from reftune.stages.loop import Loop, TrainingTable
 from reftune.stages.optimizer import accumulate_gradient
 from reftune.stages.stage import Cost, Stage, StageContext
 from reftune.text import counted
-from reftune.types import Attempt, Rollout, Verdict
+from reftune.types import Attempt, Solution, Verdict
 
 
 class Rl(TrainingTable, Stage):
@@ -100,14 +100,14 @@ class Rl(TrainingTable, Stage):
         )
 
     def cost(self, *, num_train: int, num_dev: int) -> Cost:
-        rollouts = self.prompts * self.samples
+        solutions = self.prompts * self.samples
         return Cost(
             steps=self.steps,
-            batch=rollouts,
+            batch=solutions,
             updates=self.updates,
             scored=2 if self.algorithm.needs_reference else 1,
-            sampled=rollouts,
-            sampled_before=rollouts * self.value_prefit,
+            sampled=solutions,
+            sampled_before=solutions * self.value_prefit,
             looks=self.steps / self.eval_every,
             prompts=self.prompts,
             reference=self.algorithm.needs_reference,
@@ -142,13 +142,13 @@ class Trainer:
 
     def step(self, n: int) -> dict[str, float]:
         """Sample one rollout, train on it, and return the step's metrics."""
-        rollouts, metrics = self.sample(n, "rollout")
+        solutions, metrics = self.sample(n, "rollout")
         metrics["progress/epoch"] = n * self.stage.prompts / len(self.context.splits.train)
         collector = self.context.collector
         selected = [
-            r
-            for r in self.algorithm.select(rollouts, collector.encoder)
-            if collector.fits(r.prompt_ids, r.completion.token_ids, self.policy)
+            s
+            for s in self.algorithm.select(solutions, collector.encoder)
+            if collector.fits(s.prompt_ids, s.completion.token_ids, self.policy)
         ]
         if not selected:
             return metrics
@@ -158,8 +158,8 @@ class Trainer:
         masks = self.stage.mask_truncated
         kept = [
             i
-            for i, r in enumerate(selected)
-            if not (masks and r.source == "policy" and r.completion.finish_reason == "length")
+            for i, s in enumerate(selected)
+            if not (masks and s.source == "policy" and s.completion.finish_reason == "length")
         ]
         if not kept:
             return metrics
@@ -169,7 +169,7 @@ class Trainer:
 
     # --- sample ---
 
-    def sample(self, n: int, purpose: str) -> tuple[list[Rollout], dict[str, float]]:
+    def sample(self, n: int, purpose: str) -> tuple[list[Solution], dict[str, float]]:
         """Sample rollout `n` and return it with its metrics. `purpose` is `rollout` or `prefit`.
         For a given recipe, the samples depend only on the weights, `n` and `purpose`."""
         train, seed = self.context.splits.train, self.context.seed
@@ -185,37 +185,37 @@ class Trainer:
             temperature=self.stage.temperature,
             seed=seed(purpose, "tokens", n),
         )
-        rollouts = self.context.collector.rewarded(solved)
-        if not rollouts:
+        solutions = self.context.collector.rewarded(solved)
+        if not solutions:
             self.context.progress.note(
                 f"{self.context.name} {purpose} {n}: every reward is None, so there is nothing to"
                 " train on"
             )
         if purpose == "rollout":
-            self._show(n, rollouts)
-        return rollouts, {
-            **rollout_metrics(rollouts),
+            self._show(n, solutions)
+        return solutions, {
+            **rollout_metrics(solutions),
             "time/generate_s": solved.generate_s,
             "time/grade_s": solved.grade_s,
             **{f"engine/{name}": count for name, count in solved.traffic.items()},
         }
 
-    def _show(self, n: int, rollouts: Sequence[Rollout]) -> None:
+    def _show(self, n: int, solutions: Sequence[Solution]) -> None:
         followed = {problem.id for problem in self.context.splits.train[:PROBLEMS_FOLLOWED]}
-        for rollout in worth_showing(rollouts, followed):
-            self.loop.samples.append({"step": n, **sample_row(rollout, self.policy)})
-        if rollouts:
-            self.context.progress.rollouts(n, rollouts)
+        for solution in worth_showing(solutions, followed):
+            self.loop.samples.append({"step": n, **sample_row(solution, self.policy)})
+        if solutions:
+            self.context.progress.solutions(n, solutions)
 
     # --- score ---
 
-    def score(self, rollouts: Sequence[Rollout]) -> tuple[RolloutBatch, dict[str, float]]:
-        """The rollouts as a batch, and metrics. The batch includes the tokens' values and their
+    def score(self, solutions: Sequence[Solution]) -> tuple[RolloutBatch, dict[str, float]]:
+        """The solutions as a batch, and metrics. The batch includes the tokens' values and their
         log-probabilities under the policy. If there is a reference, the batch also includes the
         log-probabilities under the reference."""
         started = time.perf_counter()
-        batch = rollout_batch(rollouts, device=self.policy.device)
-        scores = self._policy_scores(rollouts, batch)
+        batch = rollout_batch(solutions, device=self.policy.device)
+        scores = self._policy_scores(solutions, batch)
         batch = replace(batch, logprobs=scores.logprobs, values=scores.values)
         mask = batch.sampled_mask
         assert scores.entropy is not None
@@ -234,11 +234,11 @@ class Trainer:
             )
         return batch, {**metrics, "time/score_s": time.perf_counter() - started}
 
-    def _policy_scores(self, rollouts: Sequence[Rollout], batch: RolloutBatch) -> TokenScores:
+    def _policy_scores(self, solutions: Sequence[Solution], batch: RolloutBatch) -> TokenScores:
         """The samples' scores under the policy that drew them. If the engine scored every sample
         and `mismatch_cap` is unset, these are the engine's scores. Otherwise, a new forward pass
         computes them."""
-        completions = [r.completion for r in rollouts]
+        completions = [s.completion for s in solutions]
         if self.stage.mismatch_cap is not None or not all(c.values for c in completions):
             return self.policy.score(batch.tokens, temperature=self.stage.temperature)
         values = per_token(batch.tokens, [c.values for c in completions])
@@ -316,11 +316,11 @@ class Trainer:
             + explained * (self.stage.value_prefit > 1)
         )
 
-    def _sample_to_fit(self, n: int) -> list[Rollout]:
+    def _sample_to_fit(self, n: int) -> list[Solution]:
         """Sample rollout `n` to fit the value head. Its tokens count towards the stage's cost."""
-        rollouts, metrics = self.sample(n, "prefit")
+        solutions, metrics = self.sample(n, "prefit")
         self.loop.spend(metrics)
-        return rollouts
+        return solutions
 
     def _features_and_returns(self, batch: RolloutBatch) -> tuple[Tensor, Tensor]:
         """Hidden states (N, H) and discounted returns (N,) of the response tokens. The returns
@@ -340,21 +340,23 @@ PROBLEMS_FOLLOWED = 16
 Readers can then see how the solutions to a problem change."""
 
 
-def rollout_batch(rollouts: Sequence[Rollout], *, device: torch.device) -> RolloutBatch:
-    """Rollouts as tensors. Until the trainer computes its own log-probabilities, `logprobs`
+def rollout_batch(solutions: Sequence[Solution], *, device: torch.device) -> RolloutBatch:
+    """Solutions as tensors. Until the trainer computes its own log-probabilities, `logprobs`
     contains the engine's."""
     tokens = token_batch(
-        [r.prompt_ids for r in rollouts], [r.completion.token_ids for r in rollouts], device=device
+        [s.prompt_ids for s in solutions],
+        [s.completion.token_ids for s in solutions],
+        device=device,
     )
     group_of = {
-        id_: group for group, id_ in enumerate(dict.fromkeys(r.problem.id for r in rollouts))
+        id_: group for group, id_ in enumerate(dict.fromkeys(s.problem.id for s in solutions))
     }
-    logprobs = per_token(tokens, [r.completion.logprobs for r in rollouts])
+    logprobs = per_token(tokens, [s.completion.logprobs for s in solutions])
     return RolloutBatch(
         tokens=tokens,
-        rewards=torch.tensor([r.reward for r in rollouts], device=device),
-        groups=torch.tensor([group_of[r.problem.id] for r in rollouts], device=device),
-        gold=torch.tensor([r.source == "gold" for r in rollouts], device=device),
+        rewards=torch.tensor([s.reward for s in solutions], device=device),
+        groups=torch.tensor([group_of[s.problem.id] for s in solutions], device=device),
+        gold=torch.tensor([s.source == "gold" for s in solutions], device=device),
         sampling_logprobs=logprobs,
         logprobs=logprobs,
     )
@@ -386,32 +388,33 @@ def correct_mismatch(
     return replace(batch, advantages=batch.advantages * weights), metrics
 
 
-def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+def rollout_metrics(solutions: Sequence[Solution]) -> dict[str, float]:
     """Metrics of the samples: rewards, verdicts and lengths."""
-    count = max(1, len(rollouts))
-    verdicts = Counter(r.graded.verdict for r in rollouts)
+    count = max(1, len(solutions))
+    verdicts = Counter(s.graded.verdict for s in solutions)
+    finished = Counter(s.completion.finish_reason for s in solutions)
     rewards: dict[str, list[float]] = {}
-    for r in rollouts:
-        rewards.setdefault(r.problem.id, []).append(r.reward)
+    for s in solutions:
+        rewards.setdefault(s.problem.id, []).append(s.reward)
     return {
-        "reward/mean": sum(r.reward for r in rollouts) / count,
+        "reward/mean": sum(s.reward for s in solutions) / count,
         "reward/correct": verdicts[Verdict.CORRECT] / count,
-        **_part_means(rollouts),
+        **_part_means(solutions),
         **{f"verdict/{verdict.value}": verdicts[verdict] / count for verdict in Verdict},
-        "response/length": sum(len(r.completion.token_ids) for r in rollouts) / count,
-        "response/truncated": sum(r.completion.finish_reason == "length" for r in rollouts) / count,
+        "response/length": sum(len(s.completion.token_ids) for s in solutions) / count,
+        "response/truncated": finished["length"] / count,
         "groups/constant_reward": (
             sum(len(set(group)) == 1 for group in rewards.values()) / max(1, len(rewards))
         ),
-        "compute/sampled_tokens": sum(len(r.completion.token_ids) for r in rollouts),
+        "compute/sampled_tokens": sum(len(s.completion.token_ids) for s in solutions),
     }
 
 
-def _part_means(rollouts: Sequence[Rollout]) -> dict[str, float]:
+def _part_means(solutions: Sequence[Solution]) -> dict[str, float]:
     """The mean of each named part of the reward, over the samples that have this part."""
     parts: dict[str, list[float]] = {}
-    for rollout in rollouts:
-        for name, value in rollout.reward_parts.items():
+    for solution in solutions:
+        for name, value in solution.reward_parts.items():
             parts.setdefault(name, []).append(value)
     return {f"reward_part/{name}": sum(values) / len(values) for name, values in parts.items()}
 
@@ -446,33 +449,33 @@ def batch_rows(batch: RolloutBatch, policy: Policy) -> list[dict[str, Any]]:
     return rows
 
 
-def worth_showing(rollouts: Sequence[Rollout], followed: Collection[str]) -> list[Rollout]:
-    """The rollouts to store. First, up to `SAMPLES_KEPT` rollouts are chosen, from different
-    problems if possible, starting with the problems in `followed`. Then the longest rollout and one
-    rollout whose program reached its time limit are added, unless they are already included."""
-    first = {rollout.problem.id: place for place, rollout in reversed(list(enumerate(rollouts)))}
+def worth_showing(solutions: Sequence[Solution], followed: Collection[str]) -> list[Solution]:
+    """The solutions to store. First, up to `SAMPLES_KEPT` solutions are chosen, to different
+    problems if possible, starting with the problems in `followed`. Then the longest solution and
+    one whose program reached its time limit are added, unless they are already included."""
+    ids = [solution.problem.id for solution in solutions]
+    first = {id_: place for place, id_ in reversed(list(enumerate(ids)))}
     places = sorted(
-        range(len(rollouts)),
-        key=lambda i: (i != first[rollouts[i].problem.id], rollouts[i].problem.id not in followed),
+        range(len(solutions)), key=lambda i: (i != first[ids[i]], ids[i] not in followed)
     )
-    longest = sorted(places, key=lambda i: -len(rollouts[i].completion.token_ids))[:1]
-    late = [i for i in places if rollouts[i].graded.verdict is Verdict.TIMEOUT][:1]
-    return [rollouts[i] for i in dict.fromkeys([*places[:SAMPLES_KEPT], *longest, *late])]
+    longest = sorted(places, key=lambda i: -len(solutions[i].completion.token_ids))[:1]
+    late = [i for i in places if solutions[i].graded.verdict is Verdict.TIMEOUT][:1]
+    return [solutions[i] for i in dict.fromkeys([*places[:SAMPLES_KEPT], *longest, *late])]
 
 
-def sample_row(rollout: Rollout, policy: Policy) -> dict[str, Any]:
-    """A rollout as a row of samples.jsonl."""
-    completion = rollout.completion
+def sample_row(solution: Solution, policy: Policy) -> dict[str, Any]:
+    """A solution as a row of samples.jsonl."""
+    completion = solution.completion
     attempt = Attempt(
         completion=completion.text,
-        graded=rollout.graded,
+        graded=solution.graded,
         finish_reason=completion.finish_reason,
-        reward=rollout.reward,
+        reward=solution.reward,
     )
     return {
-        "id": rollout.problem.id,
-        "question": rollout.problem.question,
-        "gold": str(rollout.problem.answer),
+        "id": solution.problem.id,
+        "question": solution.problem.question,
+        "gold": str(solution.problem.answer),
         "program_s": None,
         **attempt.to_row(),
         "logprobs": [round(logprob, 4) for logprob in completion.logprobs],

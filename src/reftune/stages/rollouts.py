@@ -1,4 +1,4 @@
-"""Turns problems into rollouts: samples solutions, grades them and rewards them."""
+"""Samples solutions to problems, grades them and rewards them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from reftune.model.policy import Policy
 from reftune.processes import sharding, world
 from reftune.recipe import LengthTable, Recipe
 from reftune.text import counted, shown
-from reftune.types import Completion, Graded, Problem, Rollout, SamplingParams
+from reftune.types import Completion, Graded, Problem, SamplingParams, Solution
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +37,7 @@ class Solved:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Collector:
-    """Turns problems into graded completions and rollouts."""
+    """Samples solutions to problems, grades them and rewards them."""
 
     engine: Engine
     encoder: Encoder
@@ -142,14 +142,14 @@ class Collector:
             traffic=sum((own for _, _, own in parts), Counter()),
         )
 
-    def rewarded(self, solved: Solved) -> list[Rollout]:
-        """The rollouts of solved problems, except those whose reward is None. Raises: RewardError
+    def rewarded(self, solved: Solved) -> list[Solution]:
+        """The rewarded solutions, except those whose reward is None. Raises: RewardError
         if a reward cannot be computed or is not finite.
         """
         columns = (solved.problems, solved.completions, solved.graded)
         rewards = rewards_of(self.reward, *columns)
         return [
-            Rollout(
+            Solution(
                 problem=problem,
                 prompt_ids=tuple(prompt),
                 completion=completion,

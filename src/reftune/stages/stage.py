@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # the live view reads `Progress` without torch
     from reftune.stages.rollouts import Collector
     from reftune.storage.files import JsonLines
     from reftune.storage.run_folder import StageFolder
-    from reftune.types import Rollout
+    from reftune.types import Solution
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,8 +50,8 @@ class Progress:
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """A step is done; its metrics are named `group/name`."""
 
-    def rollouts(self, step: int, rollouts: Sequence[Rollout]) -> None:
-        """A step has sampled these solutions. `rollouts` is not empty."""
+    def solutions(self, step: int, solutions: Sequence[Solution]) -> None:
+        """A step has sampled these solutions. `solutions` is not empty."""
 
     def note(self, message: str) -> None:
         """A message for the user, which stays on the screen."""

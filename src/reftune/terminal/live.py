@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TextIO
 
-from reftune.types import Rollout, Verdict
+from reftune.types import Solution, Verdict
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -165,7 +165,7 @@ class RichProgress(Progress):
 
         self._console, self._time_s = console, time_s
         self._view: StageView | None = None
-        self._sample: Rollout | None = None
+        self._sample: Solution | None = None
         self._live = Live(
             get_renderable=self.render, console=console, refresh_per_second=4, transient=True
         )
@@ -180,9 +180,9 @@ class RichProgress(Progress):
         assert self._view is not None, "step before stage"
         self._view.update(step, metrics)
 
-    def rollouts(self, step: int, rollouts: Sequence[Rollout]) -> None:
-        """Show the first of `rollouts` until the next call."""
-        self._sample = rollouts[0]
+    def solutions(self, step: int, solutions: Sequence[Solution]) -> None:
+        """Show the first of `solutions` until the next call."""
+        self._sample = solutions[0]
 
     def note(self, message: str) -> None:
         self._console.print(printable(message), markup=False, highlight=False)
@@ -217,23 +217,23 @@ class RichProgress(Progress):
             self._view = None
 
 
-def sample_panel(rollout: Rollout) -> RenderableType:
+def sample_panel(solution: Solution) -> RenderableType:
     """A solution with its question, verdict and reason, shortened to fit on a screen. Any markup in
     these texts is shown as text."""
     from rich.console import Group
     from rich.panel import Panel
     from rich.text import Text
 
-    colour = "green" if rollout.graded.verdict is Verdict.CORRECT else "red"
-    text = printable(rollout.completion.text)[:MAX_SAMPLE_CHARACTERS]
+    colour = "green" if solution.graded.verdict is Verdict.CORRECT else "red"
+    text = printable(solution.completion.text)[:MAX_SAMPLE_CHARACTERS]
     lines = text.splitlines()
     if len(lines) > MAX_SAMPLE_LINES:
         lines = [*lines[:MAX_SAMPLE_LINES], "…"]
-    question = printable(rollout.problem.question)[:MAX_SAMPLE_CHARACTERS]
+    question = printable(solution.problem.question)[:MAX_SAMPLE_CHARACTERS]
     return Panel(
         Group(Text(question, style="dim"), Text("\n".join(lines))),
-        title=Text(f"{rollout.graded.verdict.value}, reward {rollout.reward:g}", style=colour),
-        subtitle=Text(printable(rollout.graded.reason), style="dim"),
+        title=Text(f"{solution.graded.verdict.value}, reward {solution.reward:g}", style=colour),
+        subtitle=Text(printable(solution.graded.reason), style="dim"),
         title_align="left",
         subtitle_align="left",
         border_style=colour,

@@ -14,7 +14,7 @@ from reftune.processes.world import is_main
 from reftune.recipe import Recipe, TrackerName
 from reftune.stages.stage import Progress
 from reftune.text import brief
-from reftune.types import Rollout
+from reftune.types import Solution
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
@@ -78,10 +78,11 @@ class TrackedProgress(Progress):
         self._tell(log)
         self._progress.step(step, metrics)
 
-    def rollouts(self, step: int, rollouts: Sequence[Rollout]) -> None:
+    def solutions(self, step: int, solutions: Sequence[Solution]) -> None:
         """Log the first `tracker_rollouts` solutions as a table, to every tracker that supports
         tables."""
-        rows = [table_row(step, rollout) for rollout in rollouts[: self._recipe.tracker_rollouts]]
+        shown = solutions[: self._recipe.tracker_rollouts]
+        rows = [table_row(step, solution) for solution in shown]
 
         def log(tracker: GeneralTracker) -> None:
             table = _table(tracker.name, list(rows[0]), [list(row.values()) for row in rows])
@@ -90,7 +91,7 @@ class TrackedProgress(Progress):
 
         if rows:
             self._tell(log)
-        self._progress.rollouts(step, rollouts)
+        self._progress.solutions(step, solutions)
 
     def note(self, message: str) -> None:
         self._progress.note(message)
@@ -112,18 +113,18 @@ class TrackedProgress(Progress):
                 self.note(f"{tracker.name}: {_reason(error)}; the run continues without it")
 
 
-def table_row(step: int, rollout: Rollout) -> dict[str, Any]:
+def table_row(step: int, solution: Solution) -> dict[str, Any]:
     """A sampled solution as a row of a table."""
     return {
         "step": step,
-        "id": rollout.problem.id,
-        "question": rollout.problem.question,
-        "gold": str(rollout.problem.answer),
-        "completion": rollout.completion.text,
-        "verdict": rollout.graded.verdict.value,
-        "value": str(rollout.graded.value or ""),
-        "reward": rollout.reward,
-        "finish_reason": rollout.completion.finish_reason,
+        "id": solution.problem.id,
+        "question": solution.problem.question,
+        "gold": str(solution.problem.answer),
+        "completion": solution.completion.text,
+        "verdict": solution.graded.verdict.value,
+        "value": str(solution.graded.value or ""),
+        "reward": solution.reward,
+        "finish_reason": solution.completion.finish_reason,
     }
 
 

@@ -15,7 +15,7 @@ import yaml
 from reftune.errors import DataError
 from reftune.stages.stage import Progress
 from reftune.storage.run_folder import RunFolder
-from reftune.types import Answer, Attempt, Completion, Problem, Rollout
+from reftune.types import Answer, Attempt, Completion, Problem, Solution
 
 POLL_S = 1.0
 
@@ -57,7 +57,7 @@ def watch(
         for name, tail in samples.items():
             for row in tail.rows()[-1:]:
                 if name == current:
-                    progress.rollouts(int(row["step"]), [_rollout(row)])
+                    progress.solutions(int(row["step"]), [_solution(row)])
         if not alive:
             return RunFolder(folder).summary.is_file()
         wait(POLL_S)
@@ -123,13 +123,13 @@ def _total_steps(stage: Mapping[str, Any], row: Mapping[str, Any]) -> int:
     return round(row["step"] * epochs / epoch) if epochs and epoch else int(row["step"])
 
 
-def _rollout(row: Mapping[str, Any]) -> Rollout:
+def _solution(row: Mapping[str, Any]) -> Solution:
     attempt = Attempt.from_row(row)
     completion = Completion(
         token_ids=(), text=attempt.completion, logprobs=(), finish_reason=row["finish_reason"]
     )
     answer = Answer(kind="text", value=str(row["gold"]))
-    return Rollout(
+    return Solution(
         problem=Problem(id=str(row["id"]), question=row["question"], answer=answer),
         prompt_ids=(),
         completion=completion,
