@@ -118,10 +118,16 @@ class Problem:
     answer that was read from it."""
     messages: tuple[Message, ...] = ()
     """If the question is a conversation, the turns before the assistant's answer; empty otherwise.
-    `question` contains the text of these turns, except the system message."""
+    `question` contains the text of these turns, except a system message on which no answer of the
+    dataset depends."""
     scorer: Callable[[str], float] | None = None
     """The task's own scorer, which maps an answer's text to a score from 0 to 1. If None, answers
     are compared with the gold answer."""
+
+    @property
+    def written_answer(self) -> str:
+        """The gold answer as the data spells it or, if that is unknown, in canonical spelling."""
+        return self.gold_text or str(self.answer)
 
     @property
     def is_multiple_choice(self) -> bool:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Sequence
+from datetime import date, datetime, time
 from pathlib import Path
 from typing import Any
 
+import openpyxl
 import pyarrow
 import pytest
 from pyarrow import parquet
@@ -54,10 +56,44 @@ def test_tabs_separate_the_columns_of_a_tsv_file(tmp_path: Path) -> None:
     assert row.columns == {"question, as asked, in full": "Who?", "answer": "Tom"}
 
 
+def test_quotation_marks_in_the_text_of_a_tsv_file_do_not_join_its_lines(tmp_path: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"data\.tsv:3: a quotation mark joins this line .* up to line 5;"
+    ):
+        read(tmp_path / "data.tsv", 'q\ta\nr\t1\n"Yes\t2\ns\t3\nIt is 12"\t4\nt\t5\n')
+    (row,) = read(tmp_path / "data.tsv", 'q\ta\n"Ann\nhas\t3"\t4\n')
+    assert row.columns == {"q": "Ann\nhas\t3", "a": "4"}
+
+
 def test_numbers_of_32_bits_are_read_as_they_were_written(tmp_path: Path) -> None:
     path, numbers = tmp_path / "data.parquet", pyarrow.array([0.1, None, 2.5], pyarrow.float32())
     parquet.write_table(pyarrow.table({"answer": numbers}), path)
     assert [row.get("answer") for row in read_rows(str(path), "train")] == [0.1, None, 2.5]
+
+
+def test_dates_and_times_in_parquet_are_the_text_that_excel_s_are(tmp_path: Path) -> None:
+    moments = [datetime(2021, 3, 5), datetime(2021, 3, 5, 7, 30), date(2021, 3, 5), time(7, 30)]
+    path = tmp_path / "data.parquet"
+    cells = {str(i): pyarrow.array([moment]) for i, moment in enumerate(moments)}
+    parquet.write_table(pyarrow.table({**cells, "list": [[moments[0]]]}), path)
+    book = openpyxl.Workbook()
+    book.active.append([*cells])
+    book.active.append(moments)
+    book.save(tmp_path / "data.xlsx")
+    (found,) = columns(read_rows(str(path), "train"))
+    assert found.pop("list") == ["2021-03-05"]
+    assert [*found.values()] == ["2021-03-05", "2021-03-05 07:30:00", "2021-03-05", "07:30:00"]
+    assert columns(read_rows(str(tmp_path / "data.xlsx"), "train")) == [found]
+
+
+def test_short_numbers_in_lists_and_mappings_are_read_as_they_were_written(tmp_path: Path) -> None:
+    half, single = pyarrow.float16(), pyarrow.float32()
+    pairs = pyarrow.struct([("x", single), ("y", pyarrow.large_list(half))])
+    row = {"halves": 0.1, "list": [0.1, None], "pairs": [{"x": 0.1, "y": [0.3]}], "none": None}
+    types = [half, pyarrow.list_(single), pyarrow.list_(pairs), pyarrow.list_(single)]
+    schema = pyarrow.schema(zip(row, types, strict=True))
+    parquet.write_table(pyarrow.Table.from_pylist([row], schema), tmp_path / "data.parquet")
+    assert columns(read_rows(str(tmp_path / "data.parquet"), "train")) == [row]
 
 
 def test_two_files_of_one_split_are_refused(tmp_path: Path) -> None:
@@ -109,17 +145,13 @@ def test_a_cell_of_a_million_characters_is_read(tmp_path: Path) -> None:
 
 
 def test_the_first_sheet_of_an_excel_file(tmp_path: Path) -> None:
-    import datetime
-
-    import openpyxl
-
     book = openpyxl.Workbook()
     book.active.append([None, None, None])
     book.active.append(["question", "answer", None])
     book.active.append(["q", 13, None])
     book.active.append([None, None, None])
     book.active.append(["r", 0.5, None])
-    book.active.append(["s", datetime.datetime(2021, 3, 5), None])
+    book.active.append(["s", datetime(2021, 3, 5), None])
     book.active.append(["t", "007", None])
     book.create_sheet("notes").append(["nothing"])
     book.save(tmp_path / "Data.XLSX")

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from reftune.datasets import Splits
 from reftune.datasets.jsonl import Jsonl
 from reftune.errors import DataError
+from reftune.grading.formats.nl import Nl
 from reftune.types import Answer
 
 SUM = {"question": "2 + 3?", "answer": 5, "rationale": "2 + 3 = 5"}
@@ -58,6 +59,54 @@ def test_a_question_s_further_columns_may_be_absent_from_test(tmp_path: Path) ->
         tmp_path, train, test=test, columns={"question": ["instruction", "input"]}
     ).test
     assert problem.question == "What is 4 + 5?"
+
+
+def test_a_column_that_few_rows_have_is_recognised(tmp_path: Path) -> None:
+    # more rows than are examined for their values come before the row with an input
+    plain = [{"instruction": f"{n} + 1?", "output": str(n + 1)} for n in range(30)]
+    problems = load(tmp_path, *plain, {"instruction": "Add.", "input": "2, 3", "output": "5"}).train
+    assert [problem.question for problem in problems[-2:]] == ["29 + 1?", "Add.\n2, 3"]
+
+
+def chat(system: str | None, user: str, gold: Any) -> dict[str, Any]:
+    systems = [] if system is None else [{"role": "system", "content": system}]
+    return {"messages": [*systems, {"role": "user", "content": user}], "answer": gold}
+
+
+def test_a_question_about_another_system_message_is_another_question(tmp_path: Path) -> None:
+    test = write(tmp_path / "test.jsonl", chat("Ann is 3.", "How old?", 3))
+    rows = [chat("Ben is 4.", "How old?", 4), chat("Cat is 5.", "How old?", 5)]
+    splits = load(tmp_path, *rows, chat("Ann is  3", "how old?", 3), test=test)
+    assert [problem.question for problem in splits.train] == [
+        "Ben is 4.\n\nHow old?",
+        "Cat is 5.\n\nHow old?",
+    ]
+    assert splits.counts == {"leak": 1}
+    prompt = Nl(kind="nl", style="chat").prompt(splits.train[0])
+    assert [turn.content for turn in prompt.turns] == ["Ben is 4.", "How old?"]
+
+
+@pytest.mark.parametrize("systems", [("Think.", "Think."), ("Be brief.", "Be kind.")])
+@pytest.mark.parametrize("golds", [(2, 2), (0.33, 0.3333), ("Two", "two")])
+def test_instructions_in_system_messages_do_not_hide_a_leak(
+    tmp_path: Path, systems: tuple[str, str], golds: tuple[Any, Any]
+) -> None:
+    test = write(tmp_path / "test.jsonl", chat(None, "1 + 1?", golds[0]))
+    rows = [chat(systems[0], "1 + 1?", golds[1]), chat(systems[1], "1 + 2?", golds[1])]
+    splits = load(tmp_path, *rows, test=test)
+    assert [problem.question for problem in splits.train] == ["1 + 2?"]
+    assert splits.counts == {"leak": 1}
+
+
+def test_contexts_are_told_from_instructions_by_answers_that_differ(tmp_path: Path) -> None:
+    test = write(tmp_path / "test.jsonl", chat("It rains.", "Is it wet?", 1))
+    rows = [chat("The sun shines.", "Is it wet?", 0), chat("It pours.", "Is it wet?", 1)]
+    splits = load(tmp_path, *rows, test=test)
+    assert [problem.question.partition("\n")[0] for problem in splits.train] == [
+        "The sun shines.",
+        "It pours.",
+    ]
+    assert splits.counts == {}
 
 
 def test_columns_may_have_other_names_and_the_rest_is_kept(tmp_path: Path) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
+from datasets import Dataset
 
 from reftune.datasets.jsonl import Jsonl
 from reftune.datasets.reading.rows import Row, read_rows, refuse_type_changes
@@ -224,20 +226,24 @@ class FakeHub:
 
     def __call__(
         self, name: str, config: str | None, *, split: str, revision: str | None = None
-    ) -> Iterator[dict[str, Any]]:
+    ) -> Dataset:
         self.calls.append((name, config, split))
         self.revision = revision
         if self.failure is not None:
             raise self.failure
-        return iter(ROWS)
+        return Dataset.from_list(ROWS)
 
 
 def test_decimals_and_nan_of_the_hub_are_read_as_those_of_parquet(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    records = [{"answer": Decimal("1.50"), "steps": float("nan")}]
-    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: records)
-    assert str(columns(read_rows("owner/name", "train"))) == "[{'answer': 1.5, 'steps': None}]"
+    row = {"answer": Decimal("1.50"), "steps": float("nan"), "short": 0.1}
+    types = [pyarrow.decimal128(3, 2), pyarrow.float64(), pyarrow.float32()]
+    table = pyarrow.Table.from_pylist([row], pyarrow.schema(zip(row, types, strict=True)))
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: Dataset(table))
+    assert columns(read_rows("owner/name", "train")) == [
+        {"answer": 1.5, "steps": None, "short": 0.1}
+    ]
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -129,6 +129,41 @@ def test_a_longer_conversation_is_asked_as_a_whole(tmp_path: Path) -> None:
     assert problem.answer.value == 14
 
 
+@pytest.mark.parametrize("write", [json.dumps, str], ids=["JSON", "Python"])
+@pytest.mark.parametrize(
+    ("turns", "name"),
+    [
+        ([SYSTEM, USER, REPLY], "chat messages"),
+        ([HUMAN, GPT], "ShareGPT conversations"),
+        ([SYSTEM, USER], "chat messages with a gold column"),
+    ],
+)
+def test_a_conversation_written_as_text_is_read_as_one(
+    tmp_path: Path, write: Callable[[object], str], turns: Rows, name: str
+) -> None:
+    gold = {"answer": "13"} if turns[-1] == USER else {}
+    (problem,) = load(tmp_path, {"messages": write(turns), **gold})
+    assert recognise(read_rows(str(tmp_path / "data.jsonl"), "train"), {}).name == name
+    assert (problem.question, problem.answer.value) == ("3 + 10?", 13)
+    assert problem.messages == (TURNS if SYSTEM in turns else TURNS[1:])
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['[{"from": "A", "to": "B"}]', "[{role: what?", "[1, 2]", f"{json.dumps([USER])} How long?"],
+)
+def test_other_text_in_brackets_is_no_conversation(tmp_path: Path, text: str) -> None:
+    (problem,) = load(tmp_path, {"question": text, "answer": 13})
+    assert (problem.question, problem.messages) == (text, ())
+
+
+@pytest.mark.parametrize("empty", [None, [], "", "[]"], ids=str)
+def test_empty_lists_of_tools_are_ignored(tmp_path: Path, empty: object) -> None:
+    reply = {**REPLY, "tool_calls": empty, "function_call": {"name": None, "arguments": None}}
+    (problem,) = load(tmp_path, {"messages": [USER, reply], "tools": empty})
+    assert problem.answer.value == 13
+
+
 @pytest.mark.parametrize(
     ("choices", "gold"),
     [
@@ -177,6 +212,27 @@ def test_a_position_counts_from_what_the_recipe_says(
             "a turn of user has no text",
         ),
         ({"messages": [SYSTEM, REPLY]}, "messages has no question"),
+        (
+            {"messages": [USER, {**REPLY, "tool_calls": [{"id": "1"}]}]},
+            r"a turn of assistant has tool_calls: .*; expected text only \(tools are not supp",
+        ),
+        (
+            {
+                "messages": [
+                    {"from": "human", "value": "q"},
+                    {**GPT, "function_call": {"name": "f"}},
+                ]
+            },
+            "a turn of gpt has function_call: .*; expected text only",
+        ),
+        (
+            {"messages": [USER, REPLY], "tools": [{"type": "function"}]},
+            r"tools is \[.*; expected none \(tools are not supported; leave out",
+        ),
+        (
+            {"messages": "[{'role': 'user', 'content': 'q'}\n {'role': 'assistant'}]", "answer": 1},
+            "messages is .*; expected a list of turns, written as JSON",
+        ),
         (
             {"question": "q", "answer": ["13"]},
             r"answer is \['13'\], a list; expected .* answer_kind: any_of",
@@ -347,7 +403,10 @@ def test_golds_that_are_positions_are_not_read_as_texts(tmp_path: Path, answer: 
 
 @pytest.mark.parametrize(
     ("row", "where"),
-    [({"a": 3, "b": 4}, "columns a to b"), ({"options": "puts and calls"}, "column options")],
+    [
+        ({"a": 3, "b": 4, "c": 0}, "columns a to c"),
+        ({"options": "puts and calls"}, "column options"),
+    ],
 )
 def test_columns_that_are_no_options_are_named_with_the_remedy(
     tmp_path: Path, row: dict[str, object], where: str
@@ -362,6 +421,41 @@ def test_columns_that_are_no_options_are_named_with_the_remedy(
     with pytest.raises(DataError) as error:
         load(tmp_path, row, columns={"choices": named[0] if len(named) == 1 else named})
     assert "read as options" not in str(error.value)
+
+
+@pytest.mark.parametrize("answer", [7, 4, "3 + 4 = 7\n#### 7"])
+def test_two_columns_of_numbers_with_numbers_as_golds_are_operands(
+    tmp_path: Path, answer: object
+) -> None:
+    (problem,) = load(tmp_path, {"question": "3 + 4?", "a": 3, "b": "4", "answer": answer})
+    assert (problem.answer.kind, problem.choices) == ("number", ())
+    assert problem.columns == {"a": 3, "b": "4"}
+
+
+@pytest.mark.parametrize("row", [{"a": 3, "b": 4, "answer": "B"}, {"A": "x", "B": 4, "answer": 4}])
+def test_other_two_columns_are_options(tmp_path: Path, row: dict[str, object]) -> None:
+    (problem,) = load(tmp_path, {"question": "q", **row})
+    assert problem.answer == Answer(kind="choice", value="b")
+
+
+@pytest.mark.parametrize("keys", [{"positions_from": 1}, {"answer_kind": "choice"}], ids=str)
+def test_two_columns_of_numbers_are_options_if_the_settings_say_so(
+    tmp_path: Path, keys: dict[str, Any]
+) -> None:
+    (problem,) = load(tmp_path, {"question": "Which is odd?", "a": 1, "b": 4, "answer": 1}, **keys)
+    assert (problem.choices, problem.answer.value) == (("1", "4"), "a")
+
+
+@pytest.mark.parametrize(
+    ("row", "keys"),
+    [({}, {}), ({"choices": []}, {}), ({"a": 1, "b": 4}, {"answer_kind": "number"})],
+    ids=str,
+)
+def test_positions_without_options_are_refused(
+    tmp_path: Path, row: dict[str, Any], keys: dict[str, Any]
+) -> None:
+    with pytest.raises(DataError, match=r":1: no options; positions_from expects a column of opt"):
+        load(tmp_path, {"question": "q", **row, "answer": 1}, positions_from=0, **keys)
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,7 @@ def split(train: list[Problem], **options: object) -> Splits:
         ("Rs 1,00,000", "Rs 100000"),
         ("Tom has 12! How many", "Tom has 12. How many"),
         ("f'(3)", "f’(3)"),
+        ("You don't!?", "You don't?"),
     ],
 )
 def test_case_space_and_sentence_punctuation_do_not_make_another_question(a: str, b: str) -> None:
@@ -61,6 +62,9 @@ def test_case_space_and_sentence_punctuation_do_not_make_another_question(a: str
         ("f'(3)", "f(3)"),
         ("3! + 2", "3 + 2!"),
         ("(2 + 1)! + 2", "(2 + 1) + 2!"),
+        ("What is 5!?", "What is 5?"),
+        (r"\frac{5!}{3!}", r"\frac{5}{3}"),
+        ("n! + 2", "n + 2!"),
         (".5 + 2", "5 + 2"),
         ("1,23", "12,3"),
     ],
@@ -173,7 +177,8 @@ def test_by_default_dev_is_a_tenth_and_at_most_500() -> None:
 
 def test_a_dev_size_that_leaves_nothing_is_refused() -> None:
     with pytest.raises(
-        DataError, match="dev_size 3: only 3 training questions left; expected a smaller dev_size"
+        DataError,
+        match=r"dev_size 3: only 3 training questions left \(dropped: nothing\); expected a small",
     ):
         split(many(3), dev_size=3)
 

@@ -7,7 +7,7 @@ from typing import Protocol
 from reftune.datasets.reading.file_dataset import FileDataset
 from reftune.datasets.reading.rationales import drop_contradictions
 from reftune.datasets.reading.rows import Row
-from reftune.datasets.reading.splits import Splits
+from reftune.datasets.reading.splits import Splits, dropped_text
 from reftune.errors import DataError
 from reftune.recipe import Recipe
 from reftune.seeds import derive_seed
@@ -41,15 +41,13 @@ def load_splits(recipe: Recipe) -> Splits:
     """The splits of the recipe's dataset. Raises: as `Dataset.load`; also DataError if there are
     no training rows or no dev problems."""
     splits = load_dataset(recipe.dataset, seed=derive_seed(recipe.seed, "data"))
-    if not splits.train:
-        dropped = (
-            ", ".join(f"{count} {reason}" for reason, count in splits.counts.items())
-            or "nothing was dropped"
+    if splits.train and splits.dev:
+        return splits
+    dropped = f"(dropped: {dropped_text(splits.counts)})"
+    message = f"dataset: no training row is left {dropped}"
+    if splits.train:
+        message = (
+            f"dataset: no dev problems {dropped}, and models are chosen on dev; set"
+            " dataset.dev_size or a dev file"
         )
-        raise DataError(f"dataset: no training row is left ({dropped})")
-    if not splits.dev:
-        raise DataError(
-            "dataset: no dev problems, and models are chosen on dev; set dataset.dev_size or a dev"
-            " file"
-        )
-    return splits
+    raise DataError("; ".join([message, *splits.notes]))

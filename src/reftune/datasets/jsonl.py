@@ -6,16 +6,19 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, ClassVar, Literal
 
 from reftune.datasets import FileDataset, Splits
-from reftune.datasets.reading.conversations import is_conversation, read_conversation
+from reftune.datasets.reading.conversations import read_conversation
 from reftune.datasets.reading.file_dataset import Split
 from reftune.datasets.reading.golds import marked_text, worked_solution
 from reftune.datasets.reading.options import Options, has_options, read_options
 from reftune.datasets.reading.rationales import drop_contradictions
 from reftune.datasets.reading.rows import Row, refuse_type_changes
 from reftune.datasets.reading.shapes import Columns, recognise
+from reftune.datasets.reading.splits import question_key, same_gold
+from reftune.datasets.reading.unused import unused_columns
 from reftune.errors import DataError
 from reftune.grading.golds import read_gold, stated_gold
 from reftune.grading.markers import Reading
@@ -55,10 +58,18 @@ class Jsonl(FileDataset):
         read = {split: self._read(rows[split], is_train=split == "train") for split in rows}
         votes = sum(each.votes for of_split in read.values() for each in of_split)
         are_texts = votes > 0 and self.positions_from is None
-        return {
+        problems = {
             split: [each.as_text() if are_texts else each.problem for each in of_split]
             for split, of_split in read.items()
         }
+        return _with_contexts(problems)
+
+    def notes(
+        self, rows: Mapping[Split, Sequence[Row]], problems: Mapping[Split, Sequence[Problem]]
+    ) -> tuple[str, ...]:
+        asked = self._columns(rows["train"], is_train=True).question
+        note = unused_columns(problems, [asked] if isinstance(asked, str) else asked)
+        return (note,) if note else ()
 
     def trainable(self, splits: Splits) -> Splits:
         """`splits` without the training rows whose rationale contradicts the gold answer. Numbers
@@ -75,7 +86,18 @@ class Jsonl(FileDataset):
     def _read(self, rows: Sequence[Row], *, is_train: bool) -> list[_Read]:
         columns = self._columns(rows, is_train=is_train)
         refuse_type_changes(rows, columns.names)
-        return [self._read_row(row, columns) for row in rows]
+        read = [self._read_row(row, columns) for row in rows]
+        if self.positions_from is not None and all(each.options is None for each in read):
+            raise DataError(
+                f"{rows[0].where}: no options; positions_from expects a column of options"
+                " (dataset.columns.choices), and answer_kind: auto or choice"
+            )
+        return read
+
+    @property
+    def _says_options(self) -> bool:
+        """Whether the user's settings say that the rows have options."""
+        return self.answer_kind == "choice" or self.positions_from is not None
 
     def _columns(self, rows: Sequence[Row], *, is_train: bool) -> Columns:
         """The columns that the user named and, for the other fields, the columns recognised by
@@ -90,7 +112,7 @@ class Jsonl(FileDataset):
             for name in names:
                 if all(row.get(name) is None for row in rows):
                     rows[0].value(name)
-        return recognise(rows, named).columns
+        return recognise(rows, named, has_options=self._says_options).columns
 
     def _options(self, row: Row, columns: Columns) -> Options | None:
         """The row's options; None if the row has no options, or if the answer kind does not use
@@ -112,7 +134,7 @@ class Jsonl(FileDataset):
         """The remedy if columns such as `a` and `b` were recognised as options but are not. Empty
         if the user's settings say that there are options."""
         named = self.columns is not None and "choices" in self.columns.model_fields_set
-        if named or self.answer_kind == "choice" or self.positions_from is not None:
+        if named or self._says_options:
             return ""
         which = f"column {columns.choices}"
         if isinstance(columns.choices, list):
@@ -124,9 +146,10 @@ class Jsonl(FileDataset):
         question, messages = _question(row, columns.question)
         cell = marked_text(row, columns.answer)
         try:
-            answer, stated = self._gold(cell, options, self._hint(columns))
+            answer, stated = self._gold(cell, options)
         except DataError as error:
-            raise DataError(f"{row.where}: {columns.answer} is {error}") from None
+            hint = "" if options is None else self._hint(columns)
+            raise DataError(f"{row.where}: {columns.answer} is {error}{hint}") from None
         if columns.rationale == columns.answer:
             rationale = worked_solution(cell) if isinstance(cell, str) else None
         else:
@@ -143,15 +166,15 @@ class Jsonl(FileDataset):
         )
         return _Read(problem=problem, gold=_spelled(stated), options=options, where=row.where)
 
-    def _gold(self, cell: object, options: Options | None, hint: str) -> tuple[Answer, object]:
+    def _gold(self, cell: object, options: Options | None) -> tuple[Answer, object]:
         """The answer in a cell, and the part of the cell that states it. Raises: DataError if the
-        cell contains no answer of the expected kind, with `hint` if it names no option."""
+        cell contains no answer of the expected kind, or names no option."""
         kind, reading = self.answer_kind, Reading(decimal=self.decimal)
         if kind in ("any_of", "list", "set", "regex"):
             return read_gold(cell, kind, reading=reading), cell
         stated = stated_gold(cell, reading)
         if options is not None:
-            return self._choice(stated, options, hint), stated
+            return self._choice(stated, options), stated
         answer = read_gold(stated, kind, reading=reading)
         if kind == "auto" and _MISSING.fullmatch(str(answer)):
             raise DataError(
@@ -166,7 +189,7 @@ class Jsonl(FileDataset):
             )
         return answer, stated
 
-    def _choice(self, stated: object, options: Options, hint: str) -> Answer:
+    def _choice(self, stated: object, options: Options) -> Answer:
         """The option that a gold answer names by its label, position or text. Raises: DataError if
         it names no option."""
         spelled, first = _spelled(stated), self.positions_from
@@ -179,7 +202,7 @@ class Jsonl(FileDataset):
             return read_gold(letter or stated, "choice", choices=options.texts)
         except DataError as error:
             position = " (if this is a position, set dataset.positions_from)" * is_digits
-            raise DataError(f"{error}{position}{hint}") from None
+            raise DataError(f"{error}{position}") from None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -212,6 +235,31 @@ class _Read:
         return replace(self.problem, answer=Answer(kind="choice", value=letter))
 
 
+def _with_contexts(splits: dict[Split, list[Problem]]) -> dict[Split, list[Problem]]:
+    """The problems, whose questions begin with the system message if answers depend on it: of the
+    questions asked under several system messages, most have several gold answers. Otherwise, a
+    system message is an instruction, and a question is the same under each."""
+    first: dict[str, Problem] = {}
+    agree: dict[str, bool] = {}
+    for problem in chain.from_iterable(splits.values()):
+        if problem.messages:
+            key = question_key(problem)
+            other = first.setdefault(key, problem)
+            if _system(problem) != _system(other):
+                is_same = same_gold(problem.answer, other.answer)
+                agree[key] = agree.get(key, True) and is_same
+    if 2 * sum(agree.values()) >= len(agree):
+        return splits
+    return {
+        split: [replace(p, question=f"{_system(p)}\n\n{p.question}".strip()) for p in problems]
+        for split, problems in splits.items()
+    }
+
+
+def _system(problem: Problem) -> str:
+    return "\n\n".join(turn.content for turn in problem.messages if turn.role == "system")
+
+
 def _spelled(gold: object) -> str:
     """A gold answer as text that can be compared with labels and positions. A whole float such as
     2.0 becomes `2`."""
@@ -220,25 +268,28 @@ def _spelled(gold: object) -> str:
 
 
 def _question(row: Row, column: str | list[str]) -> tuple[str, tuple[Message, ...]]:
-    """The question as one string and, if the cell is a conversation, the turns before the
-    answer."""
-    if isinstance(column, list):
-        parts = [row.text(column[0]), *(row.optional_text(name) for name in column[1:])]
-        return "\n".join(part for part in parts if part is not None), ()
-    if not is_conversation(row.get(column)):
-        return row.text(column), ()
-    conversation = read_conversation(row.value(column), row.where)
-    if not conversation.question:
-        raise DataError(f"{row.where}: {column} has no question; expected a user's turn")
-    return conversation.question, conversation.before
+    """The question as one string and, if a cell is a conversation, the turns before the answer.
+    The text of other columns becomes part of the conversation's first question."""
+    names = [column] if isinstance(column, str) else column
+    for name in names:
+        if (conversation := read_conversation(row, name)) is not None:
+            if not conversation.question:
+                raise DataError(f"{row.where}: {name} has no question; expected a user's turn")
+            before, after = names[: names.index(name)], names[names.index(name) + 1 :]
+            conversation = conversation.joined(_texts(row, before), _texts(row, after))
+            return conversation.question, conversation.before
+    return "\n".join([row.text(names[0]), *_texts(row, names[1:])]), ()
+
+
+def _texts(row: Row, columns: Sequence[str]) -> list[str]:
+    return [text for name in columns if (text := row.optional_text(name)) is not None]
 
 
 def _rationale(row: Row, column: str | None) -> str | None:
     if column is None:
         return None
-    if is_conversation(row.get(column)):
-        return read_conversation(row.value(column), row.where).reply
-    return row.optional_text(column)
+    conversation = read_conversation(row, column)
+    return row.optional_text(column) if conversation is None else conversation.reply
 
 
 def _id(row: Row, column: str | None) -> str:

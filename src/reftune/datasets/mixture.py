@@ -65,11 +65,17 @@ class Mixture(Component):
             for name, splits in parts.items()
             for reason, count in splits.counts.items()
         }
+        notes = [
+            note.replace(" dataset.", f" dataset.parts.{name}.dataset.")
+            for name, splits in parts.items()
+            for note in splits.notes
+        ]
         left = len(mixed.train) - len(train)
         return replace(
             mixed,
             train=train,
             counts={**counts, **mixed.counts, **({"over_share": left} if left else {})},
+            notes=tuple(notes),
         )
 
     def _drawn(self, train: Sequence[Problem], seed: int) -> tuple[Problem, ...]:

@@ -227,7 +227,11 @@ def init(
         str | None, typer.Option(help="Test questions. Default: the test split of --data, if any.")
     ] = None,
     question: Annotated[
-        str | None, typer.Option(metavar="COLUMN", help="The question's column, if not recognised.")
+        list[str] | None,
+        typer.Option(
+            metavar="COLUMN",
+            help="The question's column, if not recognised. Repeat the option to join columns.",
+        ),
     ] = None,
     answer: Annotated[
         str | None, typer.Option(metavar="COLUMN", help="The answer's column.")
@@ -247,7 +251,8 @@ def init(
 
     if data is None:
         data = _ask("Training questions (a file, a folder or a Hub id)", None, flag="--data")
-    named = {"question": question, "answer": answer, "rationale": rationale}
+    asked = question[0] if question and len(question) == 1 else question or None
+    named = {"question": asked, "answer": answer, "rationale": rationale}
     shape = guess_shape(
         data, {field: column for field, column in named.items() if column is not None}
     )
@@ -271,6 +276,8 @@ def init(
     written = out or default_out(data)
     splits = write_recipe(wishes, written)
     say(golds_text(gold_kinds(splits)))
+    for note in splits.notes:
+        say(note)
     print(written)
     say(f"next: reftune check {written}")
 

@@ -17,6 +17,7 @@ from reftune.datasets import Splits
 from reftune.datasets.jsonl import Jsonl
 from reftune.datasets.reading.rows import read_rows
 from reftune.datasets.reading.shapes import Shape, recognise
+from reftune.datasets.reading.splits import dropped_text
 from reftune.errors import DataError, ModelError, RecipeError
 from reftune.grading.formats import Format
 from reftune.model.encoder import Encoder
@@ -97,7 +98,7 @@ def default_out(data: str) -> Path:
     return Path(f"{slug(Path(data.partition(':')[0]).stem)}.yaml")
 
 
-def guess_shape(data: str, named: Mapping[str, str] | None = None) -> Shape:
+def guess_shape(data: str, named: Mapping[str, Any] | None = None) -> Shape:
     """The shape of the training rows of `data`. A shape says how columns map to fields. `named`
     maps fields to the columns that the user named. Raises: DataError if the data is unreadable, or
     has no column for the question or the answer."""
@@ -112,16 +113,19 @@ def guess_format(data: str, columns: Mapping[str, Any]) -> str:
 
 
 def _load(wishes: Wishes) -> Splits:
-    """Load the data. Raises: DataError if it cannot be read, or if no question is left for dev."""
+    """Load the data. Raises: DataError if it cannot be read, or if no question is left for train or
+    for dev."""
     dataset = Jsonl.model_validate(
         {"kind": "jsonl", "train": wishes.data, "test": wishes.test, "columns": wishes.columns}
     )
     splits = dataset.load(seed=derive_seed(0, "data"))
-    if not splits.dev:
-        raise DataError(
-            f"{wishes.data}: {counted(len(splits.train), 'question')} cannot be split; expected at"
-            " least two, one for dev"
+    if not (splits.train and splits.dev):
+        left = counted(len(splits.train) + len(splits.dev), "question")
+        message = (
+            f"{wishes.data}: {left} cannot be split (dropped: {dropped_text(splits.counts)});"
+            " expected at least two, one for dev"
         )
+        raise DataError("; ".join([message, *splits.notes]))
     return splits
 
 

@@ -24,7 +24,9 @@ __all__ = ["CHECKS", "MODEL_CHECKS", "CheckReport", "Finding", "check_offline", 
 
 STAND_IN_TEMPLATE = "{% for turn in messages %}{{ turn.content }}\n{% endfor %}"
 """Stands in for the chat template of a model that is not loaded."""
-OFFLINE = ("gold_answers", "gold_rationales", "grader_refuses", "reward", "reward_errors")
+OFFLINE = (
+    *("columns", "gold_answers", "gold_rationales", "grader_refuses", "reward", "reward_errors"),
+)
 """Names of the checks that work without the recipe's own model and data."""
 EXAMPLES = "paper/examples"
 UNSAFE = ("vocabulary", "prompt_length", "memory", "dtype")
@@ -162,6 +164,7 @@ def _named(*checks: Check) -> dict[str, Check]:
 CHECKS = _named(
     data.check_run_folder,
     data.check_splits,
+    data.check_columns,
     data.check_gold_answers,
     data.check_gold_rationales,
     data.check_sandbox,

@@ -11,6 +11,7 @@ from reftune.advice.check.report import Finding, fail, ok, warn
 from reftune.advice.check.subject import Row, Subject, learns_from_rationales, mean
 from reftune.datasets import Dataset, Splits
 from reftune.datasets.mixture import Mixture
+from reftune.datasets.reading.splits import dropped_text
 from reftune.errors import CheckpointError, DataError, RecipeError, RewardError
 from reftune.grading.formats.nl import DEFINITION, Nl
 from reftune.grading.formats.program import Program, programs_in
@@ -63,13 +64,10 @@ def check_splits(subject: Subject) -> Finding:
     """Check that supervised stages have rationales, that there are test problems, and that there
     are enough dev problems to choose a model."""
     splits = subject.splits
-    dropped = (
-        ", ".join(f"{count} {reason}" for reason, count in splits.counts.items() if count)
-        or "nothing"
-    )
     message = (
         f"{len(splits.train)} train, {len(splits.dev)} dev, {len(splits.test)} test; "
-        f"{counted(len(subject.rows), 'train row')} with a rationale; dropped: {dropped}"
+        f"{counted(len(subject.rows), 'train row')} with a rationale; "
+        f"dropped: {dropped_text(splits.counts)}"
     )
     if not subject.rows and learns_from_rationales(subject):
         return fail(message, "supervised stages need rationales")
@@ -92,6 +90,14 @@ def _dev_keys(dataset: Dataset, at: str = "dataset") -> list[str]:
         ]
     names = ("dev", "dev_size") if getattr(dataset, "dev", None) else ("dev_size", "dev")
     return [f"{at}.{name}" for name in names if hasattr(dataset, name)][:1]
+
+
+def check_columns(subject: Subject) -> Finding:
+    """Check that no unused column of the data seems to belong to the question."""
+    if not (notes := subject.splits.notes):
+        return ok("no unused column seems to belong to the question")
+    message, _, remedy = notes[0].partition("; ")
+    return warn(message, remedy, notes[1:])
 
 
 def check_gold_answers(subject: Subject) -> Finding:
@@ -187,10 +193,14 @@ def check_grader_refuses(subject: Subject) -> Finding:
         return ok("empty completions, bare answers and other problems' solutions are all rejected")
     tried = counted(len(problems), "problem")
     message = f"{tried}; graded correct although they solve nothing: {', '.join(found)}"
-    remedy = (
-        "a model may learn to write just that; use grading=robust, and rows whose answers differ"
-    )
+    robust = "" if _is_robust(subject) else "grading=robust, and "
+    remedy = f"a model may learn to write just that; use {robust}rows whose answers differ"
     return fail(message, remedy) if accepted["an empty completion"] else warn(message, remedy)
+
+
+def _is_robust(subject: Subject) -> bool:
+    """Whether the grader is `robust`, or the recipe's format has no other one."""
+    return bool(getattr(subject.recipe.format, "grading", "robust") == "robust")
 
 
 def _other_solutions(rows: Sequence[Row]) -> list[tuple[Problem, str]]:
@@ -285,14 +295,13 @@ def check_reward_errors(subject: Subject) -> Finding:
         for what, count in errors[kind].most_common()
     ]
     if errors["positive"].total() > MAX_FALSE_POSITIVES * len(changed["positive"]):
-        return fail(
-            message, "this reward accepts wrong answers: fix it or choose grading=robust", listed
-        )
+        robust = "" if _is_robust(subject) else " or choose grading=robust"
+        return fail(message, f"this reward accepts wrong answers: fix it{robust}", listed)
     if listed:
         return warn(
             message,
-            "these wrong answers earn too much, or these right ones too little;"
-            " grading=robust reads most spellings",
+            "these wrong answers earn too much, or these right ones too little"
+            + ("" if _is_robust(subject) else "; grading=robust reads most spellings"),
             listed,
         )
     return ok(message)

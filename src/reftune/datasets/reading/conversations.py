@@ -3,11 +3,16 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeGuard
 
+from reftune.datasets.reading.options import is_empty
+from reftune.datasets.reading.rows import Row
 from reftune.errors import DataError
+from reftune.grading.golds import literal
 from reftune.text import shown
 from reftune.types import Message
 
@@ -21,6 +26,12 @@ ROLES: Mapping[str, Literal["system", "user", "assistant"]] = {
     "model": "assistant",
     "bot": "assistant",
 }
+WRITTEN = re.compile(
+    rf"""\s*\[\s*\{{.*?["'](?:role|from)["']\s*:\s*["'](?:{"|".join(ROLES)})["'].*\]\s*""",
+    re.DOTALL | re.IGNORECASE,
+)
+"""Matches a conversation that is written as text."""
+NO_TOOLS = "tools are not supported; leave out the rows that use them"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,9 +48,38 @@ class Conversation:
         """The question as one string: the turns before the reply, without the system message."""
         return "\n\n".join(turn.content for turn in self.before if turn.role != "system")
 
+    def joined(self, above: Sequence[str], below: Sequence[str]) -> Conversation:
+        """The conversation with texts above and below the first turn that is not a system message.
+        There must be such a turn."""
+        place = next(i for i, turn in enumerate(self.before) if turn.role != "system")
+        turn = self.before[place]
+        turn = replace(turn, content="\n".join([*above, turn.content, *below]))
+        return replace(self, before=(*self.before[:place], turn, *self.before[place + 1 :]))
 
-def is_conversation(value: object) -> bool:
-    """Whether a value is a list of turns."""
+
+def turns_in(row: Row, column: str) -> Sequence[Mapping[str, Any]] | None:
+    """The turns in a cell that contains a conversation, possibly written as text, as in CSV. None
+    for any other cell. Raises: DataError if text that looks like a conversation cannot be read."""
+    cell = row.get(column)
+    is_written = isinstance(cell, str) and WRITTEN.fullmatch(cell) is not None
+    turns = _parsed(cell) if is_written else cell
+    if _are_turns(turns):
+        return turns
+    if is_written:
+        raise DataError(
+            f"{row.where}: {column} is {shown(cell)}; expected a list of turns, written as JSON"
+        )
+    return None
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return literal(text.strip())
+
+
+def _are_turns(value: object) -> TypeGuard[Sequence[Mapping[str, Any]]]:
     return (
         isinstance(value, Sequence)
         and not isinstance(value, str)
@@ -53,10 +93,20 @@ def is_answered(turns: Sequence[Mapping[str, Any]]) -> bool:
     return _role(turns[-1]) == "assistant"
 
 
-def read_conversation(value: Sequence[Mapping[str, Any]], where: str) -> Conversation:
-    """Read the turns in a cell, leaving out empty system messages. Raises: DataError if any other
-    turn has an unknown role, no text, or content other than text."""
-    turns = tuple(_message(turn, where) for turn in value if not _is_empty_system(turn))
+def read_conversation(row: Row, column: str) -> Conversation | None:
+    """The conversation in a cell, without empty system messages; None if the cell contains no
+    conversation. Raises: DataError if any other turn has an unknown role, no text, or content other
+    than text, or if the conversation uses tools."""
+    value = turns_in(row, column)
+    if value is None:
+        return None
+    for name in ("tools", "functions"):
+        if not is_empty(row.get(name)):
+            raise DataError(
+                f"{row.where}: {name} is {shown(row.get(name))}; expected none ({NO_TOOLS}, or the"
+                " column if the answers do not need it)"
+            )
+    turns = tuple(_message(turn, row.where) for turn in value if not _is_empty_system(turn))
     return Conversation(
         before=turns[:-1] if is_answered(value) else turns,
         reply=turns[-1].content if is_answered(value) else None,
@@ -78,8 +128,14 @@ def _message(turn: Mapping[str, Any], where: str) -> Message:
     if role is None:
         raise DataError(
             f"{where}: a turn has the role {shown(speaker)}; expected one of {', '.join(ROLES)}"
-            " (tools are not supported)"
+            f" ({NO_TOOLS})"
         )
+    for key in ("tool_calls", "function_call"):
+        if not is_empty(turn.get(key)):
+            raise DataError(
+                f"{where}: a turn of {speaker} has {key}: {shown(turn[key])}; expected text only"
+                f" ({NO_TOOLS})"
+            )
     if content is None:
         raise DataError(f"{where}: a turn of {speaker} has no text: {shown(turn)}; expected text")
     return Message(role=role, content=content)

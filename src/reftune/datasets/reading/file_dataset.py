@@ -14,6 +14,7 @@ from pydantic import Field
 from reftune.datasets.reading.rationales import drop_contradictions
 from reftune.datasets.reading.rows import Row, is_single_split, read_rows
 from reftune.datasets.reading.splits import Key, Splits, draw_splits, question_key
+from reftune.errors import DataError
 from reftune.recipe import Component
 from reftune.types import Problem
 
@@ -76,6 +77,13 @@ class FileDataset(Component):
         `counts`, by reason."""
         return {split: self.problems(rows[split], split, counts[split]) for split in rows}
 
+    def notes(
+        self, rows: Mapping[Split, Sequence[Row]], problems: Mapping[Split, Sequence[Problem]]
+    ) -> tuple[str, ...]:
+        """What the user should know about the data; see `Splits.notes`. `problems` were read from
+        `rows`."""
+        return ()
+
     def trainable(self, splits: Splits) -> Splits:
         """`splits` without training problems that are unfit to learn from. By default, these are
         the problems whose rationale contradicts the gold answer."""
@@ -98,18 +106,22 @@ class FileDataset(Component):
         rows["train"] = self._rows(self.train, "train")
         counts = {split: Counter[str]() for split in rows}
         problems = self.all_problems(rows, counts)
-        splits = draw_splits(
-            train=problems["train"],
-            dev=problems.get("dev"),
-            test=problems.get("test", ()),
-            dev_size=self.dev_size,
-            seed=seed,
-            key=type(self).key,
-            several_rationales=self.several_rationales,
-        )
+        notes = self.notes(rows, problems)
+        try:
+            splits = draw_splits(
+                train=problems["train"],
+                dev=problems.get("dev"),
+                test=problems.get("test", ()),
+                dev_size=self.dev_size,
+                seed=seed,
+                key=type(self).key,
+                several_rationales=self.several_rationales,
+            )
+        except DataError as error:
+            raise DataError("; ".join([str(error), *notes])) from None
         of_test = {f"test_{name}": count for name, count in counts.pop("test", Counter()).items()}
         dropped = sum(counts.values(), Counter(of_test))
-        return self.trainable(replace(splits, counts={**dropped, **splits.counts}))
+        return self.trainable(replace(splits, counts={**dropped, **splits.counts}, notes=notes))
 
     def _rows(self, source: str, split: Split) -> list[Row]:
         names = self.file_names().get(split, ())

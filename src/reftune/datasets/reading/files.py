@@ -14,6 +14,7 @@ import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import date, time, timedelta
 from decimal import Decimal
 from pathlib import Path, PurePath
 from typing import Any
@@ -212,16 +213,29 @@ def _delimiter(path: Path, text: str) -> str:
 
 def _csv_lines(path: Path, text: str, delimiter: str, first: int) -> Iterator[Line]:
     csv.field_size_limit(sys.maxsize)  # long cells are handled later, when tokens are counted
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    lines = list(io.StringIO(text, newline=""))
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     line = first
     try:
         for cells in reader:
+            joined = lines[line - first : reader.line_num]
+            if delimiter == "\t" and len(joined) > 1 and _are_rows(joined, len(cells)):
+                raise DataError(
+                    f"{path}:{line}: a quotation mark joins this line and the next ones, up to line"
+                    f" {first + reader.line_num - 1}; expected one row per line (double a mark that"
+                    " is text, and put the cell in quotation marks; or use JSONL)"
+                )
             yield f"{path}:{line}", cells
             line = first + reader.line_num
     except csv.Error as error:
         raise DataError(
             f"{path}:{line}: not valid CSV ({error}); expected cells that are quoted correctly"
         ) from None
+
+
+def _are_rows(lines: Sequence[str], num_cells: int) -> bool:
+    """Whether each of the lines looks like a row of its own."""
+    return all(line.count("\t") == num_cells - 1 for line in lines)
 
 
 def _read_xlsx(path: Path) -> Records:
@@ -253,7 +267,7 @@ def _cell(cell: Any) -> str | None:
         return None
     if "%" in shown_as and isinstance(value, int | float) and not isinstance(value, bool):
         return f"{(Decimal(repr(value)) * 100).normalize():f}%"
-    return str(value).removesuffix(" 00:00:00")
+    return str(plain(value))
 
 
 def _table(path: Path, lines: Iterable[Line]) -> Records:
@@ -290,33 +304,48 @@ def _table(path: Path, lines: Iterable[Line]) -> Records:
 
 
 def _read_parquet(path: Path) -> Records:
-    import numpy as np
     import pyarrow
     from pyarrow import parquet
 
     try:
         table = parquet.read_table(path)
-        singles = [field.name for field in table.schema if pyarrow.types.is_float32(field.type)]
         records = table.to_pylist()
     # ValueError: text that is not UTF-8; OverflowError: a date out of range
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise DataError(f"{path}: not a readable parquet file ({first_line(error)})") from None
-    for number, record in enumerate(records, start=1):
-        for name in singles:  # 0.1 in 32 bits is 0.10000000149011612 in 64 bits
-            if record[name] is not None:
-                record[name] = float(str(np.float32(record[name])))
+    for number, record in enumerate(as_written(records, table.schema), start=1):
         yield f"{path}: row {number}", record
+
+
+def as_written(records: Iterable[dict[str, Any]], schema: Any) -> Iterator[dict[str, Any]]:
+    """The records of an Arrow table, with numbers of 16 and 32 bits as they were written. 0.1 in 32
+    bits is 0.10000000149011612 in 64 bits."""
+    fields = [field for field in schema if "float" in str(field.type)]
+    for record in records:
+        yield {**record, **_as_written(record, fields)}
+
+
+def _as_written(value: Any, kind: Any) -> Any:
+    if isinstance(value, dict):
+        return {field.name: _as_written(value[field.name], field.type) for field in kind}
+    if isinstance(value, list) and hasattr(kind, "value_type"):
+        return [_as_written(each, kind.value_type) for each in value]
+    is_short = isinstance(value, float) and kind in ("float16", "float32")
+    return float(str(kind.to_pandas_dtype()(value))) if is_short else value
 
 
 def plain(value: Any) -> Any:
     """The plain form of a value from a data source: line breaks become Unix line breaks, decimals
-    become ordinary numbers, and NaN becomes null."""
+    become ordinary numbers, dates and times become text such as `2021-03-05`, and NaN becomes
+    null."""
     if isinstance(value, dict):
         return {name: plain(each) for name, each in value.items()}
     if isinstance(value, list):
         return [plain(each) for each in value]
     if isinstance(value, str) and "\r" in value:
         return value.replace("\r\n", "\n").replace("\r", "\n")
+    if isinstance(value, date | time | timedelta):
+        return str(value).removesuffix(" 00:00:00")
     if isinstance(value, Decimal):
         value = int(value) if value == value.to_integral_value() else float(value)
     return None if isinstance(value, float) and math.isnan(value) else value

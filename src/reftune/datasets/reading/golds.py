@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from reftune.datasets.reading.conversations import is_conversation, read_conversation
+from reftune.datasets.reading.conversations import read_conversation
 from reftune.datasets.reading.rows import Row
 from reftune.errors import DataError
 from reftune.grading.markers import reasoning_text, statements
@@ -28,12 +28,12 @@ def marked_text(row: Row, column: str) -> Any:
     assistant's reply. Raises: DataError if the row has no such column, or if the conversation has
     no reply."""
     value = row.value(column)
-    if not is_conversation(value):
+    conversation = read_conversation(row, column)
+    if conversation is None:
         return value
-    reply = read_conversation(value, row.where).reply
-    if reply is None:
+    if conversation.reply is None:
         raise DataError(
             f"{row.where}: {column} ends before the assistant's turn; expected the assistant's"
             " answer, or a gold answer in another column (dataset.columns.answer)"
         )
-    return reply
+    return conversation.reply

@@ -84,13 +84,13 @@ def read_options(row: Row, columns: str | Sequence[str]) -> Options:
 def has_options(row: Row, columns: str | Sequence[str] | None) -> bool:
     """Whether any of the columns contains an option."""
     names = [columns] if isinstance(columns, str) else columns or ()
-    return not all(_is_empty(row.get(name)) for name in names)
+    return not all(is_empty(row.get(name)) for name in names)
 
 
-def _is_empty(cell: object) -> bool:
-    """Whether a cell for options is empty, or is a mapping that contains only empty cells."""
+def is_empty(cell: object) -> bool:
+    """Whether a cell for a list is empty, or is a mapping that contains only empty cells."""
     if isinstance(cell, Mapping):
-        return all(map(_is_empty, cell.values()))
+        return all(map(is_empty, cell.values()))
     return cell is None or cell == [] or (isinstance(cell, str) and cell.strip() in ("", "[]"))
 
 

@@ -13,7 +13,15 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from reftune.datasets.reading.files import READERS, ending, first_line, plain, read_file, type_name
+from reftune.datasets.reading.files import (
+    READERS,
+    as_written,
+    ending,
+    first_line,
+    plain,
+    read_file,
+    type_name,
+)
 from reftune.errors import DataError
 from reftune.grading.golds import number_gold
 from reftune.text import shown
@@ -220,8 +228,9 @@ def _read_hub(source: str, split: str, revision: str | None) -> list[Row]:
             f"{source}: cannot load the {chosen} split from the Hub ({first_line(error)}), and"
             " there is no such file or folder"
         ) from None
+    schema = records.features.arrow_schema
     where, stem = f"{source}: {chosen} row", f"{name.rpartition('/')[2]}-{chosen}"
     return [
         Row(where=f"{where} {number}", id=f"{stem}-{number}", columns=plain(record))
-        for number, record in enumerate(records, start=1)
+        for number, record in enumerate(as_written(records, schema), start=1)
     ]

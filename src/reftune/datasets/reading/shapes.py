@@ -10,14 +10,15 @@ from typing import Any
 
 from pydantic import SerializerFunctionWrapHandler, model_serializer
 
-from reftune.datasets.reading.conversations import is_answered, is_conversation
+from reftune.datasets.reading.conversations import is_answered, turns_in
 from reftune.datasets.reading.golds import worked_solution
 from reftune.datasets.reading.rows import Row
 from reftune.errors import DataError
+from reftune.grading.golds import read_gold
 from reftune.recipe import Table
 
 NUM_LOOKED_AT = 20
-"""Number of rows examined to recognise the columns."""
+"""Number of rows whose values are examined to recognise the columns."""
 NAMES: Mapping[str, tuple[str, ...]] = {
     "question": (
         *("question", "prompt", "problem", "query", "context_messages", "messages"),
@@ -47,7 +48,8 @@ class Columns(Table):
     as keyword arguments."""
 
     question: str | list[str] = "question"
-    """The question or conversation. Several columns are joined by line breaks."""
+    """The question or conversation. Several columns are joined by line breaks; text beside a
+    conversation becomes part of its first question."""
     answer: str = "answer"
     """The gold answer, or a worked solution that contains it."""
     rationale: str | None = "rationale"
@@ -84,32 +86,34 @@ class Shape:
         return {field: column for field, column in self.columns.model_dump().items() if column}
 
 
-def recognise(rows: Sequence[Row], named: Mapping[str, Any]) -> Shape:
+def recognise(rows: Sequence[Row], named: Mapping[str, Any], *, has_options: bool = False) -> Shape:
     """The shape of `rows`. `named` maps fields to the columns that the user named. For all other
-    fields, the columns are recognised by their names.
+    fields, the columns are recognised by their names. `has_options` says that the user's settings
+    are for multiple choice.
 
     Raises: DataError if no column is found for the question or for the answer.
     """
-    first, found = rows[0], _Found(rows[:NUM_LOOKED_AT])
+    first, found = rows[0], _Found(rows)
     columns: dict[str, Any] = dict(named)
     columns.setdefault("question", found.question())
     if columns["question"] is None:
         raise _nowhere(first, "question", found)
     asked = columns["question"]
-    used = {asked} if isinstance(asked, str) else set(asked)
-    is_chat = isinstance(asked, str) and is_conversation(first.get(asked))
-    columns.setdefault("answer", found.first("answer", used) or (asked if is_chat else None))
+    parts = [asked] if isinstance(asked, str) else asked
+    used = set(parts)
+    chat = next((name for name in parts if turns_in(first, name) is not None), None)
+    columns.setdefault("answer", found.first("answer", used) or chat)
     answer = columns["answer"]
     if answer is None:
         raise _nowhere(first, "answer", found)
     if "rationale" not in columns:
         rationale = found.first("rationale", {*used, answer})
-        if rationale is None and (answer == asked or found.any_worked(answer)):
+        if rationale is None and (answer in used or found.any_worked(answer)):
             rationale = answer
-        elif rationale is None and isinstance(asked, str) and found.any_replied(asked):
-            rationale = asked
+        elif rationale is None:
+            rationale = next(filter(found.any_replied, parts), None)
         columns["rationale"] = rationale
-    columns.setdefault("choices", found.choices({*used, answer}))
+    columns.setdefault("choices", found.choices(parts, answer, has_options))
     columns.setdefault("id", found.first("id", {*used, answer}))
     return Shape(name=_name(first, columns), columns=Columns.model_validate(columns))
 
@@ -118,8 +122,10 @@ class _Found:
     """The columns of the rows examined, by lower-case name."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
-        self.rows = rows
-        self.by_lower = {str(name).lower(): str(name) for row in rows for name in row.columns}
+        self.rows = rows[:NUM_LOOKED_AT]
+        self.by_lower = {str(name).lower(): str(name) for row in self.rows for name in row.columns}
+        if any(row.get("input") is not None for row in rows):  # often empty, and then left out
+            self.by_lower.setdefault("input", "input")
 
     def first(self, field: str, used: set[str]) -> str | None:
         """The first column that `NAMES` lists for a field and that is not in `used`. Columns with
@@ -141,41 +147,66 @@ class _Found:
             return [instruction, context] if context is not None else instruction
         return self.first("question", set())
 
-    def choices(self, used: set[str]) -> str | list[str] | None:
-        """One column with all options, or one column per option; None if no column is found."""
+    def choices(
+        self, question: Sequence[str], answer: str, has_options: bool
+    ) -> str | list[str] | None:
+        """One column with all options, or one column per option; None if no column is found. Unless
+        `has_options` is true, two columns `a` and `b` may also be operands."""
         for pattern, labels in product(LABELLED, (ascii_lowercase, tuple(map(str, range(1, 27))))):
             names = map(pattern.format, labels)
             columns = [self.by_lower[name] for name in takewhile(self.by_lower.__contains__, names)]
+            may_be_operands = not has_options and [name.lower() for name in columns] == ["a", "b"]
+            if may_be_operands and self.are_operands(columns, question, answer):
+                continue
             if len(columns) >= 2:
                 return columns
-        return self.first("choices", used)
+        return self.first("choices", {*question, answer})
+
+    def are_operands(self, columns: Sequence[str], question: Sequence[str], answer: str) -> bool:
+        """Whether the columns contain numbers that are in the question, and the gold answers are
+        numbers too. Rows in which a column is empty are ignored."""
+        rows = [row for row in self.rows if all(row.get(name) is not None for name in columns)]
+        return len(rows) > 0 and all(
+            _is_number(row.get(name))
+            and (
+                name == answer or any(str(row.get(name)) in str(row.get(part)) for part in question)
+            )
+            for row in rows
+            for name in (*columns, answer)
+        )
 
     def any_worked(self, column: str) -> bool:
         """Whether any cell of the column is a conversation, or a solution that marks its answer."""
-        cells = [row.get(column) for row in self.rows]
         return any(
-            is_conversation(cell) or (isinstance(cell, str) and worked_solution(cell) is not None)
-            for cell in cells
+            turns_in(row, column) is not None
+            or (isinstance(cell := row.get(column), str) and worked_solution(cell) is not None)
+            for row in self.rows
         )
 
     def any_replied(self, column: str) -> bool:
         """Whether any cell of the column is a conversation that ends with the assistant's turn."""
-        cells = [row.get(column) for row in self.rows]
-        return any(is_conversation(cell) and is_answered(cell) for cell in cells)
+        found = [turns_in(row, column) for row in self.rows]
+        return any(turns is not None and is_answered(turns) for turns in found)
+
+
+def _is_number(cell: object) -> bool:
+    try:
+        return read_gold(cell).kind == "number"
+    except DataError:
+        return False
 
 
 def _name(row: Row, columns: Mapping[str, Any]) -> str:
     question, answer = columns["question"], columns["answer"]
-    text = row.get(answer)
-    if isinstance(question, list) or question.lower() == "instruction":
+    text, parts = row.get(answer), [question] if isinstance(question, str) else question
+    if "instruction" in map(str.lower, parts):
         return "Alpaca rows"
-    turns = row.get(question)
-    if is_conversation(turns):
+    if turns := next(filter(None, (turns_in(row, name) for name in parts)), None):
         if answer == "reward_model.ground_truth":
             return "verl rows"
-        if answer == question:
+        if answer in parts:
             return "chat messages" if "role" in turns[0] else "ShareGPT conversations"
-        return "TRL rows" if question == "prompt" else "chat messages with a gold column"
+        return "TRL rows" if "prompt" in parts else "chat messages with a gold column"
     if answer == "answer_value":
         return "rows of ReFT's authors"
     if isinstance(text, str) and "####" in text:

@@ -21,8 +21,11 @@ Key = Callable[[Problem], str]
 """Computes the key of a problem. Problems with equal keys ask the same question."""
 
 LARGEST_DEFAULT_DEV = 500
+FACTORIAL = r"!+(?=\s*[-+*/^=<>×÷·−)\]}\\]|[?.;:$])"
+"""Matches exclamation marks before another mark, or before an operator or a closing bracket, also
+after a space."""
 TOKEN = re.compile(
-    r"(?:(?<![\w.])\.)?\d+(?:[.,]\d+)*(?:!+(?=\s*[-+*/^=)\d]))?"
+    rf"(?:(?<![\w.])\.)?\d+(?:[.,]\d+)*(?:{FACTORIAL}|!+(?=\s*\d))?|(?<![\w'])[^\W\d_]{FACTORIAL}"
     r"|\)!+|[^\W\d_]'+(?=\()|[^\W\d_]+|[^\w\s]|_"
 )
 """Matches words, symbols and numbers. The point in .5, the exclamation mark of a factorial and the
@@ -41,6 +44,9 @@ class Splits:
     test: tuple[Problem, ...]
     counts: Mapping[str, int] = field(default_factory=dict)
     """How many rows were dropped, by reason: `duplicate`, `program_disagrees`, …"""
+    notes: tuple[str, ...] = ()
+    """What the user should know about the data: for each note, one line with the remedy after a
+    semicolon."""
 
 
 class Asked(NamedTuple):
@@ -100,7 +106,7 @@ def draw_splits(
     tested = asked(test)
     learned = _without(_clean(asked(train), several_rationales, counts), tested, counts)
     if dev is None:
-        chosen = _draw(learned, dev_size, seed)
+        chosen = _draw(learned, dev_size, seed, counts)
         counts["leak"] -= len(chosen)
     else:
         chosen = _without(_clean(asked(dev), False, counts), tested, counts)
@@ -119,6 +125,11 @@ def drop_untrainable(splits: Splits, reason: str, unusable: Callable[[Problem], 
     dropped = len(splits.train) - len(train)
     counts = {**splits.counts, **({reason: dropped} if dropped else {})}
     return replace(splits, train=train, dev=dev, counts=counts)
+
+
+def dropped_text(counts: Mapping[str, int]) -> str:
+    """The dropped rows by reason, such as `2 duplicate, 40 contradiction`."""
+    return ", ".join(f"{count} {reason}" for reason, count in counts.items() if count) or "nothing"
 
 
 def same_gold(a: Answer, b: Answer) -> bool:
@@ -191,7 +202,7 @@ def _without(
     return kept
 
 
-def _draw(asked: Sequence[Asked], size: int | None, seed: int) -> list[Asked]:
+def _draw(asked: Sequence[Asked], size: int | None, seed: int, counts: Counter[str]) -> list[Asked]:
     """One problem for each of `size` questions, drawn with `seed`."""
     by_question: dict[str, Asked] = {}
     for each in asked:
@@ -200,8 +211,8 @@ def _draw(asked: Sequence[Asked], size: int | None, seed: int) -> list[Asked]:
         size = min(LARGEST_DEFAULT_DEV, max(len(by_question) // 10, len(by_question) > 1))
     if size and size >= len(by_question):
         raise DataError(
-            f"dev_size {size}: only {counted(len(by_question), 'training question')} left;"
-            " expected a smaller dev_size"
+            f"dev_size {size}: only {counted(len(by_question), 'training question')} left (dropped:"
+            f" {dropped_text(counts)}); expected a smaller dev_size"
         )
     in_order = sorted(by_question, key=lambda question: derive_seed(seed, "dev", question))
     chosen = set(in_order[:size])

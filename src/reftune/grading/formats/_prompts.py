@@ -80,8 +80,7 @@ class Prompted(Component):
     def _conversation(self, problem: Problem) -> Conversation:
         turns = [turn for turn in problem.messages if turn.role != "system"]
         systems = [turn.content for turn in problem.messages if turn.role == "system"]
-        if len(turns) < 2:
-            turns = [Message(role="user", content=problem.question)]
+        turns = turns or [Message(role="user", content=problem.question)]
         asked = with_options(turns[-1].content, problem)
         if self.instruction is not None:
             asked = f"{self.instruction}\n\n{asked}"
