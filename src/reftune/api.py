@@ -85,10 +85,12 @@ def grade(
         >>> grade("so 3 · 7 = 21. The answer is 21", 21).verdict
         <Verdict.CORRECT: 'correct'>
 
-    Raises: DataError if `answer` cannot be read as a gold answer; RecipeError if the format is
-    unusable; ReftuneError if a package or sandbox that grading needs is missing. The completion
-    never causes an error.
+    Raises: DataError if `completion` is not text or `answer` cannot be read as a gold answer;
+    RecipeError if the format is unusable; ReftuneError if a package or sandbox that grading needs
+    is missing. No text of a completion causes an error.
     """
+    if not isinstance(completion, str):
+        raise DataError(f"grade: completion is {shown(completion)}; expected text")
     own = _format(format)
     reading = Reading(decimal=getattr(own, "decimal", "."))
     row = {

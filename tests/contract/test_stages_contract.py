@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from reftune.recipe import Table, component_class, known_kinds
-from reftune.runs.run import open_run
+from reftune.runs.run import open_run, run_recipe
 from reftune.stages.stage import Cost, Progress, Stage
 from reftune.storage.files import JsonLines
 
@@ -66,6 +66,7 @@ def test_a_stage_leaves_a_model_and_what_it_cost(kind: str, recipe_of) -> None:
         assert folder.is_done and run.is_trained("tried")
         info = json.loads(folder.info.read_text())
         assert (info["kind"], info["init"]) == (kind, "sft")
+        assert info["is_method"] == recipe.stages["tried"].is_method
         assert info["sequence_passes"] > 0 and info["train_tokens"] > 0
         assert (folder.path / "model.safetensors").is_file()
         run.models.load("tried")
@@ -102,6 +103,38 @@ def test_only_methods_are_evaluated(kind: str, recipe_of) -> None:
         update={"evaluate": recipe.evaluate.model_copy(update={"stages": None})}
     )
     assert ("tried" in every.methods_to_evaluate) == recipe.stages["tried"].is_method
+
+
+OWN = """
+from typing import ClassVar
+
+from reftune.stages.sft import Imitation, Schedule, gold_examples, train_in_epochs
+from reftune.stages.stage import Stage
+
+
+class Judge(Schedule, Stage):
+    is_method: ClassVar[bool] = False
+
+    @property
+    def produces(self):
+        return ("early",)
+
+    def run(self, context):
+        examples = gold_examples(context.splits.train, context.collector, context.policy)
+        task = Imitation(context.policy, examples)
+        train_in_epochs(self, context, task, snapshots={"early": 1})
+"""
+
+
+def test_a_run_with_an_own_stage_that_is_no_method_is_finished(make_recipe, tmp_path) -> None:
+    (tmp_path / "own.py").write_text(OWN)
+    keys = {"epochs": 2, "batch_size": 8, "optimizer": {"learning_rate": 0.01}}
+    judge = {"kind": f"{tmp_path}/own.py:Judge", **keys}
+    stages = {"sft": None, "reft": None, "judge": judge}
+    recipe = make_recipe(stages=stages, evaluate={"samples": 0, "stages": None})
+    summary = run_recipe(recipe, progress=Progress())
+    assert list(summary["methods"]) == ["early"]
+    assert (recipe.folder / "summary.json").is_file()
 
 
 @each_stage

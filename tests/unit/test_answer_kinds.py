@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
@@ -221,6 +224,63 @@ def test_an_expression_without_end_is_a_timeout_and_the_next_is_compared() -> No
     assert verdict(r"9^{9^{9^{9}}}", r"\sqrt{2}") is TIMEOUT
     assert time.monotonic() - started < 3 * mathematics.TIMEOUT_S + 30
     assert verdict("2 + x", "x + 2") is CORRECT
+
+
+@pytest.fixture
+def own_worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(mathematics, "_IDLE", mathematics._IDLE.__class__())
+    worker = mathematics._Worker()
+    mathematics._IDLE.put(worker)
+    yield
+    worker.close()
+
+
+@needs_math
+def test_a_comparison_that_only_waits_for_a_busy_machine_is_no_timeout(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, own_worker: None
+) -> None:
+    child = tmp_path / "child.py"
+    slow = "    import time\n    time.sleep(1.5)\n    from math_verify import verify"
+    source = mathematics.CHILD.read_text()
+    child.write_text(source.replace("    from math_verify import verify", slow))
+    monkeypatch.setattr(mathematics, "CHILD", child)
+    monkeypatch.setattr(mathematics, "TIMEOUT_S", 1.0)
+    assert verdict("4 + x + y", "x + 4 + y") is CORRECT
+    monkeypatch.setattr(mathematics, "_IDLE", mathematics._IDLE.__class__())
+    mathematics._IDLE.put(worker := mathematics._Worker())
+    monkeypatch.setattr(mathematics, "WALL_S", 1.0)
+    assert verdict("5 + x + y", "x + 5 + y") is TIMEOUT
+    worker.close()
+
+
+@needs_math
+def test_a_worker_that_is_ready_too_late_answers_nothing(
+    monkeypatch: pytest.MonkeyPatch, own_worker: None
+) -> None:
+    monkeypatch.setattr(mathematics, "START_S", 0.0)
+    assert verdict("6 + x + y", "x + 6 + y") is ERROR
+    monkeypatch.setattr(mathematics, "START_S", 120.0)
+    assert verdict("6 + x + y", "x + 6 + y") is CORRECT
+
+
+@needs_math
+def test_a_worker_that_is_ready_has_imported_all_that_it_needs() -> None:
+    code = (
+        "import runpy, sys\n"
+        f"child = runpy.run_path({str(mathematics.CHILD)!r})\n"
+        "child['warm_up']()\n"
+        "known = set(sys.modules)\n"
+        "for gold, answer in zip(sys.argv[1::2], sys.argv[2::2]):\n"
+        "    assert 'error' not in child['compared'](gold, answer)\n"
+        "assert set(sys.modules) == known, set(sys.modules) - known"
+    )
+    pairs = [
+        *(r"2x+3=5", "x=1", r"(2,3]\cup(5,7)", r"(5,7)\cup(2,3]", r"\{1,2\}", r"\{2,1\}"),
+        *(r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix}1&2\\3&5\end{pmatrix}"),
+        *(r"\sin^2 x+\cos^2 x", "1", r"\int_0^1 x^2 dx", r"\frac13", r"\log_2 8", "3"),
+        *(r"\sum_{k=1}^{n} k", r"\frac{n(n+1)}{2}", r"\lim_{x\to 0}\frac{\sin x}{x}", "1"),
+    ]
+    subprocess.run([sys.executable, "-P", "-c", code, *pairs], check=True)
 
 
 @needs_math

@@ -47,6 +47,9 @@ def test_bad_arguments_of_grade_are_reported_in_one_line():
         reftune.grade("x", 1, format="nll")
     with pytest.raises(DataError, match=r"^grade: answer: expected a number"):
         reftune.grade("x", float("nan"))
+    for completion in (None, 3, ["3"]):
+        with pytest.raises(DataError, match=r"^grade: completion is .*; expected text$"):
+            reftune.grade(completion, 3)
 
 
 @pytest.fixture(scope="module")

@@ -185,12 +185,12 @@ ANYWHERE: dict[str, tuple[list[str], dict[str, str | bytes], str]] = {
     "all of train is asked in test": (
         [],
         {"train.jsonl": rows(), "test.jsonl": rows()},
-        r"dev_size 2: only 0 training questions left; expected a smaller",
+        r"dev_size 2: only 0 training questions left \(dropped: \d+ leak\); expected a smaller",
     ),
     "no dev": (
         ["dataset.dev_size=0"],
         {},
-        r"dataset: no dev problems, .*; set dataset\.dev_size or a dev file",
+        r"dataset: no dev problems .*; set dataset\.dev_size or a dev file",
     ),
     "model that is not there": (
         ["model.scratch=null", "model.path=./nope"],
@@ -395,7 +395,7 @@ def test_a_run_folder_that_cannot_be_used_is_left_as_it_is(
         (["sample", "recipe.yaml", "--method", "sft"], r"runs/tiny/stages/sft: not trained yet"),
         (
             ["sample", "recipe.yaml", RANKER, "--method", "ranker"],
-            r"ranker: a reward model, which answers no questions",
+            r"ranker: not a method, so its model answers no questions",
         ),
         (
             ["sample", "recipe.yaml", "--method", "stf"],

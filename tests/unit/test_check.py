@@ -541,6 +541,14 @@ def test_a_reward_for_wrong_answers_is_rejected():
     assert "false positive: off by one: 12 of 12" in found.rows
 
 
+@pytest.mark.parametrize(("grading", "robust"), [("robust", False), ("paper", True)])
+def test_the_remedy_for_a_reward_is_no_grading_that_the_recipe_has(grading: str, robust: bool):
+    format = {"kind": "nl", "grading": grading}
+    found = finding("reward_errors", format=format, reward=PaysTheWord(kind="word"))
+    assert found.level == "fail" and found.remedy.startswith("this reward accepts wrong answers")
+    assert ("grading=robust" in found.remedy) is robust
+
+
 @pytest.mark.parametrize(("chosen", "other"), [("bfloat16", "float32"), ("float32", "bfloat16")])
 def test_a_dtype_many_times_slower_than_the_other_is_refused_and_the_model_not_run(
     chosen, other, product_rates

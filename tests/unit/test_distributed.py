@@ -71,15 +71,14 @@ def test_what_would_not_run_as_asked_is_refused(environment, told):
         pass
 
 
-def test_a_process_without_a_gpu_says_so(monkeypatch):
+def test_one_process_without_a_gpu_says_so_for_all(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setenv("RANK", "1")  # rank 0 has a GPU, so it has nothing to report
     told = "more processes than GPUs on this machine, which has 1; expected at most one per GPU"
-    with (
-        pytest.raises(RecipeError, match=told),
-        processes({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}),
-    ):
-        pass
+    raises = {"1": pytest.raises(RecipeError, match=told), "2": pytest.raises(SystemExit)}
+    for rank, raised in raises.items():  # rank 0 has a GPU, so it has nothing to report
+        monkeypatch.setenv("RANK", rank)
+        with raised, processes({"WORLD_SIZE": "3", "RANK": rank, "LOCAL_RANK": rank}):
+            pass
 
 
 def test_a_setting_that_all_processes_refuse_is_reported_by_one(monkeypatch):

@@ -116,7 +116,9 @@ def test_an_unfinished_method_or_an_existing_folder_is_refused(run_folder: Path,
         export_model(run_folder, "sft", tmp_path / "model")
     classifier = run_folder / "stages" / "reft" / "classifier.safetensors"
     classifier.touch()
-    with pytest.raises(CheckpointError, match="reft: a reward model, which answers no questions"):
+    with pytest.raises(
+        CheckpointError, match="reft: not a method, so its model answers no questions"
+    ):
         export_model(run_folder, "reft", tmp_path / "model")
     classifier.unlink()
     (tmp_path / "model").mkdir()

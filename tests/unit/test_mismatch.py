@@ -97,9 +97,16 @@ def test_the_engines_own_scores_spare_the_policy_a_pass(trainer, monkeypatch):
     assert metrics["policy/entropy"] == pytest.approx(measured["policy/entropy"], abs=1e-5)
 
 
-def test_an_algorithm_without_advantages_refuses_the_cap(make_trainer):
-    trainer = make_trainer(
-        {"mismatch_cap": 2.0, "algorithm": {"kind": "online_st"}, "value_prefit": 0}
+def test_a_recipe_with_the_cap_and_an_algorithm_without_advantages_is_refused(make_recipe):
+    told = (
+        r"mismatch_cap: expected an algorithm with advantages \(ppo, grpo, rloo\), got online_st$"
     )
+    with pytest.raises(RecipeError, match=told):
+        make_recipe(stages={"reft": {"mismatch_cap": 2.0, "algorithm": {"kind": "online_st"}}})
+
+
+def test_an_own_algorithm_without_advantages_refuses_the_cap(trainer):
+    rollouts, _ = trainer.sample(1, "rollout")
+    batch, _ = trainer.score(rollouts)
     with pytest.raises(RecipeError, match="mismatch_cap: expected an algorithm with advantages"):
-        trainer.step(1)
+        correct_mismatch(batch, 2.0)

@@ -26,7 +26,7 @@ from reftune.recipe import Recipe, dump_recipe
 from reftune.runs.run import evaluate_methods, open_run, run_stages
 from reftune.stages.stage import Progress
 from reftune.storage.files import JsonLines
-from reftune.storage.run_folder import RunFolder, split_hashes
+from reftune.storage.run_folder import RunFolder, refuse_foreign, split_hashes
 from reftune.types import Answer, Message, Problem
 
 MakeRecipe = Callable[..., Recipe]
@@ -370,6 +370,94 @@ def test_the_folder_of_another_recipe_is_refused_with_the_key_that_differs(make_
         " another run_dir"
     )
     assert "seed was 0, now 7" in refused(make_recipe(seed=7), RecipeError)
+
+
+def test_what_check_accepts_may_change_after_a_run_has_begun(make_recipe):
+    with open_run(make_recipe(), Progress()):
+        pass
+    recipe = make_recipe(check={"min_gold_correct": 0.5, "waive": ["golds"]})
+    with open_run(recipe, Progress()):
+        pass
+    assert "- golds" in recipe.folder.joinpath("recipe.yaml").read_text()
+
+
+def assert_same_results(folder: Path, straight: dict[str, Any]) -> None:
+    """Like `assert_same_outcome`, but for weights and evaluations only."""
+    found = outcome(folder)
+    names = [name for name in straight if name.endswith(".safetensors") or name.startswith("eval/")]
+    assert len(names) > 3 and all(found[name] == straight[name] for name in names)
+
+
+def test_keys_that_change_no_result_may_change_even_inside_stages(make_recipe, straight):
+    free = {"save_every_s": 7, "keep": 5, "optimizer": {"on_nonfinite": "skip", "max_skipped": 3}}
+    with pytest.raises(KeyboardInterrupt):
+        run_all(make_recipe(), Stopping("reft", 3))
+    run_all(make_recipe(stages={"sft": free, "reft": free}))
+    assert_same_results(make_recipe().folder, straight)
+
+
+def test_the_samples_that_self_training_keeps_may_not_change(make_recipe):
+    def kept(number: int, checkpoints: int) -> Recipe:
+        sft = {"epochs": 1, "batch_size": 5, "keep": checkpoints}
+        sft["optimizer"] = {"learning_rate": 1e-3}
+        return make_recipe(stages={"self": {"kind": "self_train", "keep": number, "sft": sft}})
+
+    with open_run(kept(10, 2), Progress()):
+        pass
+    with open_run(kept(10, 3), Progress()):
+        pass
+    assert "stages.self.keep was 10, now 9" in refused(kept(9, 3), RecipeError)
+
+
+def test_the_servers_of_a_requeued_job_may_have_other_names(make_recipe):
+    def served(node: str) -> Recipe:
+        server = f"http://{node}:8000"
+        return make_recipe(engine={"kind": "vllm", "server": server, "weights_dir": f"/{node}"})
+
+    with open_run(make_recipe(), Progress()) as run:
+        for node in ("node-1", "node-2"):
+            run.folder.recipe.write_text(dump_recipe(served(node)))
+            assert not refuse_foreign(run.folder, served("node-3"))
+
+
+def test_a_run_that_ran_out_of_memory_goes_on_with_smaller_sizes_and_says_so(make_recipe):
+    with pytest.raises(KeyboardInterrupt):
+        run_all(make_recipe(), Stopping("reft", 3))
+    smaller = make_recipe(model={"micro_batch_tokens": 64}, engine={"batch_size": 3})
+    progress = Noting()
+    run_all(smaller, progress)
+    changed = [note for note in progress.notes if "from here on" in note]
+    assert changed == [
+        "model.micro_batch_tokens was 16384, now 64; from here on, results may differ by rounding",
+        "engine.batch_size was 20, now 3; from here on, results may differ by rounding",
+    ]
+    run_all(smaller, again := Noting())
+    assert not any("from here on" in note for note in again.notes)
+
+
+def test_a_changed_evaluation_is_made_again_without_training(make_recipe, straight):
+    run_all(make_recipe())
+    progress = Noting()
+    sampled = make_recipe(evaluate={"samples": 3, "limit": 7})
+    summary = evaluate_methods(sampled, (), progress=progress)
+    aside = sampled.folder / "eval.1"
+    note = f"evaluate.samples was 2, now 3; the old evaluations are now in {aside}"
+    assert note in progress.notes
+    assert {path.name for path in aside.glob("*.jsonl")} >= {"sft.jsonl", "reft.jsonl"}
+    for method in summary["methods"]:
+        rows = JsonLines(sampled.folder / "eval" / f"{method}.jsonl").rows()
+        assert [len(row["samples"]) for row in rows] == [3] * 7
+    run_all(make_recipe())
+    assert_same_results(sampled.folder, straight)
+
+
+def test_a_stopped_evaluation_with_other_settings_keeps_no_row(make_recipe):
+    recipe = make_recipe()
+    run_all(recipe)
+    path = recipe.folder / "eval" / "sft.jsonl"
+    JsonLines(path).keep(4)
+    with open_run(make_recipe(evaluate={"split": "dev"}), Progress()) as run:
+        assert not path.exists() and not run.folder.summary.exists()
 
 
 def test_a_stage_that_has_not_begun_may_be_lengthened(make_recipe):

@@ -84,8 +84,9 @@ def reward_from(folder: Path, source: str) -> Reward:
 def test_a_function_gets_everything_by_name_as_lists(tmp_path: Path) -> None:
     reward = reward_from(
         tmp_path,
-        "def score(prompts, completions, completion_ids, level, answer, verdicts, values, reasons,"
-        " **others):\n    assert prompts == ['question a', 'question b'], prompts\n    assert"
+        "def score(prompts, completions, completion_ids, level, answer, golds, verdicts, values,"
+        " reasons, **others):\n    assert golds == ['5', '5']\n    assert prompts =="
+        " ['question a', 'question b'], prompts\n    assert"
         " completions == ['text a', 'text b'], completions\n    assert completion_ids == [[1, 2],"
         " [1, 2]], completion_ids\n    assert level == [1, None] and answer == ['5', '5']\n   "
         " assert verdicts == ['wrong', 'wrong'] and values == ['4', '4'] and reasons == ['because',"
@@ -108,6 +109,21 @@ def test_a_column_of_the_data_hides_ours_of_the_same_name(tmp_path: Path) -> Non
         tmp_path, "def score(answer, **_):\n    return [float(a) for a in answer]\n"
     )
     assert paid(reward, problem("a", answer="7")) == [7.0]
+
+
+def test_gold_answers_have_the_spelling_of_the_data_and_ours(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text(
+        '{"question": "How many?", "answer": "1,250 apples"}\n'
+        '{"question": "Which?", "answer": "B", "choices": ["red", "blue"]}\n'
+    )
+    splits = load_component(
+        {"kind": "jsonl", "train": str(tmp_path / "train.jsonl"), "dev_size": 0}, group="datasets"
+    ).load(seed=0)
+    source = (
+        "def score(completions, answer, golds):\n    assert sorted(answer) == ['1,250 apples', 'B']"
+        "\n    assert sorted(golds) == ['1250', 'b']\n    return [1.0] * len(completions)\n"
+    )
+    assert paid(reward_from(tmp_path, source), *splits.train) == [1.0, 1.0]
 
 
 def test_a_function_may_be_async(tmp_path: Path) -> None:

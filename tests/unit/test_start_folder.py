@@ -337,6 +337,27 @@ def test_a_finished_stage_with_more_steps_goes_on_to_the_bits_of_a_longer_one(
     assert json.loads((tmp_path / "run/stages/reft/stage.json").read_text())["steps"] == 6
 
 
+def test_a_self_training_stage_with_more_epochs_goes_on_to_the_bits_of_a_longer_one(
+    make_recipe, tmp_path
+):
+    def make(folder, epochs):
+        optimizer = {"learning_rate": 0.05}
+        sft = {"epochs": epochs, "batch_size": 16, "save_every_s": 0, "optimizer": optimizer}
+        offline = {"kind": "self_train", "sampler": "base", "samples": 3, "sft": sft}
+        return make_recipe(
+            run_dir=str(tmp_path / folder),
+            stages={"sft": None, "reft": None, "offline": offline},
+            evaluate={"stages": None},
+        )
+
+    for epochs in (1, 2):
+        run_all(make("run", epochs))
+    run_all(make("straight", 2))
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "straight")
+    with pytest.raises(RecipeError, match=r"stages.offline.sft.epochs was 2.0, now 1.0"):
+        run_all(make("run", 1))
+
+
 def test_a_checkpoint_of_an_earlier_version_goes_on_to_the_same_bits(make_recipe, tmp_path):
     run_all(make_recipe())
     (state,) = tmp_path.glob("run/stages/reft/checkpoints/step-000004/state.json")

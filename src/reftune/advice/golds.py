@@ -52,8 +52,7 @@ def golds_text(kinds: Sequence[GoldKind]) -> str:
 
 def _examples(problems: Sequence[Problem]) -> tuple[GoldExample, ...]:
     seen = dict.fromkeys(
-        GoldExample(raw=problem.gold_text or str(problem.answer), read=str(problem.answer))
-        for problem in problems
+        GoldExample(raw=problem.written_answer, read=str(problem.answer)) for problem in problems
     )
     return tuple(sorted(seen, key=lambda gold: gold.raw == gold.read)[:NUM_EXAMPLES])
 

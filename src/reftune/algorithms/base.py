@@ -41,6 +41,8 @@ class Algorithm(Component, ABC):
     """The base class of algorithms. A subclass defines the hooks `credit` and `loss`, and may
     override the other hooks."""
 
+    sets_advantages: ClassVar[bool] = True
+    """Whether `credit` sets the batch's `advantages`, which `mismatch_cap` needs."""
     needs_values: ClassVar[bool] = False
     """Whether `credit` reads the batch's `values` and `loss` trains the value head."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -28,6 +28,8 @@ class OnlineSt(Algorithm):
     tokens. Default: no truncation."""
     dropout: bool = False
     """Keep dropout on during updates."""
+
+    sets_advantages: ClassVar[bool] = False
 
     @property
     def trains_with_dropout(self) -> bool:

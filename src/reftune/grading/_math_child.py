@@ -1,11 +1,12 @@
 """Compares expressions for `mathematics.py`. This file runs as a script and imports nothing from
 reftune.
 
-The script's only argument is the file descriptor of a connection to the parent process. Each
-request is a JSON object with the keys `gold` and `answer`. The reply is a JSON object with two
-keys: `equal` is a boolean, and `read` is the parsed answer, or null if the answer is not an
-expression. If the comparison fails, the reply has only the key `error`. The parent kills this
-process if a comparison takes too long.
+The script's arguments are the file descriptor of a connection to the parent process, and the
+seconds of CPU time and of time that a comparison may take. When the script is ready, it sends a
+message. Each request is a JSON object with the keys `gold` and `answer`. The reply is a JSON object
+with two keys: `equal` is a boolean, and `read` is the parsed answer, or null if the answer is not
+an expression. If the comparison fails, the reply has only the key `error`. If it takes too long,
+SIGPROF (CPU time) or SIGALRM ends this process.
 """
 
 from __future__ import annotations
@@ -21,21 +22,34 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 MEMORY = 4 << 30
-MAX_S = 60
-"""If a comparison takes this many seconds, an alarm ends this process. This matters only if the
-parent has died, because then it cannot kill this process."""
+WARM_UP = (("2x + 3 = 5", "x = 1"), (r"\sin^2 x", r"\int_0^1 x^2 dx"))
+"""Comparisons that import all modules that a comparison may need."""
 
 
 def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     logging.disable(logging.CRITICAL)
-    channel = Connection(int(sys.argv[1]))
+    channel, cpu_s, wall_s = Connection(int(sys.argv[1])), float(sys.argv[2]), float(sys.argv[3])
+    warm_up()
+    channel.send_bytes(b"ready")
     with contextlib.suppress(EOFError):
         while True:
             request = json.loads(channel.recv_bytes())
-            signal.alarm(MAX_S)
-            channel.send_bytes(json.dumps(reply(request)).encode())
-            signal.alarm(0)
+            _limit(cpu_s, wall_s)
+            answer = json.dumps(reply(request)).encode()
+            _limit(0, 0)
+            channel.send_bytes(answer)
+
+
+def warm_up() -> None:
+    for gold, answer in WARM_UP:
+        reply({"gold": gold, "answer": answer})
+
+
+def _limit(cpu_s: float, wall_s: float) -> None:
+    """End this process after so many seconds of CPU time or of time; 0 means never."""
+    signal.setitimer(signal.ITIMER_PROF, cpu_s)
+    signal.setitimer(signal.ITIMER_REAL, wall_s)
 
 
 def reply(request: dict[str, str]) -> dict[str, Any]:

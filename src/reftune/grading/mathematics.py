@@ -1,13 +1,14 @@
 """Compares expressions, equations, intervals, tuples and matrices with math-verify.
 
-A comparison might never end, so it runs in a worker process, which is killed if the time runs out.
-Workers start when they are first needed, and then keep running. Each worker serves one thread at a
-time.
+A comparison might never end, so it runs in a worker process, which ends if the time runs out.
+The limit is on CPU time, so that verdicts do not depend on how busy the machine is. Workers start
+when they are first needed, and then keep running. Each worker serves one thread at a time.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import importlib.util
 import itertools
 import json
@@ -15,6 +16,7 @@ import multiprocessing
 import os
 import queue
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -26,11 +28,15 @@ from reftune.grading.words import UNIT_NAMES
 
 CHILD = Path(__file__).with_name("_math_child.py")
 TIMEOUT_S = 5.0
-"""Seconds allowed for one comparison."""
+"""Seconds of CPU time allowed for one comparison."""
+WALL_S = 60.0
+"""Seconds after which a comparison ends even if it got little CPU time."""
 NUM_WORKERS = min(4, os.cpu_count() or 1)
 """Maximum number of worker processes. Each uses about 100 MB of memory."""
 START_S = 120.0
-"""Seconds allowed for a worker's first reply, including the import of math-verify."""
+"""Seconds allowed for the start of a worker, including the import of math-verify."""
+OUT_OF_TIME = (-signal.SIGPROF, -signal.SIGALRM)
+"""Exit statuses of a worker that ran out of CPU time or of time."""
 MAX_EXPRESSION_CHARS = 1_000
 
 FUNCTIONS = frozenset(
@@ -209,7 +215,7 @@ class _Worker:
         for _ in range(2):  # twice, because the request may not be why the process died
             if self._process is None:
                 self._start()
-            reply = self._exchange(request, TIMEOUT_S)
+            reply = self._exchange(request)
             if reply:
                 return reply
             self.close()
@@ -218,26 +224,32 @@ class _Worker:
         return b""
 
     def _start(self) -> None:
-        """Start a process and wait until it has imported math-verify."""
+        """Start a process and wait until it is ready. If this takes too long, the process ends."""
         self._channel, theirs = multiprocessing.Pipe()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", str(CHILD), str(theirs.fileno())],
+                [sys.executable, "-P", str(CHILD), *map(str, (theirs.fileno(), TIMEOUT_S, WALL_S))],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,
             )
-        self._exchange(b'{"gold": "x", "answer": "x + 1"}', START_S)
+        with contextlib.suppress(OSError, EOFError):
+            if self._channel.poll(START_S):
+                self._channel.recv_bytes()
+                return
+        self.close()  # its reply might be taken for that of a later request
 
-    def _exchange(self, request: bytes, timeout_s: float) -> bytes | None:
-        """The reply to `request`; empty if the process died, None if time ran out."""
+    def _exchange(self, request: bytes) -> bytes | None:
+        """The reply to `request`; empty if there is no process or it died, None if time ran out."""
+        if self._process is None:
+            return b""
         try:
             self._channel.send_bytes(request)
-            return self._channel.recv_bytes() if self._channel.poll(timeout_s) else None
+            return self._channel.recv_bytes() if self._channel.poll(WALL_S) else None
         except (OSError, EOFError):
-            return b""
+            return None if self._process.wait() in OUT_OF_TIME else b""
 
     def close(self) -> None:
         if self._process is not None:

@@ -108,12 +108,15 @@ def _end(world: World, store: Any, missing: int) -> None:
 
 
 def _choose_gpu(environment: Mapping[str, str]) -> None:
-    """If the machine has GPUs, use the GPU whose index is this process's local rank. Raises:
-    RecipeError if the machine has fewer GPUs than processes."""
+    """If the machine has GPUs, use the GPU whose index is this process's local rank. If the machine
+    has fewer GPUs than processes, the first process without a GPU raises a RecipeError, and the
+    others without one exit silently with status 1."""
     import torch
 
     local, gpus = int(environment.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if gpus and local >= gpus:
+    if gpus and local > gpus:
+        sys.exit(1)
+    if gpus and local == gpus:
         raise RecipeError(
             f"launcher: more processes than GPUs on this machine, which has {gpus}; expected at"
             " most one per GPU"

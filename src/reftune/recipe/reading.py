@@ -137,8 +137,7 @@ def _first_problem(error: ValidationError) -> str:
     message = first["msg"][:1].lower() + first["msg"][1:]
     if not where:
         return message
-    if first["type"] == "missing" or first["type"].endswith(
-        ("_kind", "_file", "_name", "_component")
-    ):
+    is_of_table = isinstance(first["input"], Mapping) and "message" in first.get("ctx", {})
+    if is_of_table or first["type"].endswith(("missing", "_kind", "_file", "_name", "_component")):
         return f"{where}: {message}"
     return f"{where}: {message}, got {first['input']!r}"[:300]

@@ -198,8 +198,8 @@ class Recipe(Table):
         return (*self.stages[stage].produces, stage)
 
     def methods_of(self, stage: str) -> tuple[str, ...]:
-        """The names of a stage's methods, which are all models that the stage saves, except a
-        reward model."""
+        """The names of a stage's methods, which are all models that the stage saves, except its
+        final model if its `is_method` is false."""
         saved = self.saved_by(stage)
         return saved if self.stages[stage].is_method else saved[:-1]
 

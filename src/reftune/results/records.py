@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import yaml
 
 from reftune.errors import DataError
-from reftune.storage.run_folder import RunFolder
+from reftune.storage.run_folder import CHANGES_NO_RESULT, CHANGES_ROUNDING, RunFolder, without
 from reftune.types import Attempt, Verdict
 
 Parsed = TypeVar("Parsed")
@@ -77,6 +77,12 @@ class StageResults:
     def chosen_step(self) -> int | None:
         return self.info.get("chosen_step")
 
+    @property
+    def is_method(self) -> bool:
+        """Whether the stage's model solves problems. If `stage.json` does not say so, which is the
+        case until the stage is done, all kinds except `reward_model` count as methods."""
+        return bool(self.info.get("is_method", self.kind != "reward_model"))
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunResults:
@@ -104,17 +110,9 @@ class RunResults:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The recipe without the keys in which runs of one recipe may differ: name, seed, folder,
-        and the sizes that `auto` fits to the memory at hand, which only change rounding."""
-        settings = {
-            key: value
-            for key, value in self.recipe.items()
-            if key not in ("name", "seed", "run_dir")
-        }
-        for table, size in (("model", "micro_batch_tokens"), ("engine", "batch_size")):
-            if isinstance(settings.get(table), Mapping):
-                settings[table] = {k: v for k, v in settings[table].items() if k != size}
-        return settings
+        """The recipe without the keys in which runs of one recipe may differ: name, seed, and the
+        keys that change no result or only rounding."""
+        return without(self.recipe, {"name", "seed", *CHANGES_NO_RESULT, *CHANGES_ROUNDING})
 
     @property
     def wall_seconds(self) -> float:
@@ -140,10 +138,13 @@ def read_run(folder: Path | str) -> RunResults:
     files = RunFolder(Path(folder))
     recipe, recipe_text = _read_recipe(files.recipe)
     metrics = _read_metrics(files.metrics)
-    specs = {
-        name: spec for stage in recipe["stages"].items() for name, spec in _with_snapshots(*stage)
+    infos = {name: read_json(files.stage(name).info) for name in files.trained()}
+    stages = {
+        name: _read_stage(files, name, spec, metrics.get(name, {}), infos.get(name, {}))
+        for stage, keys in recipe["stages"].items()
+        for name, spec in _with_snapshots(stage, keys, infos)
     }
-    wanted = _evaluated_methods(recipe, specs)
+    wanted = _evaluated_methods(recipe, stages)
     evals = _whole(
         {
             name: _read_evals(files.evaluation(name), recipe)
@@ -157,10 +158,7 @@ def read_run(folder: Path | str) -> RunResults:
         recipe=recipe,
         recipe_text=recipe_text,
         env=read_json(files.environment),
-        stages={
-            name: _read_stage(files, name, spec, metrics.get(name, {}))
-            for name, spec in specs.items()
-        },
+        stages=stages,
         evals=evals,
         missing=tuple(name for name in wanted if name not in evals),
     )
@@ -199,18 +197,22 @@ def _read_recipe(path: Path) -> tuple[dict[str, Any], str]:
     return recipe, text
 
 
-def _with_snapshots(name: str, spec: Any) -> list[tuple[str, Mapping[str, Any]]]:
+def _with_snapshots(
+    name: str, spec: Any, infos: Mapping[str, Mapping[str, Any]]
+) -> list[tuple[str, Mapping[str, Any]]]:
     """The name and recipe keys of each snapshot of a stage, followed by the name and keys of the
-    stage itself. A snapshot has its stage's keys."""
+    stage itself. A snapshot has its stage's keys. `infos` contains every `stage.json`, which may
+    name snapshots that the recipe does not."""
     keys = dict(spec) if isinstance(spec, Mapping) else {"kind": spec}
-    return [*((snapshot, keys) for snapshot in keys.get("snapshots") or {}), (name, keys)]
+    saved = [each for each, info in infos.items() if info.get("snapshot_of") == name]
+    saved.sort(key=lambda each: int(infos[each].get("chosen_step", 0)))
+    names = dict.fromkeys([*(keys.get("snapshots") or {}), *saved, name])
+    return [(each, keys) for each in names]
 
 
-def _evaluated_methods(
-    recipe: Mapping[str, Any], specs: Mapping[str, Mapping[str, Any]]
-) -> list[str]:
+def _evaluated_methods(recipe: Mapping[str, Any], stages: Mapping[str, StageResults]) -> list[str]:
     chosen = (recipe.get("evaluate") or {}).get("stages")
-    answering = [name for name, spec in specs.items() if spec.get("kind") != "reward_model"]
+    answering = [name for name, stage in stages.items() if stage.is_method]
     return answering if chosen is None else [name for name in answering if name in chosen]
 
 
@@ -298,17 +300,19 @@ def _metric_row(row: Mapping[str, Any]) -> tuple[str, MetricRow]:
 
 
 def _read_stage(
-    files: RunFolder, name: str, spec: Mapping[str, Any], metrics: Mapping[int, MetricRow]
+    files: RunFolder,
+    name: str,
+    spec: Mapping[str, Any],
+    metrics: Mapping[int, MetricRow],
+    info: Mapping[str, Any],
 ) -> StageResults:
-    folder = files.stage(name)
-    info = read_json(folder.info)
     return StageResults(
         name=name,
         kind=str(spec.get("kind", "")),
         init=str(info.get("init") or spec.get("init") or "base"),
         num_samples=int(spec.get("samples") or 1),
         metrics=tuple(metrics[step] for step in sorted(metrics)),
-        samples=tuple(_read_lines(folder.samples, _sample)),
+        samples=tuple(_read_lines(files.stage(name).samples, _sample)),
         info=info,
     )
 

@@ -229,8 +229,8 @@ def comparable_groups(runs: Sequence[RunResults]) -> list[Group]:
 
 def group_runs(runs: Sequence[RunResults]) -> list[Group]:
     """Divides the runs into groups, in the order in which the groups first appear. Within a group,
-    recipes differ only in name, folder and seed, and no two runs have the same seed. A group's runs
-    are sorted by seed, so that two groups with the same seeds are paired by seed."""
+    runs have the same `settings`, and no two runs have the same seed. A group's runs are sorted by
+    seed, so that two groups with the same seeds are paired by seed."""
     gathered: list[list[RunResults]] = []
     for run in runs:
         same = [group for group in gathered if group[0].settings == run.settings]

@@ -51,8 +51,8 @@ def export_model(run_folder: Path, method: str, out: Path, *, adapter: bool = Fa
             f"{stage}: not a finished method (no stage.json); finished here:"
             f" {', '.join(run.trained()) or 'none'}"
         )
-    if (stage / WEIGHTS).is_file():
-        raise CheckpointError(f"{stage}: a reward model, which answers no questions")
+    if (stage / WEIGHTS).is_file() or not run.stage(method).facts().get("is_method", True):
+        raise CheckpointError(f"{stage}: not a method, so its model answers no questions")
     if out.exists():
         raise CheckpointError(f"{out}: exists already; choose a folder that does not")
     if not adapter:

@@ -107,7 +107,8 @@ def open_run(recipe: Recipe, progress: Progress) -> Iterator[Run]:
     with ExitStack() as stack:
         stack.enter_context(threads_of(recipe))
         if world.is_main():
-            stack.enter_context(claimed(folder, recipe, run.splits))
+            for note in stack.enter_context(claimed(folder, recipe, run.splits)):
+                progress.note(note)
         world.shared_folder(folder.path)
         if world.world_size() > 1:
             progress.note(launch.describe())

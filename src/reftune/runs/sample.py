@@ -22,11 +22,11 @@ def sample_method(
     """The rows of `sample_rows` for the first `num` problems of a split. `method` is `base` or a
     finished method of the recipe's run.
 
-    Raises: RecipeError if the method is a reward model or not trained yet; DataError if the split
-    is empty.
+    Raises: RecipeError if `method` is a stage that trains no method, or is not trained yet;
+    DataError if the split is empty.
     """
     if method in recipe.stages and not recipe.stages[method].is_method:
-        raise RecipeError(f"{method}: a reward model, which answers no questions")
+        raise RecipeError(f"{method}: not a method, so its model answers no questions")
     recipe = settled(recipe)
     splits = load_splits(recipe)
     problems: Sequence[Problem] = getattr(splits, split)[:num]

@@ -416,7 +416,7 @@ class Loop:
             )
         elif self.state.step > 0:
             context.progress.note(
-                f"{context.name}: resumed at step {self.state.step} of {self.total_steps}"
+                f"{context.name}: resumed at step {self.state.step} of {self.last_step}"
             )
         return True
 
@@ -458,6 +458,7 @@ class Loop:
             "stage": folder.path.name,
             "kind": self.context.stage.kind,
             "snapshot_of": snapshot_of,
+            "is_method": snapshot_of is not None or self.context.stage.is_method,
             "init": self.context.stage.init,
             "chosen_step": step,
             "steps": self.state.step,

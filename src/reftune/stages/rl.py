@@ -39,6 +39,8 @@ from reftune.stages.stage import Cost, Stage, StageContext
 from reftune.text import counted
 from reftune.types import Attempt, Solution, Verdict
 
+NEEDS_ADVANTAGES = "expected an algorithm with advantages (ppo, grpo, rloo)"
+
 
 class Rl(TrainingTable, Stage):
     kind: Literal["rl"] = "rl"
@@ -89,6 +91,13 @@ class Rl(TrainingTable, Stage):
                 "minibatches",
                 f"minibatches: expected at most prompts × samples = {size}, got {self.minibatches}",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _advantages_to_weigh(self) -> Self:
+        if self.mismatch_cap is not None and not self.algorithm.sets_advantages:
+            kind = self.algorithm.kind
+            raise refusal("mismatch_cap", f"mismatch_cap: {NEEDS_ADVANTAGES}, got {kind}")
         return self
 
     def line(self) -> str:
@@ -378,7 +387,7 @@ def correct_mismatch(
     if cap is None:
         return batch, {}
     if batch.advantages is None:
-        raise RecipeError("mismatch_cap: expected an algorithm with advantages (ppo, grpo, rloo)")
+        raise RecipeError(f"mismatch_cap: {NEEDS_ADVANTAGES}; `credit` set none")
     mask = batch.sampled_mask
     weights = truncated_importance(batch.logprobs, batch.sampling_logprobs, mask, cap=cap)
     metrics = {

@@ -151,4 +151,5 @@ class Stage(Component, ABC):
 
     @abstractmethod
     def run(self, context: StageContext) -> None:
-        """Train, then save the chosen model and `stage.json` in `context.folder`."""
+        """Train, then save the chosen model and `stage.json` in `context.folder`. If `is_method` is
+        false, `stage.json` must say so under this key."""

@@ -13,10 +13,11 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,11 +70,15 @@ class RunFolder:
         """Folder of a stage, or of a snapshot that a stage saves."""
         return StageFolder(self.path / "stages" / method)
 
+    @property
+    def evaluations(self) -> Path:
+        return self.path / "eval"
+
     def evaluation(self, method: str) -> Path:
-        return self.path / "eval" / f"{method}.jsonl"
+        return self.evaluations / f"{method}.jsonl"
 
     def choices(self, method: str) -> Path:
-        return self.path / "eval" / "choices" / f"{method}.jsonl"
+        return self.evaluations / "choices" / f"{method}.jsonl"
 
     def trained(self) -> list[str]:
         """The sorted names of finished stages and snapshots."""
@@ -149,17 +154,37 @@ BEFORE_CLAIM = frozenset(
 )
 """Names of files that may remain from a run that was killed before it wrote `recipe.yaml`."""
 ENVIRONMENT = ("reftune", "torch", "transformers", "accelerate", "peft", "pydantic-monty", "numpy")
-CHANGES_NO_RESULT = ("run_dir", "trackers", "tracker_rollouts", "evaluate.stages")
-"""Keys that change no existing file in a run's folder except the recipe, summary and report."""
+TRAINING = "training"
+TRAINING_KEYS = {"optimizer", "save_every_s", "keep"}
+"""A table that has all these keys sets how a stage trains. Below, `TRAINING` takes the place of its
+name, because it may be a stage or, in self-training, a stage's table `sft`."""
+CHANGES_NO_RESULT = (
+    *("run_dir", "check", "trackers", "tracker_rollouts", "engine.server", "engine.weights_dir"),
+    *(f"{TRAINING}.{key}" for key in ("save_every_s", "keep")),
+    *(f"{TRAINING}.optimizer.{key}" for key in ("on_nonfinite", "max_skipped")),
+)
+"""Keys and tables that change no existing file in a run's folder except the recipe, summary and
+report."""
+CHANGES_ROUNDING = (
+    *("model.micro_batch_tokens", "model.gradient_checkpointing"),
+    *("engine.batch_size", "engine.memory"),
+)
+"""Keys that set how much memory a run needs. They change results only by rounding."""
+LENGTHS = {"steps", "epochs"}
+"""Keys that set the length of a stage."""
 
 
 @contextmanager
-def claimed(folder: RunFolder, recipe: Recipe, splits: Splits) -> Iterator[None]:
+def claimed(folder: RunFolder, recipe: Recipe, splits: Splits) -> Iterator[list[str]]:
     """Claim the folder for this run, and lock it inside the block. `recipe` replaces the folder's
     recipe. If `recipe` sets more steps or epochs for a stage, this stage is reopened, so that its
-    training continues. If a stage is reopened, or if other methods are to be evaluated, the old
-    summary is deleted. Raises: the errors of `refuse_foreign`; DataError if the problems have
-    changed since the run began; CheckpointError if the folder is in use or cannot be written."""
+    training continues. If `recipe` evaluates in another way, all evaluations are set aside. In both
+    cases, and if other methods are to be evaluated, the old summary is deleted.
+
+    Yields: notes for the user on changes that affect results. Raises: the errors of
+    `refuse_foreign`; DataError if the problems have changed since the run began; CheckpointError if
+    the folder is in use or cannot be written."""
+    notes: list[str] = []
     with ExitStack() as stack:
         with readable_errors(folder):
             folder.path.mkdir(parents=True, exist_ok=True)
@@ -173,13 +198,15 @@ def claimed(folder: RunFolder, recipe: Recipe, splits: Splits) -> Iterator[None]
                 longer = lengthened_stages(folder, recipe)
                 for name in longer:
                     _reopen(folder, name)
-                if longer or (folder.summary.is_file() and _evaluates_others(folder, recipe)):
+                own, wanted = _own_and_wanted(folder, recipe)
+                notes = [*_changed_rounding(own, wanted), *_set_aside(folder, own, wanted)]
+                if longer or _evaluated(own) != _evaluated(wanted):
                     folder.summary.unlink(missing_ok=True)
             # written last, because it claims a new folder for this run
             text = dump_recipe(recipe)
             if not folder.recipe.is_file() or folder.recipe.read_text(encoding="utf-8") != text:
                 write_atomically(folder.recipe, text)
-        yield
+        yield notes
 
 
 @contextmanager
@@ -221,9 +248,9 @@ def split_hashes(splits: Splits) -> dict[str, str]:
 
 
 def _hashed(problem: Problem) -> list[Any]:
-    gold = problem.gold_text or str(problem.answer)
     turns = [[turn.role, turn.content] for turn in problem.messages]
-    return [problem.id, problem.question, problem.choices, gold, problem.rationale, *turns]
+    answer = problem.written_answer
+    return [problem.id, problem.question, problem.choices, answer, problem.rationale, *turns]
 
 
 def refuse_changed_data(folder: RunFolder, splits: Splits) -> None:
@@ -259,9 +286,10 @@ def refuse_foreign(folder: RunFolder, recipe: Recipe) -> bool:
 
 
 def lengthened_stages(folder: RunFolder, recipe: Recipe) -> list[str]:
-    """The names of the stages, other than reward models, that have begun and for which `recipe`
-    sets more steps or epochs than the folder's recipe. Stages that have not begun may be lengthened
-    too. `recipe` may also add stages, because a new stage does not affect the existing ones.
+    """The names of the stages that train methods, have begun, and get more steps or epochs from
+    `recipe` than from the folder's recipe. Stages that have not begun may be lengthened too.
+    `recipe` may also add stages, because a new stage does not affect the existing ones. The table
+    `evaluate` may change, because `claimed` then sets the evaluations aside.
 
     Raises: RecipeError if the recipes also differ in anything else that affects results, or if one
     of these stages cannot continue, because a later stage has begun or the stage's own final
@@ -271,15 +299,16 @@ def lengthened_stages(folder: RunFolder, recipe: Recipe) -> list[str]:
     own["stages"] = {**wanted["stages"], **(own.get("stages") or {})}
     longer = []
     for name, stage in own["stages"].items():
-        spec = wanted["stages"].get(name, {})
-        for key in {"steps", "epochs"} & stage.keys() & spec.keys():
+        table, spec = map(length_table, (stage, wanted["stages"].get(name, {})))
+        for key in LENGTHS & table.keys() & spec.keys():
             files = folder.stage(name)
             has_begun = files.is_done or any(files.checkpoints.glob("step-*"))
-            if spec[key] > stage[key] and (recipe.stages[name].is_method or not has_begun):
-                stage[key] = spec[key]
+            if spec[key] > table[key] and (recipe.stages[name].is_method or not has_begun):
+                table[key] = spec[key]
                 if has_begun:
                     longer.append(name)
-    difference = first_difference(own, wanted)
+    free = {*CHANGES_NO_RESULT, *CHANGES_ROUNDING, "evaluate"}
+    difference = first_difference(without(own, free), without(wanted, free))
     if difference is not None:
         raise RecipeError(
             f"{folder.path}: belongs to another recipe: {difference}; choose another run_dir"
@@ -289,12 +318,52 @@ def lengthened_stages(folder: RunFolder, recipe: Recipe) -> list[str]:
     return longer
 
 
-def _evaluates_others(folder: RunFolder, recipe: Recipe) -> bool:
-    """Whether `recipe` and the folder's recipe differ in their stages or in `evaluate.stages`."""
-    own, wanted = (
-        [*each["stages"], each["evaluate"]["stages"]] for each in _own_and_wanted(folder, recipe)
-    )
-    return own != wanted
+def length_table(stage: dict[str, Any]) -> dict[str, Any]:
+    """The table of a stage's recipe that sets its number of steps or epochs: the stage's own or, in
+    self-training, the table `sft`."""
+    nested = stage.get("sft")
+    return nested if isinstance(nested, dict) else stage
+
+
+def without(recipe: Mapping[str, Any], keys: Collection[str], where: str = "") -> dict[str, Any]:
+    """A copy of a recipe without the keys and tables in `keys`, such as `engine.server`. `where` is
+    the place of the table `recipe`; `TRAINING` takes the place of names as described there."""
+    kept = {}
+    for name, value in recipe.items():
+        place = f"{where}.{name}".lstrip(".")
+        if place in keys:
+            continue
+        if isinstance(value, Mapping):
+            value = without(value, keys, TRAINING if value.keys() >= TRAINING_KEYS else place)
+        kept[name] = value
+    return kept
+
+
+def _evaluated(recipe: dict[str, Any]) -> tuple[list[str], Any]:
+    """What a recipe evaluates, and how."""
+    return [*recipe["stages"]], recipe.get("evaluate")
+
+
+def _changed_rounding(own: dict[str, Any], wanted: dict[str, Any]) -> Iterator[str]:
+    """A note on each key in `CHANGES_ROUNDING` in which two recipes differ."""
+    for place in CHANGES_ROUNDING:
+        table, _, key = place.partition(".")
+        change = first_difference(own[table].get(key), wanted[table].get(key), place)
+        if change is not None:
+            yield f"{change}; from here on, results may differ by rounding"
+
+
+def _set_aside(folder: RunFolder, own: dict[str, Any], wanted: dict[str, Any]) -> Iterator[str]:
+    """Rename the folder of evaluations, and yield a note, unless the evaluations are as the recipe
+    `wanted` makes them. The evaluation of other methods, and scores where there were none, leave
+    them valid."""
+    old, new = (each.get("evaluate") or {} for each in (own, wanted))
+    free = {"stages", "rerank"} if old.get("rerank") is None else {"stages"}
+    change = first_difference(without(old, free), without(new, free), "evaluate")
+    if change is not None and any(folder.evaluations.rglob("*.jsonl")):
+        places = (folder.evaluations.with_suffix(f".{number}") for number in count(1))
+        aside = folder.evaluations.rename(next(path for path in places if not path.exists()))
+        yield f"{change}; the old evaluations are now in {aside}"
 
 
 def _require_open(folder: RunFolder, recipe: Recipe, name: str) -> None:
@@ -349,14 +418,11 @@ def _as_of_now(old: dict[str, Any]) -> dict[str, Any]:
 
 
 def first_difference(old: Any, new: Any, where: str = "") -> str | None:
-    """The first key, in the order of `old`, that affects results and differs between the recipes,
+    """The first key, in the order of `old`, that differs between two tables at the place `where`,
     followed by its two values. None if there is no such key."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in [*old, *(key for key in new if key not in old)]:
-            place = f"{where}.{key}".lstrip(".")
-            if place in CHANGES_NO_RESULT:
-                continue
-            found = first_difference(old.get(key), new.get(key), place)
+            found = first_difference(old.get(key), new.get(key), f"{where}.{key}".lstrip("."))
             if found is not None:
                 return found
         return None

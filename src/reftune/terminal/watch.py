@@ -14,7 +14,7 @@ import yaml
 
 from reftune.errors import DataError
 from reftune.stages.stage import Progress
-from reftune.storage.run_folder import RunFolder
+from reftune.storage.run_folder import RunFolder, length_table
 from reftune.types import Answer, Attempt, Completion, Problem, Solution
 
 POLL_S = 1.0
@@ -102,24 +102,23 @@ def _objects(text: bytes) -> Iterator[dict[str, Any]]:
             continue
 
 
-def _stages(folder: Path) -> dict[str, Mapping[str, Any]]:
+def _stages(folder: Path) -> dict[str, dict[str, Any]]:
     try:
         recipe = yaml.safe_load(RunFolder(folder).recipe.read_text(encoding="utf-8"))
         return {
-            name: spec if isinstance(spec, Mapping) else {}
-            for name, spec in recipe["stages"].items()
+            name: spec if isinstance(spec, dict) else {} for name, spec in recipe["stages"].items()
         }
     except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError, AttributeError):
         raise DataError(f"{folder}: not a run folder: it has no recipe.yaml with stages") from None
 
 
-def _total_steps(stage: Mapping[str, Any], row: Mapping[str, Any]) -> int:
+def _total_steps(stage: dict[str, Any], row: Mapping[str, Any]) -> int:
     """The stage's number of steps. If the key `steps` is not set, the number is extrapolated from
     the key `epochs` and the row's `progress/epoch`. If either of these two is missing, the result
     is the row's step."""
     if "steps" in stage:
         return int(stage["steps"])
-    epochs, epoch = (stage.get("sft") or stage).get("epochs"), row.get("progress/epoch")
+    epochs, epoch = length_table(stage).get("epochs"), row.get("progress/epoch")
     return round(row["step"] * epochs / epoch) if epochs and epoch else int(row["step"])
 
 

@@ -105,6 +105,22 @@ def test_a_reward_model_is_not_evaluated(write_run: WriteRun) -> None:
     assert not read_run(folder).missing
 
 
+def test_a_stage_says_itself_that_it_is_no_method_and_which_snapshots_it_saved(
+    write_run: WriteRun,
+) -> None:
+    folder = write_run()
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    recipe["stages"]["sft"]["kind"] = "own.py:Stage"
+    del recipe["stages"]["warmup"]
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    for name, facts in {"sft": {"is_method": False}, "warmup": {"snapshot_of": "sft"}}.items():
+        path = folder / "stages" / name / "stage.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **facts}))
+    run = read_run(folder)
+    assert list(run.stages) == ["warmup", "sft", "reft"]
+    assert (list(run.evals), run.missing) == (["warmup", "reft"], ())
+
+
 def test_only_chosen_stages_must_be_evaluated(write_run: WriteRun) -> None:
     folder = write_run(evaluated=["reft"])
     recipe = (folder / "recipe.yaml").read_text()

@@ -221,6 +221,19 @@ def test_sizes_that_auto_chose_do_not_part_the_seeds(write_run: WriteRun) -> Non
     assert len(group.runs) == 2
 
 
+def test_keys_that_change_no_result_do_not_part_the_seeds(write_run: WriteRun) -> None:
+    folders = [write_run("a"), write_run("b", seed=1)]
+    recipe = yaml.safe_load((folders[1] / "recipe.yaml").read_text())
+    recipe |= {"check": {"waive": ["golds"]}, "trackers": [], "run_dir": "b"}
+    (folders[1] / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    for number, folder in enumerate(folders):
+        recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+        recipe["engine"] = {"kind": "vllm", "server": f"http://node-{number}:8000"}
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (group,) = read_groups(folders)
+    assert len(group.runs) == 2
+
+
 def test_dev_evaluations_are_averaged_over_seeds(write_run: WriteRun) -> None:
     folders = [write_run("a"), write_run("b", seed=1)]
     path = folders[1] / "stages" / "reft" / "stage.json"

@@ -6,11 +6,12 @@ arguments. These are the arguments:
 - `prompts`: the questions
 - `completions`: the generated texts
 - `completion_ids`: the token ids of these texts
-- `answer`: the gold answers
+- `answer`: the gold answers as the data spells them, such as `1,250 apples`
+- `golds`: the gold answers as reftune reads them, such as `1250`
 - `verdicts`, `values` and `reasons`: the grades
 - each column of the data that reftune does not use, under its own name
 
-A column named `answer`, `verdicts`, `values` or `reasons` replaces the list of that name.
+A column named `answer`, `golds`, `verdicts`, `values` or `reasons` replaces the list of that name.
 
 The function receives the arguments that its signature names, or all of them if it takes `**kwargs`.
 It may be async. If the function fails on a batch, it is called again with one sample at a time, to
@@ -180,7 +181,8 @@ def _function(kind: str) -> Callable[..., Any]:
 def _columns(samples: Sequence[Sample]) -> dict[str, list[Any]]:
     names = dict.fromkeys(name for problem, _, _ in samples for name in problem.columns)
     return {
-        "answer": [str(problem.answer) for problem, _, _ in samples],
+        "answer": [problem.written_answer for problem, _, _ in samples],
+        "golds": [str(problem.answer) for problem, _, _ in samples],
         "verdicts": [grade.verdict.value for _, _, grade in samples],
         "values": [grade.value for _, _, grade in samples],
         "reasons": [grade.reason for _, _, grade in samples],

@@ -224,12 +224,12 @@ class _Look:
 
 
 def dev_chart(groups: Sequence[Group]) -> Chart | None:
-    """A chart of the dev accuracy of every stage except reward models, against the number of
+    """A chart of the dev accuracy of every stage that trains a method, against the number of
     sequences trained on since the base model. None if there is no dev evaluation yet."""
     series = [
         _dev_series(entry)
         for entry in entries(groups)
-        if entry.stages[0].kind != "reward_model"  # its dev accuracy is the accuracy of reranking
+        if entry.stages[0].is_method  # a reward model's dev accuracy is the accuracy of reranking
     ]
     drawn = tuple(found for found in series if found is not None)
     if not drawn:

@@ -293,8 +293,8 @@ def _equal(dev: charts.Chart | None, table: ScoreTable) -> charts.EqualCompute |
 
 
 def _recipe_differences(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
-    """Each recipe key in which groups differ, with its values in the order of `groups`. The keys
-    `name`, `seed` and `run_dir` are left out."""
+    """Each key of `RunResults.settings` in which groups differ, with its values in the order of
+    `groups`."""
     flat = [dict(_leaves(group.runs[0].settings)) for group in groups]
     keys = dict.fromkeys(key for leaves in flat for key in leaves)
     return [
