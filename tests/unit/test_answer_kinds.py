@@ -436,6 +436,15 @@ def test_a_letter_whose_options_stand_in_the_question_is_read_like_an_option() -
     assert grade_answer("I think 5", problem("I")).verdict is not CORRECT
 
 
+@pytest.mark.parametrize("gold", ["b", "B"])
+def test_the_case_of_such_a_letter_does_not_matter(gold: str) -> None:
+    for text in ("b", "(b)", "(B).", "b) 12", "option b"):
+        assert grade_answer(text, problem(gold)).verdict is CORRECT, text
+    for text in ("c", "(a)", "b = 5", "b or c", "be", "b c"):
+        assert grade_answer(text, problem(gold)).verdict is not CORRECT, text
+    assert grade_answer("a dog", problem("A")).verdict is not CORRECT
+
+
 # --- values of programs ---------------------------------------------------------------------------
 
 

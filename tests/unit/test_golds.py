@@ -147,6 +147,15 @@ def test_decimal_commas_are_read_if_the_data_have_them() -> None:
     assert parse_number(with_decimal_points("1 000,5 km")) == Number(Fraction("1000.5"), 1)
 
 
+@pytest.mark.parametrize(
+    "gold", ["1,125; 2,5", ["1,125", "2,5"], [1.125, 2.5], "[1,125; 2,5]", "[1.125, 2.5]"]
+)
+def test_parts_with_decimal_commas_are_converted_once(gold: object) -> None:
+    for kind in ("list", "set"):
+        answer = read_gold(gold, kind, reading=Reading(decimal=","))
+        assert [Fraction(item) for item in answer.items] == [Fraction("1.125"), Fraction("2.5")]
+
+
 @pytest.mark.parametrize("gold", ["1 000", "1 000,5", "1,23,456", "36,36,108"])
 def test_groups_that_may_be_a_list_are_refused_if_a_number_is_asked_for(gold: str) -> None:
     assert read_gold(gold).kind == "text"

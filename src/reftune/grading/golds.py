@@ -235,12 +235,13 @@ def _values(raw: Any, kind: str, reading: Reading) -> Iterator[str]:
         raw = said[0] if len(said) == 1 else said or raw
     if isinstance(raw, str) and raw.lstrip()[:1] == "[":
         raw = literal(raw.strip()) or raw
-    if isinstance(raw, str):
-        raw = [raw] if kind == "any_of" else split_items(_with_points(raw, reading))
-    for each in raw if isinstance(raw, Sequence) else [raw]:
+    if isinstance(raw, str) and kind != "any_of":
+        yield from split_items(_with_points(raw, reading))
+        return
+    for each in raw if isinstance(raw, Sequence) and not isinstance(raw, str) else [raw]:
         if not isinstance(each, str | int | float) or isinstance(each, bool):
             raise DataError(f"{shown(raw)}; expected a list of strings or numbers")
-        yield _with_points(str(each).strip(), reading)
+        yield _with_points(each.strip(), reading) if isinstance(each, str) else str(each)
 
 
 def literal(text: str) -> object:

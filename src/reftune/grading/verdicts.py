@@ -225,7 +225,7 @@ def _grade_choice(text: str, problem: Problem) -> Graded:
 def _grade_words(text: str, problem: Problem) -> Graded:
     gold, words = str(problem.answer.value), text.strip()
     lettered = _LETTERED.fullmatch(first_line(words))
-    if lettered and lettered["letter"] == gold and read_choice(words, ()) == gold.lower():
+    if lettered and lettered["letter"].lower() == read_choice(words, ()) == gold.lower():
         return judge(True, gold, gold)  # the question may list lettered options
     states = states_words(words, gold)
     if states == "unclear":
@@ -234,7 +234,7 @@ def _grade_words(text: str, problem: Problem) -> Graded:
 
 
 _LETTERED = re.compile(
-    r"\W*(?:(?i:option|choice)\s)?\W*(?P<letter>[A-H])"
+    r"\W*(?:(?i:option|choice)\s)?\W*(?P<letter>[A-Ha-h])"
     r"(?:\W*|[).:]\s.*|\s(?:because|since)\b.*)"
 )
 
