@@ -200,7 +200,7 @@ def test_without_a_correct_solution_nothing_is_imitated(classifier):
     rows = [Solution(problem=problem("1"), text=word, label=0) for word in WORDS[:3]]
     classifier.add_likelihood(rows)
     found = accumulate_loss(classifier, rows, lm_coef=0.3)
-    assert found["reward_model/nll"] == 0
+    assert "reward_model/nll" not in found
     assert found["loss/total"] == accumulate_loss(classifier, rows)["loss/total"]
 
 

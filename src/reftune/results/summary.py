@@ -336,15 +336,35 @@ def _comparisons(
     methods: Sequence[MethodScore], shared: bool, generator: np.random.Generator
 ) -> Iterator[Comparison]:
     """Compares each method with the methods before it in `methods`. Two methods of the same group
-    are always compared. Two methods of different groups are compared only if the groups can be
-    paired, and if the methods have the same name or one of them is the baseline."""
+    are always compared; if they are one model, whose samples differ only by chance, their votes are
+    not. Two methods of different groups are compared only if the groups can be paired, and if the
+    methods have the same name or one of them is the baseline."""
     baseline = _baseline(methods)
     for b, a in combinations(methods, 2):
         is_asked = a.method == b.method or baseline in (a.label, b.label)
         if a.group is b.group or (is_asked and _are_paired(a.group, b.group)):
-            for rule in a.outcomes:
+            for rule in [GREEDY] if _are_one_model(a, b) else a.outcomes:
                 if rule in b.outcomes and not rule.startswith("pass@"):
                     yield _compare(a, b, rule, shared, generator)
+
+
+def _are_one_model(a: MethodScore, b: MethodScore) -> bool:
+    """Whether two methods have the same weights in every run of their group."""
+    return a.group is b.group and all(
+        _model_of(run, a.method) == _model_of(run, b.method) for run in a.group.runs
+    )
+
+
+def _model_of(run: RunResults, method: str) -> str:
+    """The method whose model `method` has: its initial model if it never beat that model on dev,
+    the whole stage's if it is a snapshot taken at the stage's best step, and otherwise its own."""
+    stage = run.stages.get(method)
+    if stage is None:
+        return method
+    whole = run.stages.get(str(stage.info.get("snapshot_of")))
+    if whole is not None and whole.chosen_step == stage.chosen_step:
+        return _model_of(run, whole.name)
+    return _model_of(run, stage.init) if stage.chosen_step == 0 else method
 
 
 def _are_paired(a: Group, b: Group) -> bool:

@@ -326,6 +326,8 @@ def accumulate_loss(
         return LossTerms(total=total, metrics=metrics)
 
     found = accumulate_gradient(classifier, batch, loss)
+    if not labels.any():
+        found.pop("reward_model/nll", None)
     return {
         "reward_model/accuracy": found.pop("right") / len(solutions),
         **found,

@@ -129,6 +129,16 @@ def test_summary_names_votes_by_their_k(write_run: WriteRun) -> None:
     ]
 
 
+def test_votes_of_methods_that_are_one_model_are_not_compared(write_run: WriteRun) -> None:
+    folder = write_run(num_samples=3, num_problems=20)
+    info = folder / "stages" / "reft" / "stage.json"
+    info.write_text(json.dumps({**json.loads(info.read_text()), "chosen_step": 0}))
+    compared = {(found["a"], found["b"]) for found in summary_of(folder)["comparisons"]}
+    assert ("reft", "warmup") in compared
+    assert ("reft maj@3", "warmup maj@3") not in compared
+    assert ("reft maj@3", "sft maj@3") in compared
+
+
 def test_scored_samples_are_reranked(write_run: WriteRun) -> None:
     folder = write_run()
     answer(folder, "reft", [0, 0], [[2, 1], [1, 2]])
