@@ -271,12 +271,12 @@ def _question(row: Row, column: str | list[str]) -> tuple[str, tuple[Message, ..
     """The question as one string and, if a cell is a conversation, the turns before the answer.
     The text of other columns becomes part of the conversation's first question."""
     names = [column] if isinstance(column, str) else column
-    for name in names:
+    for place, name in enumerate(names):
         if (conversation := read_conversation(row, name)) is not None:
             if not conversation.question:
                 raise DataError(f"{row.where}: {name} has no question; expected a user's turn")
-            before, after = names[: names.index(name)], names[names.index(name) + 1 :]
-            conversation = conversation.joined(_texts(row, before), _texts(row, after))
+            above, below = _texts(row, names[:place]), _texts(row, names[place + 1 :])
+            conversation = conversation.joined(above, below)
             return conversation.question, conversation.before
     return "\n".join([row.text(names[0]), *_texts(row, names[1:])]), ()
 

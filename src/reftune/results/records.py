@@ -114,6 +114,12 @@ class RunResults:
         keys that change no result or only rounding."""
         return without(self.recipe, {"name", "seed", *CHANGES_NO_RESULT, *CHANGES_ROUNDING})
 
+    def whole_of(self, snapshot: StageResults) -> StageResults | None:
+        """The stage that saved a snapshot, if the snapshot's model is also the stage's; otherwise
+        None."""
+        whole = self.stages.get(str(snapshot.info.get("snapshot_of")))
+        return whole if whole is not None and whole.chosen_step == snapshot.chosen_step else None
+
     @property
     def wall_seconds(self) -> float:
         """Total training time in seconds. A stage's time includes its snapshots' time."""

@@ -361,8 +361,8 @@ def _model_of(run: RunResults, method: str) -> str:
     stage = run.stages.get(method)
     if stage is None:
         return method
-    whole = run.stages.get(str(stage.info.get("snapshot_of")))
-    if whole is not None and whole.chosen_step == stage.chosen_step:
+    whole = run.whole_of(stage)
+    if whole is not None:
         return _model_of(run, whole.name)
     return _model_of(run, stage.init) if stage.chosen_step == 0 else method
 

@@ -170,10 +170,10 @@ def same_models(run: RunResults) -> list[str]:
     lines = []
     for name in run.evals:
         stage = run.stages[name]
-        whole = run.stages.get(str(stage.info.get("snapshot_of")))
+        whole = run.whole_of(stage)
         if stage.chosen_step == 0:
             lines.append(f"{name} never beat {stage.init} on dev, so they are the same model")
-        if whole is not None and whole.chosen_step == stage.chosen_step:
+        if whole is not None:
             lines.append(
                 f"{whole.name} was best on dev when {name} was saved: they are the same model"
             )

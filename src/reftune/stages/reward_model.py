@@ -313,6 +313,7 @@ def accumulate_loss(
     Raises: the errors of `accumulate_gradient`."""
     batch = classifier.solution_batch([(s.problem, s.text) for s in solutions])
     labels = torch.tensor([s.label for s in solutions], device=classifier.policy.device)
+    has_correct = bool(labels.any())
     num_tokens = (labels * batch.response_lengths).sum().clamp(min=1)
 
     def loss(rows: Tensor) -> LossTerms:
@@ -322,12 +323,11 @@ def accumulate_loss(
         if judged.logprobs is not None:
             nll = -(judged.logprobs * own[:, None]).sum() / num_tokens
             total = total + lm_coef * nll
-            metrics["reward_model/nll"] = nll.detach()
+            if has_correct:
+                metrics["reward_model/nll"] = nll.detach()
         return LossTerms(total=total, metrics=metrics)
 
     found = accumulate_gradient(classifier, batch, loss)
-    if not labels.any():
-        found.pop("reward_model/nll", None)
     return {
         "reward_model/accuracy": found.pop("right") / len(solutions),
         **found,

@@ -167,12 +167,9 @@ class _Found:
         numbers too. Rows in which a column is empty are ignored."""
         rows = [row for row in self.rows if all(row.get(name) is not None for name in columns)]
         return len(rows) > 0 and all(
-            _is_number(row.get(name))
-            and (
-                name == answer or any(str(row.get(name)) in str(row.get(part)) for part in question)
-            )
+            _is_number(row.get(answer))
+            and all(_is_operand(row, name, question) for name in columns)
             for row in rows
-            for name in (*columns, answer)
         )
 
     def any_worked(self, column: str) -> bool:
@@ -194,6 +191,11 @@ def _is_number(cell: object) -> bool:
         return read_gold(cell).kind == "number"
     except DataError:
         return False
+
+
+def _is_operand(row: Row, column: str, question: Sequence[str]) -> bool:
+    cell = row.get(column)
+    return _is_number(cell) and any(str(cell) in str(row.get(part)) for part in question)
 
 
 def _name(row: Row, columns: Mapping[str, Any]) -> str:

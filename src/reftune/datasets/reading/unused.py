@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from string import punctuation
 
 from reftune.datasets.reading.file_dataset import Split
@@ -43,7 +44,8 @@ def _is_text(column: str, problems: Sequence[Problem]) -> bool:
     words = [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", column)]
     if {*NAMES["answer"], *NAMES["rationale"]} & {column.lower(), *words}:
         return False
-    filled = [problem for problem in problems if not _is_blank(problem, column)][:NUM_LOOKED_AT]
+    all_filled = (problem for problem in problems if not _is_blank(problem, column))
+    filled = [*islice(all_filled, NUM_LOOKED_AT)]
     return 2 * sum(_adds_text(each.columns[column], each) for each in filled) > len(filled)
 
 
