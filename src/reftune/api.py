@@ -11,14 +11,14 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import PydanticCustomError
 
+from reftune.datasets.reading.golds import GoldReader
 from reftune.errors import DataError, RecipeError
 from reftune.grading.formats import Format
-from reftune.grading.markers import Reading
 from reftune.processes import launch, world
 from reftune.recipe import LengthTable, Recipe, load_component, load_recipe, parse_recipe
 from reftune.results.stats import wilson
 from reftune.storage.run_folder import StageFolder
-from reftune.terminal.score import problem_of
+from reftune.terminal.score import golds_of, problem_of
 from reftune.text import shown
 from reftune.types import Completion, Graded, Problem, Verdict
 
@@ -92,7 +92,6 @@ def grade(
     if not isinstance(completion, str):
         raise DataError(f"grade: completion is {shown(completion)}; expected text")
     own = _format(format)
-    reading = Reading(decimal=getattr(own, "decimal", "."))
     row = {
         "id": "1",
         "answer": answer,
@@ -100,7 +99,7 @@ def grade(
         "choices": list(choices) or None,
         "question": question,
     }
-    return own.grade([problem_of(row, "grade", reading)], [completion])[0]
+    return own.grade([problem_of(row, "grade", golds_of(None, own))], [completion])[0]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,7 +140,8 @@ def evaluate(
 
     `model` is the folder `stages/NAME` of a run, any other model folder in Hugging Face format, a
     Hub id, `smollm2-135m` or a loaded `Policy`. `problems` are `Problem`s, or mappings with the
-    keys `question`, `answer` and, optionally, `id`, `choices` and `answer_kind`. `max_new` is the
+    keys `question`, `answer` and, optionally, `id`, `choices` and `answer_kind`. Their answers are
+    read as in the run's dataset or, for any other model, as in `grade`. `max_new` is the
     maximum number of tokens per solution. For a folder `stages/NAME`, `format` and `max_new`
     default to the run's settings. For any other model, they default to `nl` and 256. Raises:
     ReftuneError if the model, a problem, the format or `max_new` cannot be used.
@@ -156,8 +156,11 @@ def evaluate(
         raise RecipeError(f"max_new: {max_new!r}; expected a positive number of tokens")
     recipe = _recipe_of(model)
     policy = _policy(model)
+    put = _format(format or recipe.get("format") or "nl")
+    dataset = recipe.get("dataset")
+    golds = golds_of(dataset and load_component(dataset, group="datasets"), put)
     found = tuple(
-        p if isinstance(p, Problem) else _asked({"id": i, **p}, f"problem {i}")
+        p if isinstance(p, Problem) else _asked({"id": i, **p}, f"problem {i}", golds)
         for i, p in enumerate(problems)
     )
     with_id = {problem.id: problem for problem in found}
@@ -166,7 +169,6 @@ def evaluate(
             raise DataError(
                 f"problem {problem.id}: two problems have this id; expected different ids"
             )
-    put = _format(format or recipe.get("format") or "nl")
     lengths = LengthTable.model_validate(recipe.get("lengths") or {})
     collector = Collector(
         engine=load_component("kv", group="engines"),
@@ -185,11 +187,11 @@ def evaluate(
     )
 
 
-def _asked(row: Mapping[str, Any], where: str) -> Problem:
+def _asked(row: Mapping[str, Any], where: str, golds: GoldReader) -> Problem:
     question = row.get("question")
     if not isinstance(question, str) or not question.strip():
         raise DataError(f"{where}: question is {shown(question)}; expected text")
-    return problem_of(row, where)
+    return problem_of(row, where, golds)
 
 
 def _policy(model: str | Path | Policy) -> Policy:

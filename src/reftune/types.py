@@ -110,6 +110,9 @@ class Problem:
     choices: tuple[str, ...] = ()
     """The texts of a multiple-choice question's options, option a first; empty for other
     questions."""
+    decimal: Literal[".", ","] = "."
+    """Decimal separator in `choices`. Gold answers have decimal points, except for texts,
+    expressions and patterns, which are kept as in the data."""
     columns: Mapping[str, Any] = field(default_factory=dict)
     """Columns of the data that reftune does not use itself but passes to a user's reward function
     as keyword arguments."""

@@ -445,6 +445,26 @@ def test_the_case_of_such_a_letter_does_not_matter(gold: str) -> None:
     assert grade_answer("a dog", problem("A")).verdict is not CORRECT
 
 
+def test_a_gold_may_be_the_letter_of_an_option_with_the_options_text() -> None:
+    for gold in ("(B)", "B)"):
+        assert read_gold(gold) == Answer(kind="text", value="B")
+    for gold in ("(B) 12", "B) 12", "\\textbf{(B)}\\ 12", "\\textbf{B)}\\ 12"):
+        assert read_gold(gold) == Answer(kind="any_of", value="B", items=("B", "12"))
+
+
+@pytest.mark.parametrize(
+    "gold", ["I) Newton", "A. Smith", "B: 12", "a)", "A) 5, B) 3", "(A) or (B)", "B) or C)"]
+)
+def test_other_letters_initials_and_several_options_are_text(gold: str) -> None:
+    assert read_gold(gold) == Answer(kind="text", value=gold)
+
+
+def test_letters_in_a_list_are_not_options() -> None:
+    problem = Problem(id="p", question="q", answer=read_gold(["A) 5", "B) 7"], "list"))
+    assert grade_answer("A) 5, B) 7", problem).verdict is CORRECT
+    assert grade_answer("A, B", problem).verdict is not CORRECT
+
+
 # --- values of programs ---------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 """The Python interface: as short as the command line, and the same results."""
 
+import json
 import subprocess
 import sys
 from fractions import Fraction
@@ -9,7 +10,9 @@ from pathlib import Path
 import pytest
 
 import reftune
+from reftune.datasets.jsonl import Jsonl
 from reftune.errors import DataError, RecipeError
+from reftune.grading.formats.nl import Nl
 from reftune.recipe import dump_recipe
 from reftune.types import Answer
 
@@ -42,10 +45,25 @@ def test_grade_reads_gold_and_completion_with_the_decimal_separator_of_the_forma
     )
 
 
+@pytest.mark.parametrize(
+    ("gold", "answer"),
+    [
+        *[("n", "n log n"), ("I", "I, Robot"), ("x", "(x)"), ("b", "(B)"), ("B", "B) 12")],
+        *[("π", "π"), ("五", "五"), ("Ω", "Ω"), ("ß", "ß"), (True, "True"), ("B)", "B")],
+    ],
+)
+def test_grade_reads_a_gold_as_the_dataset_does(tmp_path: Path, gold: object, answer: str):
+    (tmp_path / "data.jsonl").write_text(json.dumps({"question": "q", "answer": gold}))
+    dataset = Jsonl(kind="jsonl", train=str(tmp_path / "data.jsonl"), dev_size=0)
+    (problem,) = dataset.load(seed=0).train
+    completion = f"The answer is {answer}"
+    assert reftune.grade(completion, gold) == Nl().grade([problem], [completion])[0]
+
+
 def test_bad_arguments_of_grade_are_reported_in_one_line():
     with pytest.raises(RecipeError, match=r"^format: nll: unknown kind; did you mean nl"):
         reftune.grade("x", 1, format="nll")
-    with pytest.raises(DataError, match=r"^grade: answer: expected a number"):
+    with pytest.raises(DataError, match=r"^grade: answer is nan; expected a number"):
         reftune.grade("x", float("nan"))
     for completion in (None, 3, ["3"]):
         with pytest.raises(DataError, match=r"^grade: completion is .*; expected text$"):
@@ -124,6 +142,12 @@ def test_evaluate_takes_a_policy_and_problems(make_policy):
     with pytest.raises(DataError, match="problem 7: two problems have this id"):
         reftune.evaluate(make_policy("llama"), rows)
     assert reftune.evaluate(make_policy("llama"), [problem] * 2, max_new=3).n == 2
+
+
+def test_evaluate_reads_rows_with_the_decimal_separator_of_the_format(make_policy):
+    row, comma = {"question": "wa wb", "answer": "1,250"}, {"kind": "nl", "decimal": ","}
+    result = reftune.evaluate(make_policy("llama"), [row], format=comma, max_new=3)
+    assert result.problems[0].answer.value == Fraction("1.25")
 
 
 def test_the_package_is_imported_fast():

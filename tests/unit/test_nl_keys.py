@@ -11,8 +11,11 @@ from typing import Any
 
 import pytest
 
+from reftune.datasets.jsonl import Jsonl
+from reftune.grading.formats import Format
 from reftune.grading.formats.nl import Nl
 from reftune.grading.rewards.outcome import Outcome
+from reftune.grading.verdicts import grade_value
 from reftune.terminal.score import score_lines
 from reftune.types import Answer, Problem, Verdict
 
@@ -79,6 +82,95 @@ def test_a_target_closes_in_the_phrase_and_the_decimals_of_its_language() -> Non
 def test_a_decimal_comma(written: str, gold: str, right: bool) -> None:
     found = verdict(Nl(decimal=","), f"The answer is {written}", gold)
     assert (found is Verdict.CORRECT) is right
+
+
+def from_data(folder: Path, row: dict[str, Any], **keys: Any) -> Problem:
+    """The problem that a dataset with decimal commas reads from a row."""
+    (folder / "data.jsonl").write_text(json.dumps({"question": "q", "rationale": "r", **row}))
+    train = str(folder / "data.jsonl")
+    dataset = Jsonl(kind="jsonl", train=train, dev_size=0, decimal=",", **keys)
+    return dataset.load(seed=0).train[0]
+
+
+def verdicts(format: Format, problem: Problem, *answers: str) -> list[Verdict]:
+    completions = [f"The answer is {answer}" for answer in answers]
+    return [graded.verdict for graded in format.grade([problem] * len(answers), completions)]
+
+
+@pytest.mark.parametrize(
+    ("choices", "gold", "right", "wrong"),
+    [
+        (["3,5", "4,5"], "A", ["3,5", "3,5 kg", "A) 3,5", "3,50"], ["4,5", "4,5 kg"]),
+        (["1,250", "1250"], "A", ["1,250", "1,25"], ["1.250", "1250"]),
+        (["1.250 kg", "7 kg"], "1250", ["1.250", "1 250 kg", "a"], ["7", "b"]),
+        ([1.234, 1234], 1.234, ["1,234"], ["1.234", "1234"]),
+        ({"text": ["0,5", "1,5"], "label": ["1", "2"]}, "2", ["1,5"], ["0,5"]),
+    ],
+)
+def test_options_have_decimal_commas(
+    tmp_path: Path, choices: object, gold: object, right: list[str], wrong: list[str]
+) -> None:
+    problem = from_data(tmp_path, {"choices": choices, "answer": gold})
+    assert set(verdicts(Nl(decimal=","), problem, *right)) == {Verdict.CORRECT}
+    assert set(verdicts(Nl(decimal=","), problem, *wrong)) == {Verdict.WRONG}
+
+
+def test_the_prompt_shows_options_with_their_commas_and_programs_return_points(
+    tmp_path: Path,
+) -> None:
+    problem = from_data(tmp_path, {"choices": ["3,5", "4,5"], "answer": "3,50"})
+    assert Nl().prompt(problem) == "q\na ) 3,5 , b ) 4,5\n"
+    assert grade_value(3.5, problem).verdict is Verdict.CORRECT
+    assert grade_value(4.5, problem).verdict is Verdict.WRONG
+    numbers = from_data(tmp_path, {"choices": [1.234, 2], "answer": "a"})
+    assert Nl().prompt(numbers) == "q\na ) 1,234 , b ) 2\n"
+
+
+@pytest.mark.parametrize(
+    ("kind", "gold", "target", "right", "wrong"),
+    [
+        ("list", "1,250; 2,5", "1,250; 2,5", ["1,25, 2,5"], ["1250; 2,5", "1.250; 2,5"]),
+        ("list", [1.234, 2.5], "1,234; 2,5", ["1,234 and 2,5"], ["1234; 2,5"]),
+        ("set", ["1,234", "2,5"], "1,234; 2,5", ["2,5; 1,234"], ["1.234; 2,5"]),
+        ("list", "[1.234, 2.5]", "1,234; 2,5", [], ["1.234; 2,5"]),
+        ("list", "[1,5, 2,5]", "1,5; 2,5", ["[1,5; 2,5]"], ["1; 5; 2; 5"]),
+        ("list", "[1,2]", "1; 2", ["1, 2", "1 and 2"], ["1,2"]),
+        ("any_of", "1,250", "1,250", ["1,25", "1,250 kg"], ["1.250"]),
+        ("any_of", ["1,5 m²", "Raum 1,250"], "1,5 m²", ["1,50 m²", "Raum 1,250"], ["Raum 1.250"]),
+        ("any_of", "Raum 1,250", "Raum 1,250", [], ["Raum 1.250", "1,25"]),
+        ("auto", "[1,5; 2,5; 3]", "1,5; 2,5; 3", ["[1,5, 2,5, 3]"], ["1; 5; 2; 5; 3"]),
+        ("auto", "[1,2]", "[1,2]", ["[1,2]"], ["1.2"]),
+        ("auto", "(B) 1,250", "B", ["1,25"], ["1.250"]),
+        ("auto", "[1,2,3]", "1; 2; 3", ["[1,2,3]", "1, 2, 3"], ["1,2; 3"]),
+        ("auto", "(1,2)", "(1,2)", ["(1, 2)"], ["1.2"]),
+        ("auto", "x = 3,5", "x = 3,5", ["x=3,5"], ["x = 35"]),
+        ("auto", "(0,5]", "(0,5]", ["(0,5]"], []),
+        ("auto", "\\boxed{2,50} or \\boxed{2,5}", "2,5", ["2,50"], ["25"]),
+    ],
+)
+def test_decimal_commas_in_every_kind_of_gold_and_its_target(
+    tmp_path: Path, kind: str, gold: object, target: str, right: list[str], wrong: list[str]
+) -> None:
+    problem, format = from_data(tmp_path, {"answer": gold}, answer_kind=kind), Nl(decimal=",")
+    assert format.target(problem) == f"r\nThe answer is {target}"
+    assert set(verdicts(format, problem, target, *right)) == {Verdict.CORRECT}
+    assert Verdict.CORRECT not in verdicts(format, problem, *wrong)
+
+
+def test_a_target_in_the_papers_style_has_the_decimals_of_its_grader() -> None:
+    problem = number("1.125", rationale="r")
+    ours, paper = Nl(decimal=",", style="paper"), Nl(decimal=",", grading="paper")
+    assert ours.target(problem) == "r\nTherefore, the answer is: 1,125"
+    assert paper.target(problem) == "r\nTherefore, the answer is: 1.125"  # read by float()
+    for format in ours, paper:
+        assert format.grade([problem], [format.target(problem)])[0].verdict is Verdict.CORRECT
+
+
+def test_an_english_gold_becomes_a_target_with_decimal_commas() -> None:
+    answer = Answer(kind="any_of", value="1,250.5", items=("1,250.5",))
+    problem = Problem(id="p", question="q", answer=answer, rationale="r")
+    assert Nl(decimal=",").target(problem) == "r\nThe answer is 1.250,5"
+    assert Nl().target(problem) == "r\nThe answer is 1,250.5"
 
 
 def test_decimal_commas_are_read_only_if_the_recipe_says_so() -> None:

@@ -64,7 +64,7 @@ def test_the_papers_closing_line_keeps_its_colon():
     target = "It is 30 * 50.\nTherefore, the answer is: 1500"
     texts = {p.kind: p.text for p in right_solutions(NUMBER, target)}
     assert texts["a decimal"] == "It is 30 * 50.\nTherefore, the answer is: 1500.0"
-    assert texts["a thousands comma"].endswith("is: 1,500")
+    assert texts["a thousands separator"].endswith("is: 1,500")
 
 
 @pytest.mark.parametrize(

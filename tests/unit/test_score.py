@@ -57,8 +57,12 @@ def test_a_gold_choice_may_be_a_letter_or_a_value(tmp_path: Path, answer: object
     )
 
 
-def test_a_gold_letter_without_options_is_a_choice(tmp_path: Path) -> None:
-    assert scored(tmp_path, row("The answer is (B)", "b"))[0]["verdict"] == "correct"
+@pytest.mark.parametrize("kind", [{}, {"answer_kind": "choice"}])
+def test_a_gold_letter_without_options_accepts_the_letter_in_brackets(
+    tmp_path: Path, kind: dict[str, str]
+) -> None:
+    line = {**row("The answer is (B)", "b"), **kind}
+    assert scored(tmp_path, line)[0]["verdict"] == "correct"
 
 
 def test_a_gold_text_is_compared_as_text(tmp_path: Path) -> None:
@@ -103,30 +107,26 @@ def test_more_lines_than_a_batch_keep_their_order(tmp_path: Path) -> None:
         ({"completion": "x", "answer": 5}, "2: id is missing"),
         ({"id": 1, "completion": 5, "answer": 5}, "2: completion: expected a string, got int"),
         (
-            {"id": 1, "completion": "x", "answer": True},
-            "2: answer: expected a number, text or a letter, got 'True'",
-        ),
-        (
             {"id": 1, "completion": "x", "answer": [5]},
-            "2: answer: expected a number, text or a letter",
+            r"2: answer is \[5\], a list; expected a number, text or a letter",
         ),
         # JSON's NaN is a missing value, as in any other data file
         ({"id": 1, "completion": "x", "answer": float("nan")}, "2: answer is missing"),
         (
             {"id": 1, "completion": "x", "answer": float("inf")},
-            "2: answer: expected a number, text or a letter",
+            "2: answer is inf; expected a number, text or a letter",
         ),
         (
             {"id": 1, "completion": "x", "answer": " "},
-            "2: answer: expected a number, text or a letter",
+            "2: answer is ''; expected a number, text or a letter",
         ),
         (
             {"id": 1, "completion": "x", "answer": "c", "choices": ["1", "2"]},
-            "2: answer: expected the letter or value of one of 2",
+            "2: answer is 'c'; expected a letter from a to b or the text of one option",
         ),
         (
-            {"id": 1, "completion": "x", "answer": "a", "choices": "1, 2"},
-            "2: choices: expected a list",
+            {"id": 1, "completion": "x", "answer": "a", "choices": "1 or 2"},
+            "2: choices is '1 or 2'; expected a list",
         ),
     ],
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,24 +11,16 @@ from typing import Any, ClassVar, Literal
 from reftune.datasets import FileDataset, Splits
 from reftune.datasets.reading.conversations import read_conversation
 from reftune.datasets.reading.file_dataset import Split
-from reftune.datasets.reading.golds import marked_text, worked_solution
-from reftune.datasets.reading.options import Options, has_options, read_options
+from reftune.datasets.reading.golds import GoldReader, marked_text, worked_solution
+from reftune.datasets.reading.options import Options
 from reftune.datasets.reading.rationales import drop_contradictions
 from reftune.datasets.reading.rows import Row, refuse_type_changes
 from reftune.datasets.reading.shapes import Columns, recognise
 from reftune.datasets.reading.splits import question_key, same_gold
 from reftune.datasets.reading.unused import unused_columns
 from reftune.errors import DataError
-from reftune.grading.golds import read_gold, stated_gold
-from reftune.grading.markers import Reading
 from reftune.text import shown
 from reftune.types import Answer, AnswerKind, Message, Problem
-
-_MISSING = re.compile(r"nan|#(?:div/0!|n/a|name\?|null!|num!|ref!|value!)", re.IGNORECASE)
-"""Matches what pandas writes for a missing cell, and what Excel writes for a failed formula."""
-MOST_WORDS = 30
-"""Maximum number of words in a gold text if `answer_kind` is `auto`. A longer text is rejected,
-because it is probably a solution rather than an answer."""
 
 
 class Jsonl(FileDataset):
@@ -44,7 +35,7 @@ class Jsonl(FileDataset):
     """Position of the first option, if gold answers are positions in the list of options."""
 
     decimal: Literal[".", ","] = "."
-    """Decimal separator of the gold answers."""
+    """Decimal separator of the options and gold answers."""
 
     several_rationales: ClassVar[bool] = True
 
@@ -74,7 +65,7 @@ class Jsonl(FileDataset):
     def trainable(self, splits: Splits) -> Splits:
         """`splits` without the training rows whose rationale contradicts the gold answer. Numbers
         in rationales are read with the gold answers' decimal separator."""
-        return drop_contradictions(splits, Reading(decimal=self.decimal))
+        return drop_contradictions(splits, self.golds.reading)
 
     def problem(self, row: Row) -> Problem:
         return self._read_row(row, self._columns([row], is_train=False)).problem
@@ -82,6 +73,13 @@ class Jsonl(FileDataset):
     @classmethod
     def sample_row(cls, n: int) -> dict[str, Any]:
         return {"question": f"What is {n}?", "answer": n}
+
+    @property
+    def golds(self) -> GoldReader:
+        """Reads the options and gold answers."""
+        return GoldReader(
+            kind=self.answer_kind, positions_from=self.positions_from, decimal=self.decimal
+        )
 
     def _read(self, rows: Sequence[Row], *, is_train: bool) -> list[_Read]:
         columns = self._columns(rows, is_train=is_train)
@@ -118,17 +116,16 @@ class Jsonl(FileDataset):
         """The row's options; None if the row has no options, or if the answer kind does not use
         them. Raises: DataError if the answer kind needs options and the row has none, or if the
         options cannot be read."""
-        if self.answer_kind in ("choice", "auto") and has_options(row, columns.choices):
-            try:
-                return read_options(row, columns.choices or "")
-            except DataError as error:
-                raise DataError(f"{error}{self._hint(columns)}") from None
-        if self.answer_kind == "choice":
+        try:
+            options = self.golds.options(row, columns.choices)
+        except DataError as error:
+            raise DataError(f"{error}{self._hint(columns)}") from None
+        if options is None and self.answer_kind == "choice":
             raise DataError(
                 f"{row.where}: no options; answer_kind: choice expects a column of options"
                 " (dataset.columns.choices)"
             )
-        return None
+        return options
 
     def _hint(self, columns: Columns) -> str:
         """The remedy if columns such as `a` and `b` were recognised as options but are not. Empty
@@ -146,7 +143,7 @@ class Jsonl(FileDataset):
         question, messages = _question(row, columns.question)
         cell = marked_text(row, columns.answer)
         try:
-            answer, stated = self._gold(cell, options)
+            answer, stated = self.golds.gold(cell, options)
         except DataError as error:
             hint = "" if options is None else self._hint(columns)
             raise DataError(f"{row.where}: {columns.answer} is {error}{hint}") from None
@@ -162,47 +159,11 @@ class Jsonl(FileDataset):
             gold_text=str(stated),
             rationale=rationale,
             choices=() if options is None else options.texts,
+            decimal=self.decimal,
             columns=row.others(*columns.names),
         )
-        return _Read(problem=problem, gold=_spelled(stated), options=options, where=row.where)
-
-    def _gold(self, cell: object, options: Options | None) -> tuple[Answer, object]:
-        """The answer in a cell, and the part of the cell that states it. Raises: DataError if the
-        cell contains no answer of the expected kind, or names no option."""
-        kind, reading = self.answer_kind, Reading(decimal=self.decimal)
-        if kind in ("any_of", "list", "set", "regex"):
-            return read_gold(cell, kind, reading=reading), cell
-        stated = stated_gold(cell, reading)
-        if options is not None:
-            return self._choice(stated, options), stated
-        answer = read_gold(stated, kind, reading=reading)
-        if kind == "auto" and _MISSING.fullmatch(str(answer)):
-            raise DataError(
-                f"{shown(cell)}; expected an answer (if this is one, set dataset.answer_kind=text)"
-            )
-        is_long = len(str(answer).split()) > MOST_WORDS
-        if kind == "auto" and answer.kind in ("text", "latex") and is_long:
-            raise DataError(
-                f"{shown(cell)}; expected an answer, or a solution that marks it: #### 72,"
-                " \\boxed{72} or 'The answer is 72' (if this is the answer,"
-                " set dataset.answer_kind=text)"
-            )
-        return answer, stated
-
-    def _choice(self, stated: object, options: Options) -> Answer:
-        """The option that a gold answer names by its label, position or text. Raises: DataError if
-        it names no option."""
-        spelled, first = _spelled(stated), self.positions_from
-        letter = options.letter(spelled, first)
-        is_digits = spelled.strip().isdecimal()
-        if letter is None and is_digits and first is not None:
-            last = first + len(options.texts) - 1
-            raise DataError(f"{shown(stated)}; expected a position from {first} to {last}")
-        try:
-            return read_gold(letter or stated, "choice", choices=options.texts)
-        except DataError as error:
-            position = " (if this is a position, set dataset.positions_from)" * is_digits
-            raise DataError(f"{error}{position}") from None
+        gold = self.golds.spelled(stated)
+        return _Read(problem=problem, gold=gold, options=options, where=row.where)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -212,7 +173,7 @@ class _Read:
 
     problem: Problem
     gold: str
-    """The gold answer as `_spelled` writes it."""
+    """The gold answer as `GoldReader.spelled` writes it."""
     options: Options | None
     where: str
 
@@ -258,13 +219,6 @@ def _with_contexts(splits: dict[Split, list[Problem]]) -> dict[Split, list[Probl
 
 def _system(problem: Problem) -> str:
     return "\n\n".join(turn.content for turn in problem.messages if turn.role == "system")
-
-
-def _spelled(gold: object) -> str:
-    """A gold answer as text that can be compared with labels and positions. A whole float such as
-    2.0 becomes `2`."""
-    is_whole = isinstance(gold, float) and gold.is_integer()
-    return f"{gold:.0f}" if is_whole else str(gold)
 
 
 def _question(row: Row, column: str | list[str]) -> tuple[str, tuple[Message, ...]]:

@@ -14,6 +14,7 @@ from reftune.datasets import Splits
 from reftune.datasets.reading.authors import COLUMNS as AUTHORS_COLUMNS
 from reftune.datasets.reading.authors import PaperDataset, authors_rationale, is_authors
 from reftune.datasets.reading.file_dataset import Split, Unusable
+from reftune.datasets.reading.golds import GoldReader
 from reftune.datasets.reading.mathqa_formula import formula_steps
 from reftune.datasets.reading.programs import program
 from reftune.datasets.reading.rationales import run_programs
@@ -73,6 +74,11 @@ class Mathqa(PaperDataset):
     def authors_name(self) -> str:  # type: ignore[override]
         """The prefix of the authors' file names. It depends on the kind of answers."""
         return "mathqa" if self.answer == "choice" else "mathqa-numeric"
+
+    @property
+    def golds(self) -> GoldReader:
+        """Reads the gold answers of other rows, as in `reftune score`."""
+        return GoldReader(kind="choice" if self.answer == "choice" else "auto")
 
     def trainable(self, splits: Splits) -> Splits:
         """As in `PaperDataset`, with two exceptions for `nl`: problems without a rationale are also

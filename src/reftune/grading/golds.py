@@ -62,7 +62,7 @@ def read_gold(
     _refuse_other_types(raw)
     stated = stated_gold(raw, reading)
     if kind == "choice" or (kind == "auto" and choices):
-        return Answer(kind="choice", value=_letter(stated, choices))
+        return Answer(kind="choice", value=_letter(stated, choices, reading))
     if kind in ("text", "latex"):
         return Answer(kind=kind, value=str(stated))
     number = number_gold(stated, reading)
@@ -71,7 +71,8 @@ def read_gold(
             f"{shown(raw)}; expected a number, with at most a currency or one unit, or another"
             " answer_kind"
         )
-    return number or worded_gold(str(stated))
+    option = _lettered_gold(with_points(stated, reading))
+    return number or option or worded_gold(str(stated), reading)
 
 
 def number_gold(raw: object, reading: Reading = DEFAULT) -> Answer | None:
@@ -93,9 +94,17 @@ def number_in_gold(raw: object, reading: Reading = DEFAULT) -> Number | None:
         return Number(Fraction(raw), 0)
     if isinstance(raw, float):
         return _whole_number(repr(raw))
-    if not isinstance(raw, str) or len(raw) > MAX_GOLD_CHARS:
+    if not isinstance(raw, str) or len(raw) > MAX_GOLD_CHARS or _PAIR.fullmatch(raw.strip()):
         return None
-    return _whole_number(_with_points(raw, reading))
+    return _whole_number(with_points(raw, reading))
+
+
+def with_points(cell: object, reading: Reading) -> str:
+    """A cell as text in which numbers have decimal points. Numbers that are not written as text
+    have points already."""
+    if isinstance(cell, str) and reading.decimal == ",":
+        return with_decimal_points(cell)
+    return str(cell)
 
 
 def stated_gold(raw: object, reading: Reading = DEFAULT) -> object:
@@ -109,7 +118,7 @@ def stated_gold(raw: object, reading: Reading = DEFAULT) -> object:
     if not isinstance(raw, str):
         return raw
     said = _stated(raw, reading)
-    if any(not _same(each, said[-1]) for each in said):
+    if any(not _same(each, said[-1], reading) for each in said):
         marked = " and ".join(dict.fromkeys(said))
         raise DataError(
             f"{shown(raw)}, which marks {marked}; expected one answer, or answer_kind: {SEVERAL}"
@@ -176,8 +185,8 @@ def _is_beside(
     return all(numbers) or (not any(numbers) and len(earlier.split()) <= 2)
 
 
-def _same(first: str, second: str) -> bool:
-    a, b = number_in_gold(first), number_in_gold(second)
+def _same(first: str, second: str, reading: Reading) -> bool:
+    a, b = number_in_gold(first, reading), number_in_gold(second, reading)
     return same_text(first, second) or (a is not None and b is not None and same_number(a, b))
 
 
@@ -194,22 +203,32 @@ def _refuse_other_types(raw: object) -> None:
 # --- words, lists and patterns --------------------------------------------------------------------
 
 
-_BRACKETED_LETTER = re.compile(r"\(([A-H])\)(?: (?!and\b|or\b)(?P<text>[\w\\$-].*))?")
+_OPTION = re.compile(
+    r"\(?(?P<letter>[A-H])\)(?!.* [A-H]\))(?: (?!and\b|or\b)(?P<text>[\w\\$-].*))?"
+)
 _LISTED = re.compile(r"\[\s*(.+?)\s*\]", re.DOTALL)
 
 
-def worded_gold(text: str) -> Answer:
+def _lettered_gold(text: str) -> Answer | None:
+    """The answer in a gold text that is the letter of an option, as in "(B)" and "B)". If the
+    option's text follows, as in "\\textbf{(B)}\\ 12", both are accepted spellings. None for any
+    other text."""
+    found = _OPTION.fullmatch(" ".join(plain(text).split()))
+    if found is None:
+        return None
+    letter, said = found["letter"], found["text"]
+    if said is None:
+        return Answer(kind="text", value=letter)
+    return Answer(kind="any_of", value=letter, items=(letter, said))
+
+
+def worded_gold(text: str, reading: Reading = DEFAULT) -> Answer:
     """The answer in a gold text that is neither an option nor a number. Text in square brackets is
     a list if it has at least three items, or two items that are words. Any other text is an
-    expression (`latex`) or plain `text`. The letter of an option with the option's text, as in
-    "\\textbf{(B)}\\ 12", has both as accepted spellings."""
+    expression (`latex`) or plain `text`."""
     text = text.strip()
-    if letter := _BRACKETED_LETTER.fullmatch(" ".join(plain(text).split())):
-        if letter["text"] is None:
-            return Answer(kind="text", value=letter[1])
-        return Answer(kind="any_of", value=letter[1], items=(letter[1], letter["text"]))
     listed = _LISTED.fullmatch(text)
-    parts = split_items(text) if listed is not None else ()
+    parts = split_items(with_points(text, reading)) if listed is not None else ()
     if len(parts) > 2 or (len(parts) == 2 and all(part.isalpha() for part in parts)):
         return Answer(kind="list", value=", ".join(parts), items=parts)
     return Answer(kind="latex" if looks_like_math(text) else "text", value=text)
@@ -233,15 +252,20 @@ def _values(raw: Any, kind: str, reading: Reading) -> Iterator[str]:
     if isinstance(raw, str):
         said = _stated(raw, reading)
         raw = said[0] if len(said) == 1 else said or raw
-    if isinstance(raw, str) and raw.lstrip()[:1] == "[":
+    is_spelled = isinstance(raw, str) and raw.lstrip()[:1] == "["
+    if is_spelled and not (reading.decimal == "," and _DECIMALS.fullmatch(raw.strip())):
         raw = literal(raw.strip()) or raw
     if isinstance(raw, str) and kind != "any_of":
-        yield from split_items(_with_points(raw, reading))
+        yield from split_items(with_points(raw, reading))
         return
     for each in raw if isinstance(raw, Sequence) and not isinstance(raw, str) else [raw]:
         if not isinstance(each, str | int | float) or isinstance(each, bool):
             raise DataError(f"{shown(raw)}; expected a list of strings or numbers")
-        yield _with_points(each.strip(), reading) if isinstance(each, str) else str(each)
+        yield with_points(each, reading).strip()
+
+
+_DECIMALS = re.compile(r"\[(?=.*\d,\d)(?=.*,\s)[-\d\s,]+\]", re.DOTALL)
+"""Matches a list of numbers with decimal commas, such as "[1,5, 2,5]"."""
 
 
 def literal(text: str) -> object:
@@ -250,10 +274,6 @@ def literal(text: str) -> object:
         return ast.literal_eval(text)
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         return None
-
-
-def _with_points(text: str, reading: Reading) -> str:
-    return with_decimal_points(text) if reading.decimal == "," else text
 
 
 def _pattern(raw: object) -> Answer:
@@ -296,6 +316,8 @@ _BRACKETED = re.compile(
 # --- numbers --------------------------------------------------------------------------------------
 
 
+_PAIR = re.compile(r"\(.*\d,.*\)|\[.*\d,.*\]", re.DOTALL)
+"""Matches a point, an interval or a list of two numbers. Its comma is no decimal comma."""
 _SPACED_MINUS = re.compile(r"^ *– +(?=[\d.])")
 _FORMULA = re.compile(r"\$+((?:[^$\\]|\\.)*)\$+", re.DOTALL)
 _ORDINAL = re.compile(r"\^?[{(]? ?(?:st|nd|rd|th)\b ?[})]?")
@@ -337,11 +359,11 @@ _LETTER = re.compile(
 )
 
 
-def _letter(stated: object, choices: Sequence[str]) -> str:
+def _letter(stated: object, choices: Sequence[str], reading: Reading) -> str:
     """The letter of the option that a gold answer names. The gold answer may be the letter, the
     letter with the option's text, or a text or number that only this option has. Without `choices`,
     any letter is accepted."""
-    text = str(stated)
+    text, choices = with_points(stated, reading), [with_points(c, reading) for c in choices]
     match = _LETTER.fullmatch(" ".join(plain(text).split()))
     if match is not None:
         letter, rest = match["letter"].lower(), match["rest"].lstrip()

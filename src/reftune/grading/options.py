@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from reftune.grading.golds import is_opposite, number_in_gold, same_option
+from reftune.grading.golds import is_opposite, number_in_gold, same_option, with_points
+from reftune.grading.markers import Reading
 from reftune.grading.numbers import same_number
 from reftune.grading.plain_text import first_line, same_text
 from reftune.grading.sentences import parse_number, stated_number
 from reftune.grading.words import SORRY, TAKEN_BACK
+from reftune.types import Problem
 
 _CHOICE = re.compile(
     r"[ *_`\"'(\[{<:=,.-]*(?:(?:therefore|thus|hence|so|likely|probably|clearly)\b,? ?\(?"
@@ -44,6 +46,12 @@ def unlettered(choices: Sequence[str]) -> tuple[str, ...]:
         if match is not None and ord(match["letter"].lower()) - ord("a") == index
     ]
     return tuple(texts if len(texts) == len(choices) else choices)
+
+
+def option_values(problem: Problem) -> list[str]:
+    """The problem's options, with decimal points."""
+    reading = Reading(decimal=problem.decimal)
+    return [with_points(choice, reading) for choice in problem.choices]
 
 
 def read_choice(text: str, choices: Sequence[str]) -> str | None:

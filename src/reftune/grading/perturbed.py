@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from reftune.grading.markers import answer_text, reasoning_text
+from reftune.grading.plain_text import with_decimal_commas
 from reftune.types import Problem, spell_decimal
 
 MAX_SIZE = 10**6
@@ -30,18 +31,23 @@ class Perturbed:
     text: str
 
 
-def wrong_solutions(problem: Problem, target: str) -> Iterator[Perturbed]:
+def wrong_solutions(problem: Problem, target: str, decimal: str = ".") -> Iterator[Perturbed]:
     """Solutions that look like the gold solution `target` but state another answer, two answers or
-    none. Yields nothing if `target` is a solution in words and its answer cannot be found."""
-    found = _RETURN.search(target)
-    yield from _wrong_programs(problem, target, found) if found else _wrong_words(problem, target)
+    none. Yields nothing if `target` is a solution in words and its answer cannot be found. Numbers
+    in words have the separator `decimal`."""
+    if found := _RETURN.search(target):
+        yield from _wrong_programs(problem, target, found)
+    else:
+        yield from _wrong_words(problem, target, decimal)
 
 
-def right_solutions(problem: Problem, target: str) -> Iterator[Perturbed]:
+def right_solutions(problem: Problem, target: str, decimal: str = ".") -> Iterator[Perturbed]:
     """Solutions with the same answer as the gold solution `target`, written slightly
-    differently."""
-    found = _RETURN.search(target)
-    yield from _right_programs(problem, target, found) if found else _right_words(problem, target)
+    differently. Numbers in words have the separator `decimal`."""
+    if found := _RETURN.search(target):
+        yield from _right_programs(problem, target, found)
+    else:
+        yield from _right_words(problem, target, decimal)
 
 
 def other_answers(problem: Problem) -> dict[str, str]:
@@ -103,12 +109,13 @@ def _parts(target: str) -> tuple[str, str] | None:
     return before + tail[: found.start("answer")], found["answer"]
 
 
-def _wrong_words(problem: Problem, target: str) -> Iterator[Perturbed]:
+def _wrong_words(problem: Problem, target: str, decimal: str) -> Iterator[Perturbed]:
     parts = _parts(target)
     if parts is None:
         return
     before, stated = parts
-    for kind, other in other_answers(problem).items():
+    for kind, answer in other_answers(problem).items():
+        other = with_decimal_commas(answer) if decimal == "," else answer
         yield Perturbed(kind, f"{before}{other}")
         again = before.rpartition("\n")[2]  # the line that announces the answer
         yield Perturbed(f"right, then {kind}", f"{before}{stated}\n{again}{other}")
@@ -116,7 +123,7 @@ def _wrong_words(problem: Problem, target: str) -> Iterator[Perturbed]:
     yield Perturbed("no answer", reasoning_text(target).rpartition("\n")[0])
 
 
-def _right_words(problem: Problem, target: str) -> Iterator[Perturbed]:
+def _right_words(problem: Problem, target: str, decimal: str) -> Iterator[Perturbed]:
     parts = _parts(target)
     if parts is None or problem.answer.kind not in ("number", "choice"):
         return
@@ -129,8 +136,9 @@ def _right_words(problem: Problem, target: str) -> Iterator[Perturbed]:
         if gold.denominator == 1:
             spellings["a decimal"] = f"{plain}.0"
         if gold.denominator == 1 and abs(gold) >= 1000:
-            spellings["a thousands comma"] = f"{int(gold):,}"
+            spellings["a thousands separator"] = f"{int(gold):,}"
     else:
         spellings |= {"brackets": f"({plain})", "a capital": plain.upper()}
     for kind, answer in spellings.items():
-        yield Perturbed(kind, f"{before}{answer}")
+        written = with_decimal_commas(answer) if decimal == "," else answer
+        yield Perturbed(kind, f"{before}{written}")

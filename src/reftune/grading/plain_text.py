@@ -162,6 +162,20 @@ def _with_decimal_point(match: re.Match[str]) -> str:
     return digits.replace(",", ".") if digits.count(",") == 1 and "." not in digits else digits
 
 
+_ENGLISH = re.compile(r"(?:[1-9]\d{0,2}(?:,\d{3})+|\d+)(?:\.\d+)?")
+
+
+def with_decimal_commas(text: str) -> str:
+    """Convert numbers in English notation to decimal commas: "1,250.75" becomes "1.250,75"."""
+    return _DIGITS.sub(_with_decimal_comma, text)
+
+
+def _with_decimal_comma(match: re.Match[str]) -> str:
+    digits = match[0]
+    is_english = _ENGLISH.fullmatch(digits) is not None
+    return digits.translate(str.maketrans(".,", ",.")) if is_english else digits
+
+
 def same_text(first: str, second: str) -> bool:
     """Whether two strings are the same apart from case, spacing, quotation marks, formatting and
     final punctuation. Strings that consist only of spaces, punctuation and formatting are never the

@@ -31,7 +31,7 @@ from reftune.grading.markers import (
 )
 from reftune.grading.mathematics import same_expression
 from reftune.grading.numbers import FLOAT_DIGITS, MAX_DIGITS, number_of, same_number
-from reftune.grading.options import names_option, read_choice
+from reftune.grading.options import names_option, option_values, read_choice
 from reftune.grading.plain_text import MAX_SEGMENT_CHARS, first_line, with_decimal_points
 from reftune.grading.sentences import parse_number
 from reftune.grading.words import ONE_TO_TWELVE, TAKEN_BACK, bare_words, states_words
@@ -176,14 +176,15 @@ def describe(value: Any) -> str:
 # --- answers by kind ------------------------------------------------------------------------------
 
 
-_NUMERIC: tuple[AnswerKind, ...] = ("number", "choice", "any_of", "list", "set")
+NUMERIC: tuple[AnswerKind, ...] = ("number", "choice", "any_of", "list", "set")
+"""Kinds of answers in which decimal commas are converted to decimal points."""
 
 
 def grade_answer(text: str, problem: Problem, reading: Reading = DEFAULT) -> Graded:
     """Grade an answer. The text may contain units and prose around the answer."""
     if not text.strip():
         return no_answer("the answer is empty")
-    if reading.decimal == "," and problem.answer.kind in _NUMERIC:
+    if reading.decimal == "," and problem.answer.kind in NUMERIC:
         text = with_decimal_points(text)
     if problem.answer.kind in ("latex", "list", "set"):
         text = _without_bold(text)
@@ -216,7 +217,7 @@ def _grade_number(text: str, problem: Problem) -> Graded:
 
 
 def _grade_choice(text: str, problem: Problem) -> Graded:
-    letter = read_choice(text, problem.choices)
+    letter = read_choice(text, option_values(problem))
     if letter is None:
         return no_answer(f"no single option in {quote(text)}")
     return judge(letter == problem.answer.value, letter, str(problem.answer.value))

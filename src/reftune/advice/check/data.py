@@ -256,11 +256,16 @@ def check_reward_errors(subject: Subject) -> Finding:
     rows = [row for row in subject.rows[:NUM_REWARDED] if row.problem.scorer is None]
     problems, golds = [row.problem for row in rows], [row.target for row in rows]
     reads_prints = getattr(subject.recipe.format, "scripts", "") == "read"
-    wrong = [(row.problem, x) for row in rows for x in wrong_solutions(row.problem, row.target)]
+    decimal = getattr(subject.recipe.format, "decimal", ".")
+    wrong = [
+        (row.problem, x) for row in rows for x in wrong_solutions(row.problem, row.target, decimal)
+    ]
     changed = {
         "positive": [(p, x) for p, x in wrong if not (x.kind == PRINTED and reads_prints)],
         "negative": [
-            (row.problem, x) for row in rows for x in right_solutions(row.problem, row.target)
+            (row.problem, x)
+            for row in rows
+            for x in right_solutions(row.problem, row.target, decimal)
         ],
     }
     if not any(changed.values()):

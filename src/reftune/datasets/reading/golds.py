@@ -4,12 +4,92 @@ conversation."""
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from reftune.datasets.reading.conversations import read_conversation
+from reftune.datasets.reading.options import Options, has_options, read_options
 from reftune.datasets.reading.rows import Row
 from reftune.errors import DataError
-from reftune.grading.markers import reasoning_text, statements
+from reftune.grading.golds import GoldKind, read_gold, stated_gold, with_points
+from reftune.grading.markers import Reading, reasoning_text, statements
+from reftune.text import shown
+from reftune.types import Answer
+
+_MISSING = re.compile(r"nan|#(?:div/0!|n/a|name\?|null!|num!|ref!|value!)", re.IGNORECASE)
+"""Matches what pandas writes for a missing cell, and what Excel writes for a failed formula."""
+MOST_WORDS = 30
+"""Maximum number of words in a gold text if the answer kind is `auto`. A longer text is rejected,
+because it is probably a solution rather than an answer."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GoldReader:
+    """Reads the options and the gold answer of a row."""
+
+    kind: GoldKind = "auto"
+    positions_from: Literal[0, 1] | None = None
+    """Position of the first option, if gold answers are positions in the list of options."""
+    decimal: Literal[".", ","] = "."
+    """Decimal separator of the options and gold answers."""
+
+    @property
+    def reading(self) -> Reading:
+        return Reading(decimal=self.decimal)
+
+    def options(self, row: Row, columns: str | Sequence[str] | None) -> Options | None:
+        """The row's options; None if the row has no options, or if the answer kind does not use
+        them. Raises: DataError if the options cannot be read."""
+        if columns is None or self.kind not in ("choice", "auto") or not has_options(row, columns):
+            return None
+        return read_options(row, columns, self.reading)
+
+    def gold(self, cell: object, options: Options | None) -> tuple[Answer, object]:
+        """The answer in a cell, and the part of the cell that states it. Raises: DataError if the
+        cell contains no answer of the expected kind, or names no option."""
+        kind = self.kind
+        if kind in ("any_of", "list", "set", "regex"):
+            return read_gold(cell, kind, reading=self.reading), cell
+        stated = stated_gold(cell, self.reading)
+        if options is not None:
+            return self._choice(stated, options), stated
+        answer = read_gold(stated, kind, reading=self.reading)
+        if kind == "auto" and _MISSING.fullmatch(str(answer)):
+            raise DataError(
+                f"{shown(cell)}; expected an answer (if this is one, set answer_kind: text)"
+            )
+        is_long = len(str(answer).split()) > MOST_WORDS
+        if kind == "auto" and answer.kind in ("text", "latex") and is_long:
+            raise DataError(
+                f"{shown(cell)}; expected an answer, or a solution that marks it: #### 72,"
+                " \\boxed{72} or 'The answer is 72' (if this is the answer,"
+                " set answer_kind: text)"
+            )
+        return answer, stated
+
+    def spelled(self, stated: object) -> str:
+        """A gold answer as text that can be compared with labels, positions and option values. A
+        whole float such as 2.0 becomes `2`."""
+        is_whole = isinstance(stated, float) and stated.is_integer()
+        return f"{stated:.0f}" if is_whole else with_points(stated, self.reading)
+
+    def _choice(self, stated: object, options: Options) -> Answer:
+        """The option that a gold answer names by its label, position or text. Raises: DataError if
+        it names no option."""
+        spelled, first = self.spelled(stated), self.positions_from
+        letter = options.letter(spelled, first)
+        is_digits = spelled.strip().isdecimal()
+        if letter is None and is_digits and first is not None:
+            last = first + len(options.texts) - 1
+            raise DataError(f"{shown(stated)}; expected a position from {first} to {last}")
+        try:
+            return read_gold(
+                letter or stated, "choice", choices=options.texts, reading=self.reading
+            )
+        except DataError as error:
+            position = " (if this is a position, set dataset.positions_from)" * is_digits
+            raise DataError(f"{error}{position}") from None
 
 
 def worked_solution(text: str) -> str | None:

@@ -10,8 +10,10 @@ from typing import Any
 
 from reftune.datasets.reading.rows import Row
 from reftune.errors import DataError
-from reftune.grading.golds import literal, same_option
+from reftune.grading.golds import literal, same_option, with_points
+from reftune.grading.markers import DEFAULT, Reading
 from reftune.grading.options import unlettered
+from reftune.grading.plain_text import with_decimal_commas
 from reftune.text import shown
 
 MOST = len(string.ascii_lowercase)
@@ -22,6 +24,8 @@ class Options:
     """The options of a row, in the order of the data."""
 
     texts: tuple[str, ...]
+    values: tuple[str, ...]
+    """The texts, with decimal points."""
     labels: tuple[str, ...] = ()
     """The data's label for each option, in lower case; empty if the options have no labels."""
 
@@ -38,9 +42,9 @@ class Options:
         return string.ascii_lowercase[place] if place in places else None
 
     def letter_of_text(self, gold: str) -> str | None:
-        """The letter of the option with the text `gold`; None unless exactly one option has this
-        text."""
-        places = [place for place, text in enumerate(self.texts) if same_option(gold, text)]
+        """The letter of the option with the text `gold`, which has decimal points; None unless
+        exactly one option has this text."""
+        places = [place for place, value in enumerate(self.values) if same_option(gold, value)]
         return string.ascii_lowercase[places[0]] if len(places) == 1 else None
 
     def has_label(self, gold: str) -> bool:
@@ -48,15 +52,16 @@ class Options:
         return _bare(gold) in self.labels
 
     def has_text(self, gold: str) -> bool:
-        """Whether `gold` equals the text of an option, either as text or as a number."""
-        return any(same_option(gold, text) for text in self.texts)
+        """Whether `gold`, which has decimal points, equals the text of an option, either as text or
+        as a number."""
+        return any(same_option(gold, value) for value in self.values)
 
 
 def _bare(label: str) -> str:
     return label.strip().strip("().").lower()
 
 
-def read_options(row: Row, columns: str | Sequence[str]) -> Options:
+def read_options(row: Row, columns: str | Sequence[str], reading: Reading = DEFAULT) -> Options:
     """The options of a row. If `columns` is a single column, it contains one of the following,
     possibly written as a string:
 
@@ -67,12 +72,13 @@ def read_options(row: Row, columns: str | Sequence[str]) -> Options:
 
     If there are several columns, each contains one option, and blank columns are skipped. If the
     names of the columns end in consecutive letters or numbers, as in `option_a`, `option_b`, these
-    letters or numbers are the labels.
+    letters or numbers are the labels. Numbers that are not written as text get the decimal
+    separator of `reading`.
 
     Raises: DataError if a single column is missing, or if there are not 2 to 26 options.
     """
     value = row.value(columns) if isinstance(columns, str) else _in_columns(row, columns)
-    options = _options(literal(value) if isinstance(value, str) else value)
+    options = _options(literal(value) if isinstance(value, str) else value, reading)
     if options is None:
         raise DataError(
             f"{row.where}: {columns if isinstance(columns, str) else ', '.join(columns)} is"
@@ -107,7 +113,7 @@ def _in_columns(row: Row, columns: Sequence[str]) -> Mapping[str, Any] | list[An
     return [text for _, text in filled]
 
 
-def _options(value: object) -> Options | None:
+def _options(value: object, reading: Reading) -> Options | None:
     labels: Sequence[object] = ()
     if isinstance(value, Mapping) and isinstance(value.get("text"), Sequence):
         labels, value = value.get("label") or (), value["text"]
@@ -125,8 +131,15 @@ def _options(value: object) -> Options | None:
         or not all(isinstance(text, (str, int, float)) for text in value)
     ):
         return None
+    texts = unlettered([_shown(text, reading).strip() for text in value])
     spelled = tuple(str(label).strip().lower() for label in labels if label is not None)
     return Options(
-        texts=unlettered([str(text).strip() for text in value]),
+        texts=texts,
+        values=tuple(with_points(text, reading) for text in texts),
         labels=spelled if len(spelled) == len(value) else (),
     )
+
+
+def _shown(option: str | float, reading: Reading) -> str:
+    is_converted = isinstance(option, float) and reading.decimal == ","
+    return with_decimal_commas(str(option)) if is_converted else str(option)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from typing import Literal
@@ -14,7 +14,8 @@ from reftune.grading.formats._prompts import Prompted, gold_rationale, paper_pro
 from reftune.grading.markers import DEFAULT, Reading
 from reftune.grading.mathematics import NUM_WORKERS
 from reftune.grading.paper_rules import PAPER_TRIGGER, grade_completion_paper
-from reftune.grading.verdicts import grade_completion, needs_worker
+from reftune.grading.plain_text import with_decimal_commas
+from reftune.grading.verdicts import NUMERIC, grade_completion, needs_worker
 from reftune.types import Answer, Conversation, Graded, Problem, Verdict, spell_decimal
 
 DEFINITION = re.compile(r"^def solution\(", re.MULTILINE)
@@ -60,7 +61,7 @@ class Nl(Prompted):
                 " format.kind=program"
             )
         if "paper" in (self.style, self.grading):
-            return f"{rationale}{PAPER_TRIGGER}{_decimal(problem.answer)}"
+            return f"{rationale}{PAPER_TRIGGER}{self._spelled(problem.answer, _decimal)}"
         last_line = rationale.rpartition("\n")[2]
         if self._grade(last_line, problem).verdict is Verdict.CORRECT:
             return rationale
@@ -69,10 +70,15 @@ class Nl(Prompted):
                 f"problem {problem.id}: its rationale ends without an answer that matches"
                 f" {problem.answer}; expected a last line that states one"
             )
-        phrase, answer = next(iter(self.markers), "The answer is").strip(), str(problem.answer)
-        if problem.answer.kind == "number":
-            answer = answer.replace(".", self.decimal)
-        return f"{rationale}\n{phrase} {answer}"
+        phrase = next(iter(self.markers), "The answer is").strip()
+        return f"{rationale}\n{phrase} {self._spelled(problem.answer)}"
+
+    def _spelled(self, gold: Answer, spell: Callable[[Answer], str] = str) -> str:
+        """The gold answer with the decimal separator that the grader expects."""
+        if self.decimal == "." or self.grading == "paper" or gold.kind not in NUMERIC:
+            return spell(gold)
+        is_listed = gold.kind in ("list", "set")
+        return with_decimal_commas("; ".join(gold.items) if is_listed else spell(gold))
 
     def grade(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Graded]:
         """One grade per completion, in the same order. Expressions are compared in parallel."""

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 from reftune.grading.formats import Format
 from reftune.grading.formats.program import Program
-from reftune.grading.golds import number_gold
-from reftune.grading.markers import reasoning_text
+from reftune.grading.golds import number_gold, with_points
+from reftune.grading.markers import Reading, reasoning_text
 from reftune.grading.numbers import last_number
-from reftune.grading.options import read_choice
+from reftune.grading.options import option_values, read_choice
 from reftune.grading.sentences import parse_number
 from reftune.seeds import derive_seed
 from reftune.storage.files import JsonLines
@@ -111,7 +111,7 @@ def moved(letter: str, by: int, count: int) -> str:
 def without_options(problem: Problem) -> Problem | None:
     """The problem without its options, with the numeric value of the gold option as the answer;
     None if the text of that option is not a number."""
-    number = number_gold(problem.choices[LETTERS.index(str(problem.answer.value))])
+    number = number_gold(option_values(problem)[LETTERS.index(str(problem.answer.value))])
     if number is None:
         return None
     return replace(problem, question=stem(problem), choices=(), answer=number)
@@ -131,7 +131,8 @@ def derived_values(
     instead the last value computed before that line.
     """
     if not isinstance(format, Program):
-        return [last_number(reasoning_text(text)) for text in completions]
+        reading = Reading(decimal=getattr(format, "decimal", "."))
+        return [last_number(with_points(reasoning_text(text), reading)) for text in completions]
     probes = [replace(problem, choices=(), answer=_NUMBER_PROBE) for problem in problems]
     return [
         graded.value
@@ -200,7 +201,7 @@ def diagnose(
                 num_options=count,
                 letter=letter,
                 correct=grade.verdict is Verdict.CORRECT,
-                derivation=derivation(value, letter, problem.choices),
+                derivation=derivation(value, letter, option_values(problem)),
                 agrees=None
                 if letter is None
                 else chosen(again, problem) == moved(letter, by, count),
