@@ -92,11 +92,15 @@ def test_a_stage_ends_at_the_plateau_after_a_cooldown(make_recipe, flat_from_loo
     # and the cooldown is a tenth of it: 3 steps
     flat_from_look(10)
     recipe = make_recipe(stages={"sft": UNTIL, "reft": None})
-    with open_run(recipe, Progress()) as run:
+    shown: list[tuple[int, int]] = []
+    progress = Progress()
+    progress.stage = lambda name, total_steps, done_steps=0: shown.append((done_steps, total_steps))
+    with open_run(recipe, progress) as run:
         run.train("sft")
         info = json.loads(run.folder.stage("sft").info.read_text())
         rows = JsonLines(run.folder.metrics).rows()
     assert info["steps"] == 39
+    assert shown == [(0, 60), (36, 39)]
     rates = [row["optim/lr"] for row in rows if "optim/lr" in row]
     peak = recipe.stages["sft"].optimizer.learning_rate
     assert rates[:36] == [peak] * 36

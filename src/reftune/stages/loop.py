@@ -167,7 +167,7 @@ class Loop:
         Raises: Interrupted after SIGINT or SIGTERM, once the stage's progress is saved.
         """
         resumed = self._resume()
-        self.context.progress.stage(self.context.name, self.total_steps, self.state.step)
+        self.context.progress.stage(self.context.name, self.last_step, self.state.step)
         started, last_save = time.perf_counter() - self.state.seconds, time.perf_counter()
         with stop_signals(self._on_signal):
             if not resumed:
@@ -370,6 +370,7 @@ class Loop:
                 f"{self.context.name}: dev accuracy no longer rises; cooling down until step"
                 f" {self.state.ends_at}"
             )
+            self.context.progress.stage(self.context.name, self.last_step, step)
         latest = history.latest_rise()
         if latest is None:
             return {}

@@ -45,7 +45,7 @@ class Progress:
     them."""
 
     def stage(self, name: str, total_steps: int, done_steps: int = 0) -> None:
-        """A stage begins, or resumes after `done_steps` steps."""
+        """A stage begins, resumes after `done_steps` steps, or gets another last step."""
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """A step is done; its metrics are named `group/name`."""
