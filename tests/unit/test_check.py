@@ -399,6 +399,15 @@ def test_a_colocated_engines_share_counts_as_used_memory():
     assert found.message.endswith("the largest part for engine's copy")
 
 
+def test_without_rationales_the_report_shows_a_prompt():
+    def strip(i: int, problem: Problem) -> Problem:
+        return replace(problem, rationale=None)
+
+    report = checked(dataset=Sums(kind="sums", edit=strip))
+    assert report.preview.prompt == "What is 0 + 0 ?\n" and not report.preview.target_ids
+    assert "; ┃ marks where the model continues ---\nWhat is 0 + 0 ?\n┃\n" in report.to_text()
+
+
 def test_supervised_stages_without_rationales_are_refused():
     def strip(i: int, problem: Problem) -> Problem:
         return replace(problem, rationale=None)

@@ -107,9 +107,11 @@ def _finding_text(finding: Finding) -> str:
 def _preview_text(preview: Preview) -> str:
     before = " ".join(repr(piece) for piece in preview.prompt_tokens[-BOUNDARY_TOKENS:])
     after = " ".join(repr(piece) for piece in preview.target_tokens[:BOUNDARY_TOKENS])
+    sizes = counted(len(preview.prompt_tokens), "prompt token")
+    if preview.target_tokens:
+        sizes += f", {counted(len(preview.target_tokens), 'target token')}"
     return printable(
-        f"--- {preview.id}: {counted(len(preview.prompt_tokens), 'prompt token')},"
-        f" {counted(len(preview.target_tokens), 'target token')}; ┃ marks where the model continues"
-        f" ---\n{preview.prompt}┃{preview.target}\n\n… {before} ┃ {after} …\n"
+        f"--- {preview.id}: {sizes}; ┃ marks where the model continues"
+        f" ---\n{preview.prompt}┃{preview.target}\n\n… {before} ┃ {after + ' …' * bool(after)}\n"
         f"{' '.join(map(str, preview.prompt_ids))} ┃ {' '.join(map(str, preview.target_ids))}"
     )

@@ -121,11 +121,10 @@ def _row(problem: Problem, encoder: Encoder, prompt_ids: list[int]) -> Row:
     )
 
 
-def preview_of(subject: Subject) -> Preview | None:
-    """The first training row with a rationale; None if no row has a rationale."""
-    if not subject.rows:
-        return None
-    row = subject.rows[0]
+def preview_of(subject: Subject) -> Preview:
+    """The first training row with a rationale. If no row has one, the first training prompt with
+    an empty target."""
+    row = subject.rows[0] if subject.rows else _without_target(subject, subject.splits.train[0])
 
     def pieces(ids: Iterable[int]) -> tuple[str, ...]:
         return tuple(
@@ -141,6 +140,17 @@ def preview_of(subject: Subject) -> Preview | None:
         target_ids=tuple(row.target_ids),
         prompt_tokens=pieces(row.prompt_ids),
         target_tokens=pieces(row.target_ids),
+    )
+
+
+def _without_target(subject: Subject, problem: Problem) -> Row:
+    return Row(
+        problem=problem,
+        prompt=subject.encoder.text_of(subject.encoder.format.prompt(problem)),
+        target="",
+        reply="",
+        prompt_ids=subject.prompts["train"][problem.id],
+        target_ids=[],
     )
 
 
