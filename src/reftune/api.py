@@ -140,7 +140,7 @@ def evaluate(
 
     `model` is the folder `stages/NAME` of a run, any other model folder in Hugging Face format, a
     Hub id, `smollm2-135m` or a loaded `Policy`. `problems` are `Problem`s, or mappings with the
-    keys `question`, `answer` and, optionally, `id`, `choices` and `answer_kind`. Their answers are
+    keys `question`, `answer` and, optionally, `id`, `choices` and `answer_kind`. They are
     read as in the run's dataset or, for any other model, as in `grade`. `max_new` is the
     maximum number of tokens per solution. For a folder `stages/NAME`, `format` and `max_new`
     default to the run's settings. For any other model, they default to `nl` and 256. Raises:
@@ -157,8 +157,9 @@ def evaluate(
     recipe = _recipe_of(model)
     policy = _policy(model)
     put = _format(format or recipe.get("format") or "nl")
-    dataset = recipe.get("dataset")
-    golds = golds_of(dataset and load_component(dataset, group="datasets"), put)
+    are_rows = not all(isinstance(each, Problem) for each in problems)
+    dataset = _component(recipe.get("dataset"), "dataset") if are_rows else None
+    golds = golds_of(dataset, put)
     found = tuple(
         p if isinstance(p, Problem) else _asked({"id": i, **p}, f"problem {i}", golds)
         for i, p in enumerate(problems)
@@ -215,12 +216,18 @@ def _recipe_of(model: str | Path | Policy) -> Mapping[str, Any]:
 
 
 def _format(spec: FormatSpec) -> Format:
-    try:
-        format: Format = (
-            load_component(spec, group="formats") if isinstance(spec, str | Mapping) else spec
-        )
-    except PydanticCustomError as error:
-        raise RecipeError(f"format: {error.message()}") from None
-    except ValidationError as error:
-        raise RecipeError(f"format: {error.errors()[0]['msg']}") from None
+    format: Format = _component(spec, "format")
     return format
+
+
+def _component(spec: Any, table: str) -> Any:
+    """The component that a recipe's table describes. Anything that is no description, such as a
+    component itself, is returned unchanged. Raises: RecipeError if the description is wrong."""
+    if not isinstance(spec, str | Mapping):
+        return spec
+    try:
+        return load_component(spec, group=f"{table}s")
+    except PydanticCustomError as error:
+        raise RecipeError(f"{table}: {error.message()}") from None
+    except ValidationError as error:
+        raise RecipeError(f"{table}: {error.errors()[0]['msg']}") from None

@@ -453,16 +453,32 @@ def test_a_gold_may_be_the_letter_of_an_option_with_the_options_text() -> None:
 
 
 @pytest.mark.parametrize(
-    "gold", ["I) Newton", "A. Smith", "B: 12", "a)", "A) 5, B) 3", "(A) or (B)", "B) or C)"]
+    "gold",
+    [
+        *(
+            "I) Newton",
+            "A. Smith",
+            "B) – 12",
+            "B: 12",
+            "a)",
+            "(A) or (B)",
+            "B) or C)",
+            "(A) 5, (B) 3",
+        ),
+        *("A) 5, B) 3", "A) 5,B) 3", "A) 5/B) 3", "A) 5 (B) 3", "A) yes;B) no", "A) 5, I) 3"),
+    ],
 )
 def test_other_letters_initials_and_several_options_are_text(gold: str) -> None:
-    assert read_gold(gold) == Answer(kind="text", value=gold)
+    answer = read_gold(gold)
+    assert answer.value == gold and not answer.items
 
 
-def test_letters_in_a_list_are_not_options() -> None:
-    problem = Problem(id="p", question="q", answer=read_gold(["A) 5", "B) 7"], "list"))
-    assert grade_answer("A) 5, B) 7", problem).verdict is CORRECT
-    assert grade_answer("A, B", problem).verdict is not CORRECT
+def test_parts_of_a_list_may_be_letters_of_options_only_in_brackets() -> None:
+    parts = Problem(id="p", question="q", answer=read_gold(["A) 5", "B) 7"], "list"))
+    assert grade_answer("A) 5, B) 7", parts).verdict is CORRECT
+    assert grade_answer("A, B", parts).verdict is not CORRECT
+    letters = Problem(id="p", question="q", answer=read_gold(["(A)", "(B)"], "list"))
+    assert grade_answer("A, B", letters).verdict is CORRECT
 
 
 # --- values of programs ---------------------------------------------------------------------------

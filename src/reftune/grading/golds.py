@@ -71,7 +71,7 @@ def read_gold(
             f"{shown(raw)}; expected a number, with at most a currency or one unit, or another"
             " answer_kind"
         )
-    option = _lettered_gold(with_points(stated, reading))
+    option = _option_gold(f"({stated}", reading)  # "B) 12" is "(B) 12" without the first bracket
     return number or option or worded_gold(str(stated), reading)
 
 
@@ -94,15 +94,15 @@ def number_in_gold(raw: object, reading: Reading = DEFAULT) -> Number | None:
         return Number(Fraction(raw), 0)
     if isinstance(raw, float):
         return _whole_number(repr(raw))
-    if not isinstance(raw, str) or len(raw) > MAX_GOLD_CHARS or _PAIR.fullmatch(raw.strip()):
+    if not isinstance(raw, str) or len(raw) > MAX_GOLD_CHARS:
         return None
     return _whole_number(with_points(raw, reading))
 
 
 def with_points(cell: object, reading: Reading) -> str:
     """A cell as text in which numbers have decimal points. Numbers that are not written as text
-    have points already."""
-    if isinstance(cell, str) and reading.decimal == ",":
+    have points already. Pairs such as "(1,2)" stay unchanged."""
+    if isinstance(cell, str) and reading.decimal == "," and not _PAIR.fullmatch(cell):
         return with_decimal_points(cell)
     return str(cell)
 
@@ -204,31 +204,33 @@ def _refuse_other_types(raw: object) -> None:
 
 
 _OPTION = re.compile(
-    r"\(?(?P<letter>[A-H])\)(?!.* [A-H]\))(?: (?!and\b|or\b)(?P<text>[\w\\$-].*))?"
+    r"\((?P<letter>[A-H])\)(?: (?!and\b|or\b)(?!.*\W[A-Z]\))(?P<text>[\w\\$-].*))?"
 )
 _LISTED = re.compile(r"\[\s*(.+?)\s*\]", re.DOTALL)
 
 
-def _lettered_gold(text: str) -> Answer | None:
-    """The answer in a gold text that is the letter of an option, as in "(B)" and "B)". If the
-    option's text follows, as in "\\textbf{(B)}\\ 12", both are accepted spellings. None for any
-    other text."""
+def _option_gold(text: str, reading: Reading) -> Answer | None:
+    """The answer in a gold text that is the letter of an option in brackets. If the option's text
+    follows, as in "\\textbf{(B)}\\ 12", both are accepted spellings. None for any other text."""
     found = _OPTION.fullmatch(" ".join(plain(text).split()))
     if found is None:
         return None
     letter, said = found["letter"], found["text"]
     if said is None:
         return Answer(kind="text", value=letter)
-    return Answer(kind="any_of", value=letter, items=(letter, said))
+    return Answer(kind="any_of", value=letter, items=(letter, with_points(said, reading)))
 
 
 def worded_gold(text: str, reading: Reading = DEFAULT) -> Answer:
-    """The answer in a gold text that is neither an option nor a number. Text in square brackets is
-    a list if it has at least three items, or two items that are words. Any other text is an
-    expression (`latex`) or plain `text`."""
+    """The answer in a gold text that is not a number: an option's letter (see `_option_gold`), a
+    list, an expression (`latex`) or plain `text`. Text in square brackets is a list if it has at
+    least three items, or two items that are words."""
     text = text.strip()
+    if option := _option_gold(text, reading):
+        return option
     listed = _LISTED.fullmatch(text)
-    parts = split_items(with_points(text, reading)) if listed is not None else ()
+    is_code = literal(text) is not None and not _DECIMALS.fullmatch(text)
+    parts = split_items(text if is_code else with_points(text, reading)) if listed else ()
     if len(parts) > 2 or (len(parts) == 2 and all(part.isalpha() for part in parts)):
         return Answer(kind="list", value=", ".join(parts), items=parts)
     return Answer(kind="latex" if looks_like_math(text) else "text", value=text)
@@ -252,9 +254,9 @@ def _values(raw: Any, kind: str, reading: Reading) -> Iterator[str]:
     if isinstance(raw, str):
         said = _stated(raw, reading)
         raw = said[0] if len(said) == 1 else said or raw
-    is_spelled = isinstance(raw, str) and raw.lstrip()[:1] == "["
-    if is_spelled and not (reading.decimal == "," and _DECIMALS.fullmatch(raw.strip())):
-        raw = literal(raw.strip()) or raw
+    if isinstance(raw, str) and raw.lstrip()[:1] == "[":
+        is_decimal = reading.decimal == "," and _DECIMALS.fullmatch(raw.strip())
+        raw = split_items(raw) if is_decimal else literal(raw.strip()) or raw
     if isinstance(raw, str) and kind != "any_of":
         yield from split_items(with_points(raw, reading))
         return
@@ -264,7 +266,7 @@ def _values(raw: Any, kind: str, reading: Reading) -> Iterator[str]:
         yield with_points(each, reading).strip()
 
 
-_DECIMALS = re.compile(r"\[(?=.*\d,\d)(?=.*,\s)[-\d\s,]+\]", re.DOTALL)
+_DECIMALS = re.compile(r"\[(?=.*\d,\d)(?=.*,\s)[-\d\s,.]+\]", re.DOTALL)
 """Matches a list of numbers with decimal commas, such as "[1,5, 2,5]"."""
 
 
@@ -316,8 +318,8 @@ _BRACKETED = re.compile(
 # --- numbers --------------------------------------------------------------------------------------
 
 
-_PAIR = re.compile(r"\(.*\d,.*\)|\[.*\d,.*\]", re.DOTALL)
-"""Matches a point, an interval or a list of two numbers. Its comma is no decimal comma."""
+_PAIR = re.compile(r"[\s$*]*(?:\\left)?[(\[] ?-?\d+ ?, ?-?\d+ ?(?:\\right)?[)\]][\s$*.]*")
+"""Matches a point, an interval or a list of two whole numbers. Its comma is no decimal comma."""
 _SPACED_MINUS = re.compile(r"^ *– +(?=[\d.])")
 _FORMULA = re.compile(r"\$+((?:[^$\\]|\\.)*)\$+", re.DOTALL)
 _ORDINAL = re.compile(r"\^?[{(]? ?(?:st|nd|rd|th)\b ?[})]?")

@@ -19,7 +19,7 @@ from typing import Any
 
 import regex
 
-from reftune.grading.golds import number_gold, split_items, worded_gold
+from reftune.grading.golds import number_gold, split_items, with_points, worded_gold
 from reftune.grading.markers import (
     DEFAULT,
     Reading,
@@ -32,7 +32,7 @@ from reftune.grading.markers import (
 from reftune.grading.mathematics import same_expression
 from reftune.grading.numbers import FLOAT_DIGITS, MAX_DIGITS, number_of, same_number
 from reftune.grading.options import names_option, option_values, read_choice
-from reftune.grading.plain_text import MAX_SEGMENT_CHARS, first_line, with_decimal_points
+from reftune.grading.plain_text import MAX_SEGMENT_CHARS, first_line
 from reftune.grading.sentences import parse_number
 from reftune.grading.words import ONE_TO_TWELVE, TAKEN_BACK, bare_words, states_words
 from reftune.text import printable
@@ -184,8 +184,8 @@ def grade_answer(text: str, problem: Problem, reading: Reading = DEFAULT) -> Gra
     """Grade an answer. The text may contain units and prose around the answer."""
     if not text.strip():
         return no_answer("the answer is empty")
-    if reading.decimal == "," and problem.answer.kind in NUMERIC:
-        text = with_decimal_points(text)
+    if problem.answer.kind in NUMERIC:
+        text = with_points(text, reading)
     if problem.answer.kind in ("latex", "list", "set"):
         text = _without_bold(text)
     if problem.scorer is not None:
@@ -218,6 +218,8 @@ def _grade_number(text: str, problem: Problem) -> Graded:
 
 def _grade_choice(text: str, problem: Problem) -> Graded:
     letter = read_choice(text, option_values(problem))
+    if letter is None and problem.decimal == ",":
+        letter = read_choice(text, problem.choices)
     if letter is None:
         return no_answer(f"no single option in {quote(text)}")
     return judge(letter == problem.answer.value, letter, str(problem.answer.value))

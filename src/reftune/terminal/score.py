@@ -60,7 +60,8 @@ def score_as_recipe(file: Path, recipe: Recipe) -> Iterator[dict[str, Any]]:
 def golds_of(dataset: object, format: Format) -> GoldReader:
     """The dataset's reader of gold answers. It expects decimal commas if the dataset or the format
     has them."""
-    golds: GoldReader = getattr(dataset, "golds", DEFAULT)
+    own = getattr(dataset, "golds", None)
+    golds = own if isinstance(own, GoldReader) else DEFAULT
     has_commas = "," in (golds.decimal, getattr(format, "decimal", "."))
     return replace(golds, decimal="," if has_commas else ".")
 

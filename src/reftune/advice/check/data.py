@@ -256,7 +256,7 @@ def check_reward_errors(subject: Subject) -> Finding:
     rows = [row for row in subject.rows[:NUM_REWARDED] if row.problem.scorer is None]
     problems, golds = [row.problem for row in rows], [row.target for row in rows]
     reads_prints = getattr(subject.recipe.format, "scripts", "") == "read"
-    decimal = getattr(subject.recipe.format, "decimal", ".")
+    decimal = getattr(subject.recipe.format, "gold_decimal", ".")
     wrong = [
         (row.problem, x) for row in rows for x in wrong_solutions(row.problem, row.target, decimal)
     ]

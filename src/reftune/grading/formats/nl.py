@@ -39,6 +39,11 @@ class Nl(Prompted):
     decimal: Literal[".", ","] = "."
     """Decimal separator of the model's answers."""
 
+    @property
+    def gold_decimal(self) -> Literal[".", ","]:
+        """Decimal separator in targets. The authors' grader reads only decimal points."""
+        return "." if self.grading == "paper" else self.decimal
+
     def prompt(self, problem: Problem) -> str | Conversation:
         """The prompt in the chosen `style`."""
         if self.writes_all:
@@ -74,8 +79,8 @@ class Nl(Prompted):
         return f"{rationale}\n{phrase} {self._spelled(problem.answer)}"
 
     def _spelled(self, gold: Answer, spell: Callable[[Answer], str] = str) -> str:
-        """The gold answer with the decimal separator that the grader expects."""
-        if self.decimal == "." or self.grading == "paper" or gold.kind not in NUMERIC:
+        """The gold answer with the decimal separator of targets."""
+        if self.gold_decimal == "." or gold.kind not in NUMERIC:
             return spell(gold)
         is_listed = gold.kind in ("list", "set")
         return with_decimal_commas("; ".join(gold.items) if is_listed else spell(gold))
