@@ -28,7 +28,7 @@ from reftune.stages.probes.choices import (
     write_rows,
 )
 from reftune.stages.stage import Progress
-from reftune.types import Answer, Completion, Graded, Problem
+from reftune.types import Answer, Completion, Graded, Message, Problem
 
 RHOMBUS = Problem(
     id="r",
@@ -98,10 +98,10 @@ def test_rotating_moves_every_option_and_the_gold_with_it():
 
 
 def test_the_stem_drops_options_that_the_question_holds_and_nothing_else():
-    assert stem(EMBEDDED) == RHOMBUS.question
-    assert stem(RHOMBUS) == RHOMBUS.question
-    two_lines = replace(RHOMBUS, question="A rhombus.\nWhat is its area?")
-    assert stem(two_lines) == two_lines.question
+    for question in (EMBEDDED.question, RHOMBUS.question):
+        assert stem(question, RHOMBUS.choices) == RHOMBUS.question
+    two_lines = "A rhombus.\nWhat is its area?"
+    assert stem(two_lines, RHOMBUS.choices) == two_lines
 
 
 @pytest.mark.parametrize(
@@ -116,10 +116,17 @@ def test_the_stem_drops_options_that_the_question_holds_and_nothing_else():
 )
 def test_the_stem_drops_options_in_any_common_layout(options: str):
     question = f"{RHOMBUS.question}\n{options.format(*RHOMBUS.choices)}"
-    assert stem(replace(RHOMBUS, question=question)) == RHOMBUS.question
-    others = options.format(*reversed(RHOMBUS.choices))
-    kept = replace(RHOMBUS, question=f"{RHOMBUS.question}\n{others}")
-    assert stem(kept) == kept.question, "options in another order are part of the question"
+    assert stem(question, RHOMBUS.choices) == RHOMBUS.question
+    kept = f"{RHOMBUS.question}\n{options.format(*reversed(RHOMBUS.choices))}"
+    assert stem(kept, RHOMBUS.choices) == kept, "options in another order are part of the question"
+
+
+def test_options_in_a_conversation_are_dropped_too():
+    before = Message(role="system", content="Be brief.")
+    turns = (before, Message(role="user", content=EMBEDDED.question))
+    asked = replace(EMBEDDED, messages=turns)
+    for changed in (rotated(asked, 1), without_options(asked)):
+        assert changed.messages == (before, Message(role="user", content=RHOMBUS.question))
 
 
 def test_without_options_the_gold_is_the_options_number():

@@ -4,6 +4,7 @@ optimizer state in 8 bits; each alone and in pairs."""
 from __future__ import annotations
 
 import copy
+import weakref
 from itertools import combinations
 from typing import Any
 
@@ -283,6 +284,15 @@ def test_dropout_is_drawn_alike_when_blocks_are_computed_again(make_policy):
         torch.manual_seed(7)
         found.append(scores_and_gradients(policy))
     assert_same(found[1], found[0])
+
+
+def test_a_model_whose_blocks_are_computed_again_is_freed(make_recipe):
+    with open_run(make_recipe(model={"gradient_checkpointing": True}), Progress()) as run:
+        policy = run.models.take("base")
+        weight = weakref.ref(next(policy.base.model.layers[0].parameters()))
+        del policy
+        run.models.release()
+    assert weight() is None
 
 
 def test_activations_of_blocks_computed_again_are_not_kept(make_policy):

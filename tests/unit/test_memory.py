@@ -226,6 +226,16 @@ def test_sampling_and_updating_take_turns(outline):
     assert memory.busiest == max(phases, key=phases.__getitem__)
 
 
+def test_a_sampler_is_loaded_before_the_optimizer_exists(outline):
+    made = outline()
+    alone, sampled = (memory_of(made, replace(SFT, sampler=flag)) for flag in (False, True))
+    without = sampled.of("draw") - sampled.held["optimizer"]
+    assert without < sampled.of("generate") == alone.of("generate")
+    frozen = memory_of(outline(lora=LoraTable(rank=1)), replace(SFT, sampler=True))
+    extra = frozen.phases["draw"]["sampler"] + frozen.held["optimizer"]
+    assert extra == outline(lora=LoraTable(rank=1)).reference
+
+
 def test_a_value_model_of_its_own_is_held_trained_and_passed_through(outline):
     made = outline()
     shared, separate = (memory_of(made, rl(value_model=flag)) for flag in (False, True))

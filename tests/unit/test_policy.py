@@ -246,6 +246,33 @@ def test_the_context_is_known_whatever_the_config_calls_it(make_policy, family):
     assert make_policy(family).context == 64
 
 
+def test_long_rotary_factors_limit_the_context(make_policy):
+    # beyond this length, transformers takes the factors from the longest sequence of the batch
+    policy = make_policy("phi3")
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "rope_theta": 1e4}
+    policy.model.config.rope_parameters = {
+        "rope_type": "longrope",
+        "original_max_position_embeddings": 32,
+        **factors,
+    }
+    assert policy.context == 32
+
+
+def test_the_head_of_a_separate_value_model_is_not_saved(make_policy, tmp_path):
+    # on the policy's own hidden states, it would predict something else
+    shared, separate = make_policy("llama"), make_policy("llama")
+    separate.separate_value_model()
+    for policy, name in ((shared, "shared"), (separate, "separate")):
+        torch.nn.init.ones_(policy.value_head.weight)
+        policy.save(tmp_path / name)
+    fresh = make_policy("llama")
+    before = fresh.value_head.weight.clone()
+    fresh.load_value_head(tmp_path / "separate")
+    assert torch.equal(fresh.value_head.weight, before)
+    fresh.load_value_head(tmp_path / "shared")
+    assert torch.equal(fresh.value_head.weight, torch.ones_like(before))
+
+
 def test_a_separate_value_model_starts_equal_and_shares_no_gradient(make_policy):
     policy = make_policy("llama")
     batch = token_batch([[3, 4, 5]], [[6, 7, 1]], device=policy.device)

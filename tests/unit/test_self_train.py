@@ -134,6 +134,14 @@ def test_samples_that_are_all_there_need_no_sampler(context: StageContext):
     assert draw(replace(context, load=refuse), problems, path) == drawn
 
 
+def test_the_sampler_is_freed_before_training(make_stage_recipe: Callable[..., Recipe]) -> None:
+    progress, kept = Progress(), []
+    with open_run(make_stage_recipe(), progress) as run:
+        progress.stage = lambda *_: kept.append(len(run.models.kept))
+        run.train("offline_st")
+    assert kept == [0]
+
+
 def refuse(method: str) -> Any:
     raise AssertionError(f"{method} was loaded")
 

@@ -118,7 +118,12 @@ class Policy(nn.Module):
 
     @property
     def context(self) -> int | None:
-        """Maximum length of a sequence, in tokens; None if the config does not state it."""
+        """Maximum length of a sequence, in tokens; None if the config does not state it. With
+        `longrope`, this is the length up to which positions do not depend on other sequences in the
+        batch."""
+        rope = getattr(self.model.config, "rope_parameters", None) or {}
+        if rope.get("rope_type") == "longrope":
+            return int(rope["original_max_position_embeddings"])
         return getattr(self.model.config, "max_position_embeddings", None)
 
     def require_known(self, sequences: Iterable[Sequence[int]]) -> None:
@@ -403,7 +408,7 @@ class Policy(nn.Module):
     def save(self, folder: Path) -> None:
         """Write the model and the tokenizer so that plain `from_pretrained` can load them. LoRA is
         merged into the model. The model's config and generation config list the end tokens. The
-        value head and any adapters are written too."""
+        adapters are written too, and so is the value head unless the value model is separate."""
         from transformers.utils import logging
 
         logging.disable_progress_bar()  # the run shows its own progress bar
@@ -424,8 +429,9 @@ class Policy(nn.Module):
         if self.is_lora:
             _save_apart(self._adapters(), folder / ADAPTERS)
         self.tokenizer.save_pretrained(folder)
-        head = self.value_head.state_dict()
-        _save_apart({f"value_head.{name}": p for name, p in head.items()}, folder / VALUE_HEAD)
+        if self.value_backbone is None:  # a separate value model's head does not fit the policy
+            head = self.value_head.state_dict()
+            _save_apart({f"value_head.{name}": p for name, p in head.items()}, folder / VALUE_HEAD)
 
     def _generation_config(self) -> GenerationConfig:
         """A greedy generation config that lists all end tokens, beginning with the tokenizer's

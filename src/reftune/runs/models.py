@@ -3,6 +3,7 @@ models or adapters."""
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,10 +55,16 @@ class Models:
         is_other = table.lora is not None or table.gradient_checkpointing
         key = (name, trained and is_other)
         if key not in self.kept:
-            self.kept.clear()  # frees memory for the next policy
+            self.release()
             # unless `is_other`, always build for training, because `take` may need the policy later
             self.kept[key] = self._restored(name, trained=trained or not is_other)
         return self.kept[key]
+
+    def release(self) -> None:
+        """Free the memory of the policy that was loaded last, and of policies that are no longer
+        used."""
+        self.kept.clear()
+        gc.collect()  # gradient checkpointing leaves policies in reference cycles
 
     def take(self, name: str) -> Policy:
         """A policy to train. It is not kept, because training changes it."""

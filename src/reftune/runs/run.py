@@ -177,6 +177,7 @@ class Run:
             metrics=JsonLines(self.folder.metrics),
             progress=self.progress,
             load=self.models.load,
+            release=self.models.release,
         )
         stage.run(context)
         world.wait(f"the end of {name}")

@@ -157,6 +157,9 @@ class Estimate:
         own_share = getattr(self.recipe.engine, "device_share", None)
         if own_share is None:
             phases["generate"] = self._sampling(sizes.rows)
+            if cost.sampler:  # the optimizer does not exist yet
+                sampler = max(0.0, self._sampler - held["optimizer"])
+                phases["draw"] = {**phases["generate"], "sampler": sampler}
         else:
             held["engine's copy"] = own_share * self.device_bytes
         if is_split:
@@ -169,6 +172,13 @@ class Estimate:
             start = whole["weights"] + whole["reference"] - sum(held.values())
             phases["start"] = {"loading": max(0.0, start)}
         return Memory(held=held, phases=phases)
+
+    @property
+    def _sampler(self) -> float:
+        """Bytes of a model that is loaded only to sample."""
+        outline, table = self.outline, self.outline.table
+        is_frozen = table.lora is not None or table.gradient_checkpointing
+        return outline.reference if is_frozen else outline.weights
 
     def _sampling(self, rows: int) -> dict[str, float]:
         """The bytes needed to sample, by purpose, if the engine decodes with the policy's
@@ -198,7 +208,8 @@ class Estimate:
 
         few, one = TOKENS[-1], ROWS[-1]
         tokens = (t for t in TOKENS if fits("update", Sizes(tokens=t, rows=one)))
-        rows = (r for r in ROWS if fits("generate", Sizes(tokens=few, rows=r)))
+        sizes = (Sizes(tokens=few, rows=r) for r in ROWS)
+        rows = (s.rows for s in sizes if fits("generate", s) and fits("draw", s))
         return Sizes(tokens=next(tokens, few), rows=next(rows, one))
 
 

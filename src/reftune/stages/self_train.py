@@ -161,6 +161,7 @@ class SelfTrain(Sampled):
         on dev."""
         started = time.perf_counter()
         drawn = self.draw(context, context.splits.train, context.folder.drawn, num=self.samples)
+        context.release()
         examples = self.examples(drawn, context)
         context.progress.note(
             f"{context.name}: {counted(len(examples), 'row')} to train on; {describe(drawn)}"

@@ -39,6 +39,7 @@ class Schedule(TrainingTable):
             steps=self.epochs * num_rows / self.batch_size,
             batch=self.batch_size,
             sampled_before=sampled_before,
+            sampler=sampled_before > 0,
             looks=self.epochs / self.eval_every,
             state_bits=self.optimizer.state_bits,
         )

@@ -35,6 +35,8 @@ class StageContext:
     progress: Progress
     load: Callable[[str], Policy]
     """Loads another model by name, such as `base` or an earlier method."""
+    release: Callable[[], None]
+    """Frees the memory of the model that was loaded last."""
 
     def seed(self, *parts: int | str) -> int:
         return derive_seed(self.recipe.seed, self.name, *parts)
@@ -93,6 +95,8 @@ class Cost:
     """Number of dev evaluations."""
     prompts: int = 0
     """Distinct prompts in a step."""
+    sampler: bool = False
+    """Whether another model samples before the first step."""
     reference: bool = False
     """Whether the initial policy is kept as a reference."""
     value_model: bool = False

@@ -74,17 +74,27 @@ class ChoiceRow:
 # --- one question ---------------------------------------------------------------------------------
 
 
-def stem(problem: Problem) -> str:
-    """The problem's question. If its last lines only list the lettered options, these lines are
-    left out."""
-    lines = problem.question.strip().splitlines()
-    options = zip(LETTERS, problem.choices, strict=False)
-    wanted = _words("".join(map("".join, options)))
+def unlisted(problem: Problem) -> Problem:
+    """The problem without the options that its question, and the last message, may list."""
+    last = [
+        replace(turn, content=stem(turn.content, problem.choices)) for turn in problem.messages[-1:]
+    ]
+    return replace(
+        problem,
+        question=stem(problem.question, problem.choices),
+        messages=(*problem.messages[:-1], *last),
+    )
+
+
+def stem(question: str, choices: Sequence[str]) -> str:
+    """The question. If its last lines only list the lettered options, these lines are left out."""
+    lines = question.strip().splitlines()
+    wanted = _words("".join(map("".join, zip(LETTERS, choices, strict=False))))
     repeated = {f"{title}{wanted}" for title in ("", "options", "choices", "answerchoices")}
     for start in range(1, len(lines)):
         if _words("".join(lines[start:])) in repeated:
             return "\n".join(lines[:start])
-    return problem.question
+    return question
 
 
 def _words(text: str) -> str:
@@ -98,9 +108,8 @@ def rotated(problem: Problem, by: int) -> Problem:
     count = len(problem.choices)
     choices = tuple(problem.choices[(place - by) % count] for place in range(count))
     gold = moved(str(problem.answer.value), by, count)
-    return replace(
-        problem, question=stem(problem), choices=choices, answer=Answer(kind="choice", value=gold)
-    )
+    answer = Answer(kind="choice", value=gold)
+    return replace(unlisted(problem), choices=choices, answer=answer)
 
 
 def moved(letter: str, by: int, count: int) -> str:
@@ -114,7 +123,7 @@ def without_options(problem: Problem) -> Problem | None:
     number = number_gold(option_values(problem)[LETTERS.index(str(problem.answer.value))])
     if number is None:
         return None
-    return replace(problem, question=stem(problem), choices=(), answer=number)
+    return replace(unlisted(problem), choices=(), answer=number)
 
 
 # --- derived values -------------------------------------------------------------------------------
