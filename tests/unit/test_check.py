@@ -234,6 +234,8 @@ def test_the_start_model_is_sampled_and_a_weak_one_is_reported():
         "at temperature 1 the initial model solves 0 of 32 dev questions"
     )
     assert found.level == "warn", "0 of 32 is below 20% with 95% certainty: at most 11%"
+    control = {"sft": recipe().stages["sft"], **stages}
+    assert finding("accuracy", dataset=Sums(num_dev=40), stages=control).level == "warn"
     warmed = finding("accuracy", dataset=Sums(num_dev=40))
     assert warmed.level == "ok"
     assert warmed.message.endswith("a warm-up comes first")

@@ -89,6 +89,14 @@ def test_overrides_reach_any_depth_and_are_read_as_yaml(folder: Path):
     ) == (7, 9, ["sft"], 3)
 
 
+def test_an_override_changes_no_other_stage_that_shares_a_yaml_anchor(folder: Path):
+    text = (folder / "tiny.yaml").read_text()
+    shared = "  more: &table {kind: 'mine.py:Train', rate: 1}\n  reft: *table\n"
+    (folder / "tiny.yaml").write_text(text.partition("  reft:")[0] + shared)
+    stages = load_recipe("tiny.yaml", ["stages.reft.rate=5"]).stages
+    assert (stages["more"].rate, stages["reft"].rate) == (1, 5)
+
+
 def test_an_override_of_a_bare_kind_keeps_the_kind(folder: Path):
     assert load_recipe("tiny.yaml", ["format.size=8"]).format.size == 8
 

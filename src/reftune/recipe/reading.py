@@ -123,8 +123,10 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     *parents, last = key.split(".")
     table = data
     for name in parents:
-        if not isinstance(table.get(name), dict):
-            table[name] = {"kind": table[name]} if isinstance(table.get(name), str) else {}
+        own = table.get(name)
+        own = {"kind": own} if isinstance(own, str) else own
+        # a copy, because YAML's aliases make one object of the tables of several stages
+        table[name] = dict(own) if isinstance(own, dict) else {}
         table = table[name]
     table[last] = value
 

@@ -95,6 +95,11 @@ class MethodScore:
         return self.group.runs[0].stages[self.method].init
 
     @property
+    def is_snapshot(self) -> bool:
+        """Whether the model is that of a given step, and was not chosen on dev."""
+        return bool(self.group.runs[0].stages[self.method].info.get("snapshot_of"))
+
+    @property
     def looks(self) -> float | None:
         """Number of dev evaluations from which the model was chosen, averaged over seeds."""
         mean = self.mean("looks")
@@ -212,7 +217,8 @@ def comparable_groups(runs: Sequence[RunResults]) -> list[Group]:
     groups = group_runs(runs)
     if len(groups) == 1:
         return groups
-    first, *others = (run for group in groups for run in group.runs)
+    in_order = [run for group in groups for run in group.runs]
+    first, *others = sorted(in_order, key=lambda run: not run.evals)  # evaluated runs first
     for other in others:
         if not _share_problems([first, other]):
             raise DataError(

@@ -138,7 +138,8 @@ def _runner_up(best: MethodScore, base: MethodScore, table: ScoreTable) -> str:
 
 
 def _chosen_sentence(table: ScoreTable) -> str:
-    looks = [f"{display(m.label)} {m.looks}" for m in table.methods if m.looks is not None]
+    chosen = [m for m in table.methods if m.looks is not None and not m.is_snapshot]
+    looks = [f"{display(m.label)} {m.looks}" for m in chosen]
     if not looks:
         return ""
     apart = f"; {table.split} problems played no part in this choice"

@@ -357,14 +357,15 @@ class Loop:
 
     def _follow(self, look: Look) -> dict[str, float]:
         """The recent rise in dev accuracy, as metrics. With `until_plateau`, set the stage's last
-        step once dev accuracy has reached a plateau."""
-        if not look.correct:
+        step once dev accuracy has reached a plateau. After the plateau, there are no such metrics,
+        because the cooldown alone may raise dev accuracy."""
+        if not look.correct or self.state.ends_at is not None:
             return {}
         history = History(**self.state.history)
         history.add(look.correct)
         self.state.history = asdict(history)
         step = self.state.step
-        if self.until_plateau and self.state.ends_at is None and history.is_flat():
+        if self.until_plateau and history.is_flat():
             self.state.ends_at = min(self.total_steps, step + max(1, step // COOLDOWN))
             self.context.progress.note(
                 f"{self.context.name}: dev accuracy no longer rises; cooling down until step"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -289,6 +290,10 @@ def test_runs_over_different_problems_are_not_compared(write_run: WriteRun) -> N
         DataError, match=r"^.*a and .*b: evaluated on different problems; expected [^\n]*$"
     ):
         read_groups(folders)
+    begun = write_run("begun", seed=2)
+    shutil.rmtree(begun / "eval")
+    with pytest.raises(DataError, match=r"^.*a and .*b: evaluated on different problems"):
+        read_groups([begun, *folders], finished=False)
 
 
 def test_groups_of_different_sizes_are_not_compared(write_run: WriteRun) -> None:

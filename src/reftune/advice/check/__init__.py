@@ -8,7 +8,7 @@ from pathlib import Path
 
 from reftune.advice.check import data, model, tokens
 from reftune.advice.check.report import CheckReport, Finding, ok
-from reftune.advice.check.subject import Subject, preview_of, subject_of
+from reftune.advice.check.subject import Subject, preview_of, rl_inits, subject_of
 from reftune.advice.golds import gold_kinds
 from reftune.datasets import Splits, load_splits
 from reftune.errors import DataError, RecipeError
@@ -140,8 +140,7 @@ def _findings(subject: Subject, checks: Mapping[str, Check]) -> list[Finding]:
 
 def _starting_method(recipe: Recipe, *, is_own: bool) -> str:
     folder = RunFolder(recipe.folder)
-    costs = [(s.init, s.cost(num_train=0, num_dev=0)) for s in recipe.stages.values()]
-    inits = [init for init, cost in costs if cost is not None and cost.sampled > 0]
+    inits = rl_inits(recipe)
     trained = [m for m in inits if (is_own and folder.stage(m).is_done) or is_model_folder(m)]
     return trained[0] if trained else "base"
 

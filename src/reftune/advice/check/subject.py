@@ -159,6 +159,12 @@ def learns_from_rationales(subject: Subject) -> bool:
     return any(stage.reads_rationales for stage in subject.recipe.stages.values())
 
 
+def rl_inits(recipe: Recipe) -> list[str]:
+    """The initial model of each stage that samples while it trains."""
+    costs = [(s.init, s.cost(num_train=0, num_dev=0)) for s in recipe.stages.values()]
+    return [init for init, cost in costs if cost is not None and cost.sampled > 0]
+
+
 def share(part: Sized, whole: Sized) -> str:
     """The share of `part` in `whole`, such as `2.5%`."""
     return f"{len(part) / len(whole):.1%}"
