@@ -25,6 +25,7 @@ from reftune.results.summary import (
 from reftune.results.tables import NOT_SIGNIFICANT, display, grid
 from reftune.storage.run_folder import RunFolder
 
+NOT_COMPARED = "n.c."
 RULES = {"maj": "voting", "rerank": "reranking"}
 
 Place = tuple[str, str, str]
@@ -184,7 +185,8 @@ def _accuracies(
         for method, scores in cell["methods"].items():
             for rule in filter(is_shown, scores):
                 row = rows.setdefault((cell["model"], _method(method, rule)), {})
-                row[_column(cell)] = scores[rule]
+                is_baseline = method == cell["baseline"]
+                row[_column(cell)] = {**scores[rule], "is_baseline": is_baseline}
     body = [
         [
             *names,
@@ -206,7 +208,10 @@ def _text(score: Mapping[str, Any] | None) -> str:
     if score is None:
         return "–"
     low, high = score["ci95"]
-    doubt = f" {NOT_SIGNIFICANT}" if score["significant_against_baseline"] is False else ""
+    is_significant = score["significant_against_baseline"]
+    doubt = f" {NOT_COMPARED if is_significant is None else NOT_SIGNIFICANT}"
+    if is_significant or score["is_baseline"]:
+        doubt = ""
     paper = "" if score["paper"] is None else f" [{score['paper']:g}]"
     return f"{100 * score['accuracy']:.1f} ± {50 * (high - low):.1f}{doubt}{paper}"
 
@@ -223,6 +228,6 @@ def _note(found: Sequence[Cell]) -> str:
     return (
         "Percent of problems solved, ± half the width of the 95% interval. Number of seeds:"
         f" {seeds}. {NOT_SIGNIFICANT}: not significantly different from {baselines}{own} on the"
-        " same problems. In brackets: the paper's accuracy for the same model, task, rationale"
-        " and number of test questions, if the paper reports one."
+        f" same problems; {NOT_COMPARED}: not compared. In brackets: the paper's accuracy for the"
+        " same model, task, rationale and number of test questions, if the paper reports one."
     )

@@ -128,6 +128,18 @@ def test_votes_may_be_over_fewer_samples_and_never_over_more(write_task: WriteRu
             table_command([folder], layout=layout, k=5)
 
 
+def test_votes_that_have_no_counterpart_are_marked_as_not_compared(write_task: WriteRun) -> None:
+    folder = write_task(num_samples=4)
+    path = folder / "eval" / "sft.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({**row, "samples": []}) + "\n" for row in rows))
+    text = table_command([folder], layout="paper")
+    greedy, _, votes = text.partition("Votes")
+    assert "n.c." not in greedy.partition("Percent")[0]
+    marked = [line for line in votes.splitlines() if "voting@4" in line]
+    assert len(marked) == 2 and all("n.c." in line for line in marked)
+
+
 def test_methods_without_samples_have_no_votes(write_task: WriteRun) -> None:
     folder = write_task(num_samples=4)
     rows = [
