@@ -45,14 +45,13 @@ class Ended:
 def spread(
     body: Callable[[], object], folder: Path, *, how: str = "ddp", num: int = 2
 ) -> list[Ended]:
-    """Run `body` in `num` joined processes, whose output goes to `folder`. Fails if a process is
-    still alive after `HANGS_S` seconds."""
+    """Like `launch`, but the processes are joined."""
 
     def joined() -> None:
         with processes():
             body()
 
-    return _launch(joined, folder, how, num)
+    return launch(joined, folder, how, num)
 
 
 def run(recipe: Recipe, *, how: str = "ddp", num: int = 2) -> list[Ended]:
@@ -60,10 +59,12 @@ def run(recipe: Recipe, *, how: str = "ddp", num: int = 2) -> list[Ended]:
     file = recipe.folder.with_suffix(".yaml")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(dump_recipe(recipe))
-    return _launch(lambda: main(["run", str(file)]), recipe.folder.parent, how, num)
+    return launch(lambda: main(["run", str(file)]), recipe.folder.parent, how, num)
 
 
-def _launch(body: Callable[[], object], folder: Path, how: str, num: int) -> list[Ended]:
+def launch(body: Callable[[], object], folder: Path, how: str, num: int) -> list[Ended]:
+    """Run `body` in `num` processes, which are not joined yet. Their output goes to `folder`. Fails
+    if a process is still alive after `HANGS_S` seconds."""
     folder.mkdir(parents=True, exist_ok=True)
     launcher = {
         "WORLD_SIZE": str(num),

@@ -26,8 +26,10 @@ from reftune.engines.kv import Kv
 from reftune.errors import NonFiniteError
 from reftune.model.batch import token_batch
 from reftune.processes import heartbeat, sharding, world
+from reftune.processes.launch import processes
 from reftune.processes.sharding import whole_tensor
 from reftune.recipe import Recipe, dump_recipe
+from reftune.runs.run import Run
 from reftune.stages.optimizer import (
     OptimizerTable,
     accumulate_gradient,
@@ -36,6 +38,7 @@ from reftune.stages.optimizer import (
     optimizer_step,
 )
 from reftune.stages.sft import accumulate_nll
+from reftune.stages.stage import Progress
 from reftune.storage.files import JsonLines
 from reftune.types import SamplingParams
 
@@ -529,3 +532,27 @@ def test_launchers_run_what_they_are_asked_for(launcher, how, by_one, steady_rec
     assert ended.returncode == 0, ended.stderr
     assert ended.stderr.count(how) == 1 and ended.stdout.count("Greedy") == 1
     assert_same_run(recipe.folder, by_one)
+
+
+def test_a_program_may_connect_its_processes_several_times(tmp_path: Path):
+    def twice() -> None:
+        for n in range(2):
+            with processes():
+                assert world.gather((n, world.rank())) == [(n, 0), (n, 1)]
+                assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "false"
+        print("done")  # noqa: T201  by both processes, so stdout is restored
+
+    ended = ranks.launch(twice, tmp_path, how="ddp", num=2)
+    assert [(one.status, one.stdout) for one in ended] == [(0, "done\n")] * 2, ended
+
+
+def test_processes_with_different_problems_are_refused(steady_recipe: SteadyRecipe, tmp_path: Path):
+    recipe = steady_recipe(tmp_path / "run")
+
+    def body() -> None:
+        Run(recipe.model_copy(update={"seed": world.rank()}), Progress())
+
+    ended = ranks.spread(body, tmp_path)
+    assert [one.status for one in ended] == [1, 1]
+    told = "".join(one.stderr for one in ended)
+    assert told.count("problems differ between processes; expected the same files") == 1

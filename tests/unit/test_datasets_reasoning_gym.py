@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
@@ -26,6 +27,15 @@ def test_sizes_are_as_asked_and_no_question_repeats() -> None:
     assert (len(splits.train), len(splits.dev), len(splits.test)) == (20, 5, 10)
     questions = [p.question for p in (*splits.train, *splits.dev, *splits.test)]
     assert len(set(questions)) == 35
+
+
+def test_tasks_that_draw_from_the_global_generator_are_reproducible() -> None:
+    found = []
+    for state in (1, 2):
+        random.seed(state)
+        found.append([problem.question for problem in load("list_functions").train])
+        assert random.random() == random.Random(state).random(), "the caller's generator is kept"
+    assert found[0] == found[1]
 
 
 def test_the_tasks_own_scorer_grades_the_answer_text() -> None:

@@ -226,6 +226,12 @@ def test_sampling_and_updating_take_turns(outline):
     assert memory.busiest == max(phases, key=phases.__getitem__)
 
 
+def test_a_group_of_devices_holds_one_copy_of_a_split_model(outline):
+    made = outline()
+    groups = memory_of(made, rl(), sharding="fsdp2", devices=4, replicas=2)
+    assert groups.held == memory_of(made, rl(), sharding="fsdp2", devices=2).held
+
+
 def test_a_sampler_is_loaded_before_the_optimizer_exists(outline):
     made = outline()
     alone, sampled = (memory_of(made, replace(SFT, sampler=flag)) for flag in (False, True))

@@ -4,6 +4,9 @@ answers."""
 from __future__ import annotations
 
 import dataclasses
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -56,7 +59,9 @@ class ReasoningGym(Component):
         for start in range(first_seed, first_seed + PATIENCE * count, max(count, 1)):
             task = self._task(start, count)
             for n in range(count):
-                problem = _problem(f"{self.task}-{split}-{start + n}", task, task[n])
+                with _seeded(start + n):
+                    entry = task[n]
+                problem = _problem(f"{self.task}-{split}-{start + n}", task, entry)
                 if question_key(problem) not in asked:
                     drawn.setdefault(question_key(problem), problem)
             if len(drawn) >= count:
@@ -95,6 +100,17 @@ class ReasoningGym(Component):
                 f"dataset.config: {self.task} rejects {self.config}:"
                 f" {error or type(error).__name__}"
             ) from None
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed Python's global generator inside the block, because some tasks draw from it."""
+    state = random.getstate()
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(state)
 
 
 def _problem(id: str, task: Any, entry: dict[str, Any]) -> Problem:

@@ -7,6 +7,7 @@ import importlib.metadata
 import io
 import logging
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
@@ -197,8 +198,12 @@ def smollm2_folder() -> Path:
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     with _loading(gguf):
         _unpack(gguf, partial)
-    if not folder.exists():  # another process may have finished first
+    try:
         partial.rename(folder)
+    except OSError:
+        shutil.rmtree(partial)
+        if not folder.is_dir():  # otherwise, another process has finished first
+            raise
     return folder
 
 

@@ -25,6 +25,10 @@ reports a dead process much sooner."""
 _store: Any = None
 """A store that all processes can read at any time; None if this process is not connected to
 others."""
+_launchers: Any = None
+"""The launcher's store. It is kept, because a program may connect its processes several times."""
+_joins = 0
+"""How often this process has been connected to others."""
 
 
 @contextmanager
@@ -43,8 +47,11 @@ def processes(environment: Mapping[str, str] = os.environ) -> Iterator[None]:
         return
     import torch.distributed as dist
 
+    # with this setting, some versions of transformers leave the weights of all processes but one
+    # on each machine empty
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     _choose_gpu(environment)
-    heartbeat = None
+    heartbeat, stdout = None, sys.stdout
     try:
         how = wanted_sharding(environment)
         world, _store, heartbeat = _join(environment)
@@ -67,7 +74,7 @@ def processes(environment: Mapping[str, str] = os.environ) -> Iterator[None]:
     finally:
         if heartbeat is not None:
             heartbeat.stop()
-        _store = None
+        _store, sys.stdout = None, stdout
 
 
 def first_to_tell() -> bool:
@@ -133,10 +140,15 @@ def _join(environment: Mapping[str, str]) -> tuple[World, Any, Heartbeat]:
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
-    store, own, size = next(iter(rendezvous("env://")))
+    global _launchers, _joins
+    if _launchers is None:
+        _launchers, _, _ = next(iter(rendezvous("env://")))
+    _joins += 1
+    own, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
     beside = int(environment.get("LOCAL_WORLD_SIZE", "1"))
-    world, end = World(rank=own, size=size, local_size=beside), store.clone()
-    heartbeat = Heartbeat(store.clone(), own, size, lambda missing: _end(world, end, missing))
+    store, beats, end = (PrefixStore(f"reftune/{_joins}", _launchers.clone()) for _ in range(3))
+    world = World(rank=own, size=size, local_size=beside)
+    heartbeat = Heartbeat(beats, own, size, lambda missing: _end(world, end, missing))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.device_count() else "gloo"
     dist.init_process_group(
         backend, store=PrefixStore("group", store), rank=own, world_size=size, timeout=TIMEOUT

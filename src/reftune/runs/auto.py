@@ -81,6 +81,7 @@ def _sizes(recipe: Recipe, device: torch.device) -> Sizes:
             made,
             sharding="fsdp2" if sharding.current.splits else "ddp",
             devices=world.world_size(),
+            replicas=getattr(sharding.current, "replicas", 1),
             device_bytes=total_bytes(device),
         ).fitting()
         for made in estimates(recipe, outline).values()

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from reftune.datasets import load_splits
+from reftune.datasets import Splits, load_splits
 from reftune.errors import DataError, RecipeError
 from reftune.processes import launch, world
 from reftune.recipe import Recipe
@@ -22,7 +22,13 @@ from reftune.stages.rollouts import collector_of
 from reftune.stages.sft import gold_examples
 from reftune.stages.stage import Progress, StageContext
 from reftune.storage.files import JsonLines, write_atomically
-from reftune.storage.run_folder import RunFolder, claimed, readable_errors, refuse_foreign
+from reftune.storage.run_folder import (
+    RunFolder,
+    claimed,
+    readable_errors,
+    refuse_foreign,
+    split_hashes,
+)
 from reftune.text import counted
 
 
@@ -123,6 +129,7 @@ class Run:
         self.recipe, self.progress = recipe, progress
         self.folder = RunFolder(recipe.folder)
         self.splits = load_splits(recipe)
+        _require_same_problems(self.splits)
         self.models = Models(recipe, self.splits)
         self.evaluation = FinalEvaluation(recipe, self.splits, self.models, progress)
 
@@ -212,6 +219,19 @@ class Run:
 
         if world.is_main():
             write_report(read_groups([self.folder.path], finished=False), self.folder.report)
+
+
+def _require_same_problems(splits: Splits) -> None:
+    """Check that all processes have the same problems. Raises: DataError if they do not."""
+    if world.world_size() == 1:
+        return
+    first, *others = world.gather(split_hashes(splits))
+    different = [split for split in first if any(other[split] != first[split] for other in others)]
+    if different:
+        raise DataError(
+            f"dataset: the {' and '.join(different)} problems differ between processes; expected"
+            " the same files and packages on every machine"
+        )
 
 
 @contextmanager

@@ -86,6 +86,8 @@ class Estimate:
     """Length of the longest prompt, in tokens."""
     sharding: Sharding = "one"
     devices: int = 1
+    replicas: int = 1
+    """With `fsdp2`, the number of groups of devices. Each group holds one copy of the model."""
     device_bytes: float = 0.0
     """Total memory of a device."""
     mean_prompt: float | None = None
@@ -136,7 +138,7 @@ class Estimate:
         """Memory needed on each device for passes of these sizes."""
         outline, cost = self.outline, self.cost
         is_split = self.sharding == "fsdp2"
-        parts = self.devices if is_split else 1
+        parts = self.devices // self.replicas if is_split else 1
         has_reference = cost.reference and not outline.policy.is_lora
         value_model = outline.backbone if cost.value_model else 0
         trained = outline.trained + value_model
