@@ -157,9 +157,7 @@ def evaluate(
     recipe = _recipe_of(model)
     policy = _policy(model)
     put = _format(format or recipe.get("format") or "nl")
-    are_rows = not all(isinstance(each, Problem) for each in problems)
-    dataset = _component(recipe.get("dataset"), "dataset") if are_rows else None
-    golds = golds_of(dataset, put)
+    golds = golds_of(_dataset(recipe), put)
     found = tuple(
         p if isinstance(p, Problem) else _asked({"id": i, **p}, f"problem {i}", golds)
         for i, p in enumerate(problems)
@@ -213,6 +211,14 @@ def _recipe_of(model: str | Path | Policy) -> Mapping[str, Any]:
         return {}
     path = StageFolder(Path(model)).run.recipe
     return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _dataset(recipe: Mapping[str, Any]) -> Any:
+    """The dataset of a run's recipe; None if its class is not to be found here."""
+    try:
+        return _component(recipe.get("dataset"), "dataset")
+    except RecipeError:
+        return None
 
 
 def _format(spec: FormatSpec) -> Format:

@@ -450,6 +450,8 @@ def test_a_gold_may_be_the_letter_of_an_option_with_the_options_text() -> None:
         assert read_gold(gold) == Answer(kind="text", value="B")
     for gold in ("(B) 12", "B) 12", "\\textbf{(B)}\\ 12", "\\textbf{B)}\\ 12"):
         assert read_gold(gold) == Answer(kind="any_of", value="B", items=("B", "12"))
+    for said in ("P(A)", "copper(I) oxide", "none, see (A)"):
+        assert read_gold(f"(B) {said}").items == ("B", said)
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,7 @@ def verdicts(format: Format, problem: Problem, *answers: str) -> list[Verdict]:
         ([1.234, 1234], 1.234, ["1,234"], ["1.234", "1234"]),
         ({"text": ["0,5", "1,5"], "label": ["1", "2"]}, "2", ["1,5"], ["0,5"]),
         (["(1,2)", "(2,1)"], "A", ["(1,2)", "(1, 2)"], ["(2,1)"]),
+        (["1.250", "7"], "A", ["1.250", "1250"], ["7", "b"]),
     ],
 )
 def test_options_have_decimal_commas(
@@ -123,6 +124,9 @@ def test_the_prompt_shows_options_with_their_commas_and_programs_return_points(
     assert Nl().prompt(problem) == "q\na ) 3,5 , b ) 4,5\n"
     assert grade_value(3.5, problem).verdict is Verdict.CORRECT
     assert grade_value("3,5", problem).verdict is Verdict.CORRECT
+    grouped = from_data(tmp_path, {"choices": ["1,250", "1250"], "answer": "A"})
+    assert grade_value("1,250", grouped).verdict is Verdict.CORRECT
+    assert grade_value(1250, grouped).verdict is Verdict.WRONG
     assert grade_value(4.5, problem).verdict is Verdict.WRONG
     numbers = from_data(tmp_path, {"choices": [1.234, 2], "answer": "a"})
     assert Nl().prompt(numbers) == "q\na ) 1,234 , b ) 2\n"
@@ -147,6 +151,9 @@ def test_the_prompt_shows_options_with_their_commas_and_programs_return_points(
         ("auto", "[1.234, 2.5, 3]", "1,234; 2,5; 3", ["1,234, 2,5, 3"], ["1234; 2,5; 3"]),
         ("any_of", "[1,5, 2,5]", "1,5", ["2,5", "1,50"], ["1", "15"]),
         ("list", "[1.250,75, 2,5]", "1.250,75; 2,5", ["1250,75 and 2,5"], []),
+        ("list", ["(1,2)", "(3,4)"], "(1,2); (3,4)", ["(1,2), (3,4)"], ["(1,2), (4,3)"]),
+        ("any_of", "(1,2)", "(1,2)", ["(1, 2)"], ["(2,1)", "(12)"]),
+        ("auto", "3,5", "3,5", ["(3,5)", "$(3,5)$", "[3,5]"], ["(35)"]),
         ("auto", "(3,5 kg)", "3,5", ["3,5 kg", "(3,5 kg)"], ["35 kg"]),
         ("auto", "(1,2)", "(1,2)", ["(1, 2)"], ["1.2"]),
         ("auto", "x = 3,5", "x = 3,5", ["x=3,5"], ["x = 35"]),

@@ -102,9 +102,10 @@ def number_in_gold(raw: object, reading: Reading = DEFAULT) -> Number | None:
 def with_points(cell: object, reading: Reading) -> str:
     """A cell as text in which numbers have decimal points. Numbers that are not written as text
     have points already. Pairs such as "(1,2)" stay unchanged."""
-    if isinstance(cell, str) and reading.decimal == "," and not _PAIR.fullmatch(cell):
-        return with_decimal_points(cell)
-    return str(cell)
+    if not isinstance(cell, str) or reading.decimal == ".":
+        return str(cell)
+    parts = _PAIR.split(cell)
+    return "".join(part if n % 2 else with_decimal_points(part) for n, part in enumerate(parts))
 
 
 def stated_gold(raw: object, reading: Reading = DEFAULT) -> object:
@@ -204,8 +205,10 @@ def _refuse_other_types(raw: object) -> None:
 
 
 _OPTION = re.compile(
-    r"\((?P<letter>[A-H])\)(?: (?!and\b|or\b)(?!.*\W[A-Z]\))(?P<text>[\w\\$-].*))?"
+    r"\((?P<letter>[A-H])\)"
+    r"(?: (?!and\b|or\b)(?!.*[\s,;/]\(?[A-Z]\)\s*[\w\\$-])(?P<text>[\w\\$-].*))?"
 )
+"""Matches one option, and not "(A) 5, (B) 3"."""
 _LISTED = re.compile(r"\[\s*(.+?)\s*\]", re.DOTALL)
 
 
@@ -228,9 +231,10 @@ def worded_gold(text: str, reading: Reading = DEFAULT) -> Answer:
     text = text.strip()
     if option := _option_gold(text, reading):
         return option
-    listed = _LISTED.fullmatch(text)
-    is_code = literal(text) is not None and not _DECIMALS.fullmatch(text)
-    parts = split_items(text if is_code else with_points(text, reading)) if listed else ()
+    parts: tuple[str, ...] = ()
+    if _LISTED.fullmatch(text):
+        is_decimal = reading.decimal == "," and (_DECIMALS.fullmatch(text) or not literal(text))
+        parts = split_items(with_points(text, reading) if is_decimal else text)
     if len(parts) > 2 or (len(parts) == 2 and all(part.isalpha() for part in parts)):
         return Answer(kind="list", value=", ".join(parts), items=parts)
     return Answer(kind="latex" if looks_like_math(text) else "text", value=text)
@@ -318,7 +322,7 @@ _BRACKETED = re.compile(
 # --- numbers --------------------------------------------------------------------------------------
 
 
-_PAIR = re.compile(r"[\s$*]*(?:\\left)?[(\[] ?-?\d+ ?, ?-?\d+ ?(?:\\right)?[)\]][\s$*.]*")
+_PAIR = re.compile(r"([(\[] ?-?\d+ ?, ?-?\d+ ?(?:\\right)?[)\]])")
 """Matches a point, an interval or a list of two whole numbers. Its comma is no decimal comma."""
 _SPACED_MINUS = re.compile(r"^ *– +(?=[\d.])")
 _FORMULA = re.compile(r"\$+((?:[^$\\]|\\.)*)\$+", re.DOTALL)

@@ -15,6 +15,7 @@ from decimal import Decimal
 from fractions import Fraction
 from functools import lru_cache
 from math import isfinite
+from string import ascii_lowercase
 from typing import Any
 
 import regex
@@ -32,7 +33,7 @@ from reftune.grading.markers import (
 from reftune.grading.mathematics import same_expression
 from reftune.grading.numbers import FLOAT_DIGITS, MAX_DIGITS, number_of, same_number
 from reftune.grading.options import names_option, option_values, read_choice
-from reftune.grading.plain_text import MAX_SEGMENT_CHARS, first_line
+from reftune.grading.plain_text import MAX_SEGMENT_CHARS, first_line, same_text, with_decimal_points
 from reftune.grading.sentences import parse_number
 from reftune.grading.words import ONE_TO_TWELVE, TAKEN_BACK, bare_words, states_words
 from reftune.text import printable
@@ -184,13 +185,25 @@ def grade_answer(text: str, problem: Problem, reading: Reading = DEFAULT) -> Gra
     """Grade an answer. The text may contain units and prose around the answer."""
     if not text.strip():
         return no_answer("the answer is empty")
-    if problem.answer.kind in NUMERIC:
+    kind, written = problem.answer.kind, text
+    if kind == "number" and reading.decimal == ",":
+        text = with_decimal_points(text)  # in "(3,5)" too, which is no pair here
+    elif kind in NUMERIC:
         text = with_points(text, reading)
-    if problem.answer.kind in ("latex", "list", "set"):
+    if kind in ("latex", "list", "set"):
         text = _without_bold(text)
     if problem.scorer is not None:
         return _grade_by_scorer(text, problem, problem.scorer)
-    return _GRADERS[problem.answer.kind](text, problem)
+    if kind == "choice" and problem.decimal == ",":
+        return _grade_choice(_as_letter(written, problem) or text, problem)
+    return _GRADERS[kind](text, problem)
+
+
+def _as_letter(text: str, problem: Problem) -> str:
+    """The letter of the option that `text` repeats as the prompt shows it; empty if there is no
+    such option."""
+    found = [n for n, each in enumerate(problem.choices) if same_text(first_line(text), each)]
+    return ascii_lowercase[found[0]] if len(found) == 1 else ""
 
 
 def _without_bold(text: str) -> str:
@@ -218,8 +231,6 @@ def _grade_number(text: str, problem: Problem) -> Graded:
 
 def _grade_choice(text: str, problem: Problem) -> Graded:
     letter = read_choice(text, option_values(problem))
-    if letter is None and problem.decimal == ",":
-        letter = read_choice(text, problem.choices)
     if letter is None:
         return no_answer(f"no single option in {quote(text)}")
     return judge(letter == problem.answer.value, letter, str(problem.answer.value))

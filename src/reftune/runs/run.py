@@ -230,7 +230,8 @@ def _require_same_problems(splits: Splits) -> None:
     if different:
         raise DataError(
             f"dataset: the {' and '.join(different)} problems differ between processes; expected"
-            " the same files and packages on every machine"
+            " the same files and packages on every machine and, for generated questions, one"
+            " PYTHONHASHSEED"
         )
 
 

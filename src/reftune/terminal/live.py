@@ -158,7 +158,7 @@ class LineProgress(Progress):
 
 class RichProgress(Progress):
     """The live view: a bar, numbers, each phase's share of the time and a recently sampled
-    solution. Each finished stage leaves a line."""
+    solution. Each finished stage, and each stage that reaches its plateau, leaves a line."""
 
     def __init__(self, console: Console, *, time_s: Callable[[], float] = time.monotonic) -> None:
         from rich.live import Live

@@ -61,9 +61,16 @@ def golds_of(dataset: object, format: Format) -> GoldReader:
     """The dataset's reader of gold answers. It expects decimal commas if the dataset or the format
     has them."""
     own = getattr(dataset, "golds", None)
-    golds = own if isinstance(own, GoldReader) else DEFAULT
+    golds = own if isinstance(own, GoldReader) else _settings_of(dataset)
     has_commas = "," in (golds.decimal, getattr(format, "decimal", "."))
     return replace(golds, decimal="," if has_commas else ".")
+
+
+def _settings_of(dataset: object) -> GoldReader:
+    """A reader with the settings of a user's dataset that are named as those of `jsonl`."""
+    return GoldReader(
+        kind=getattr(dataset, "answer_kind", "auto"), decimal=getattr(dataset, "decimal", ".")
+    )
 
 
 def score_lines(

@@ -6,7 +6,7 @@ import copy
 from dataclasses import replace
 
 from reftune.advice.check.report import Finding, fail, ok, warn
-from reftune.advice.check.subject import Subject, mean, rl_inits
+from reftune.advice.check.subject import Subject, learns_from_rationales, mean, rl_inits
 from reftune.advice.measured import available_bytes, measure_speed
 from reftune.datasets import Splits
 from reftune.errors import DataError
@@ -123,7 +123,8 @@ def check_accuracy(subject: Subject) -> Finding:
     last = _last_rise(subject)
     if last is not None:
         message += f"; {rise_line(last.rise, last.margin, LOOKS)}"
-    is_trained_first = subject.method == "base" and "base" not in rl_inits(subject.recipe)
+    has_supervised = learns_from_rationales(subject) and "base" not in rl_inits(subject.recipe)
+    is_trained_first = subject.method == "base" and has_supervised
     if high < NEEDED_ACCURACY and not is_trained_first:
         finding = warn(message, "start RL from a warm-up, a stronger model or easier questions")
     elif last is not None and last.rise > last.margin:

@@ -59,8 +59,8 @@ class GoldReader:
             raise DataError(
                 f"{shown(cell)}; expected an answer (if this is one, set answer_kind: text)"
             )
-        is_long = len(str(stated).split()) > MOST_WORDS
-        if kind == "auto" and answer.kind in ("text", "latex", "any_of") and is_long:
+        is_long = len(str(answer).split()) > MOST_WORDS
+        if kind == "auto" and answer.kind in ("text", "latex") and is_long:
             raise DataError(
                 f"{shown(cell)}; expected an answer, or a solution that marks it: #### 72,"
                 " \\boxed{72} or 'The answer is 72' (if this is the answer,"
@@ -88,7 +88,7 @@ class GoldReader:
                 letter or stated, "choice", choices=options.texts, reading=self.reading
             )
         except DataError as error:
-            position = " (if this is a position, set positions_from)" * is_digits
+            position = " (if this is a position, set dataset.positions_from)" * is_digits
             raise DataError(f"{error}{position}") from None
 
 
