@@ -64,7 +64,8 @@ class Models:
         """Free the memory of the policy that was loaded last, and of policies that are no longer
         used."""
         self.kept.clear()
-        gc.collect()  # gradient checkpointing leaves policies in reference cycles
+        if self.recipe.model.gradient_checkpointing:  # which leaves policies in reference cycles
+            gc.collect()
 
     def take(self, name: str) -> Policy:
         """A policy to train. It is not kept, because training changes it."""
