@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from reftune.grading.markers import answer_text, reasoning_text
-from reftune.grading.plain_text import with_decimal_commas
+from reftune.grading.plain_text import with_separator
 from reftune.types import Problem, spell_decimal
 
 MAX_SIZE = 10**6
@@ -115,7 +115,7 @@ def _wrong_words(problem: Problem, target: str, decimal: str) -> Iterator[Pertur
         return
     before, stated = parts
     for kind, answer in other_answers(problem).items():
-        other = with_decimal_commas(answer) if decimal == "," else answer
+        other = with_separator(answer, decimal)
         yield Perturbed(kind, f"{before}{other}")
         again = before.rpartition("\n")[2]  # the line that announces the answer
         yield Perturbed(f"right, then {kind}", f"{before}{stated}\n{again}{other}")
@@ -140,5 +140,4 @@ def _right_words(problem: Problem, target: str, decimal: str) -> Iterator[Pertur
     else:
         spellings |= {"brackets": f"({plain})", "a capital": plain.upper()}
     for kind, answer in spellings.items():
-        written = with_decimal_commas(answer) if decimal == "," else answer
-        yield Perturbed(kind, f"{before}{written}")
+        yield Perturbed(kind, f"{before}{with_separator(answer, decimal)}")

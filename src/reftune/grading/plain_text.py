@@ -145,6 +145,7 @@ def _plain_char(char: str) -> str:
 
 _DIGITS = re.compile(r"\d[\d.,]*\d")
 _GROUPED_BY_POINTS = re.compile(r"[1-9]\d{0,2}(?:\.\d{3})+(?:,\d+)?")
+_SWAPPED = str.maketrans(".,", ",.")
 _GROUPED_BY_SPACES = re.compile(r"(?<![\d.,])(?<!\d )[1-9]\d{0,2}(?: \d{3})+(?! ?\d)")
 
 
@@ -158,22 +159,22 @@ def with_decimal_points(text: str) -> str:
 def _with_decimal_point(match: re.Match[str]) -> str:
     digits = match[0]
     if _GROUPED_BY_POINTS.fullmatch(digits):
-        return digits.translate(str.maketrans(".,", ",."))
+        return digits.translate(_SWAPPED)
     return digits.replace(",", ".") if digits.count(",") == 1 and "." not in digits else digits
 
 
 _ENGLISH = re.compile(r"(?:[1-9]\d{0,2}(?:,\d{3})+|\d+)(?:\.\d+)?")
 
 
-def with_decimal_commas(text: str) -> str:
-    """Convert numbers in English notation to decimal commas: "1,250.75" becomes "1.250,75"."""
-    return _DIGITS.sub(_with_decimal_comma, text)
+def with_separator(text: str, decimal: str) -> str:
+    """Give numbers in English notation the decimal separator `decimal`. With a comma, "1,250.75"
+    becomes "1.250,75"."""
+    return _DIGITS.sub(_with_decimal_comma, text) if decimal == "," else text
 
 
 def _with_decimal_comma(match: re.Match[str]) -> str:
     digits = match[0]
-    is_english = _ENGLISH.fullmatch(digits) is not None
-    return digits.translate(str.maketrans(".,", ",.")) if is_english else digits
+    return digits.translate(_SWAPPED) if _ENGLISH.fullmatch(digits) else digits
 
 
 def same_text(first: str, second: str) -> bool:

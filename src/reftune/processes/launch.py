@@ -25,7 +25,7 @@ reports a dead process much sooner."""
 _store: Any = None
 """A store that all processes can read at any time; None if this process is not connected to
 others."""
-_launchers: Any = None
+_launcher_store: Any = None
 """The launcher's store. It is kept, because a program may connect its processes several times."""
 _joins = 0
 """How often this process has been connected to others."""
@@ -140,13 +140,15 @@ def _join(environment: Mapping[str, str]) -> tuple[World, Any, Heartbeat]:
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
-    global _launchers, _joins
-    if _launchers is None:
-        _launchers, _, _ = next(iter(rendezvous("env://")))
+    global _launcher_store, _joins
+    if _launcher_store is None:
+        _launcher_store, _, _ = next(iter(rendezvous("env://")))
     _joins += 1
     own, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
     beside = int(environment.get("LOCAL_WORLD_SIZE", "1"))
-    store, beats, end = (PrefixStore(f"reftune/{_joins}", _launchers.clone()) for _ in range(3))
+    store, beats, end = (
+        PrefixStore(f"reftune/{_joins}", _launcher_store.clone()) for _ in range(3)
+    )
     world = World(rank=own, size=size, local_size=beside)
     heartbeat = Heartbeat(beats, own, size, lambda missing: _end(world, end, missing))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.device_count() else "gloo"

@@ -13,7 +13,7 @@ from reftune.errors import DataError
 from reftune.grading.golds import literal, same_option, with_points
 from reftune.grading.markers import DEFAULT, Reading
 from reftune.grading.options import unlettered
-from reftune.grading.plain_text import with_decimal_commas
+from reftune.grading.plain_text import with_separator
 from reftune.text import shown
 
 MOST = len(string.ascii_lowercase)
@@ -141,5 +141,6 @@ def _options(value: object, reading: Reading) -> Options | None:
 
 
 def _shown(option: str | float, reading: Reading) -> str:
-    is_converted = isinstance(option, float) and reading.decimal == ","
-    return with_decimal_commas(str(option)) if is_converted else str(option)
+    if isinstance(option, str):
+        return option
+    return with_separator(str(option), reading.decimal)

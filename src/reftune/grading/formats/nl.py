@@ -14,7 +14,7 @@ from reftune.grading.formats._prompts import Prompted, gold_rationale, paper_pro
 from reftune.grading.markers import DEFAULT, Reading
 from reftune.grading.mathematics import NUM_WORKERS
 from reftune.grading.paper_rules import PAPER_TRIGGER, grade_completion_paper
-from reftune.grading.plain_text import with_decimal_commas
+from reftune.grading.plain_text import with_separator
 from reftune.grading.verdicts import NUMERIC, grade_completion, needs_worker
 from reftune.types import Answer, Conversation, Graded, Problem, Verdict, spell_decimal
 
@@ -82,8 +82,8 @@ class Nl(Prompted):
         """The gold answer with the decimal separator of targets."""
         if self.gold_decimal == "." or gold.kind not in NUMERIC:
             return spell(gold)
-        is_listed = gold.kind in ("list", "set")
-        return with_decimal_commas("; ".join(gold.items) if is_listed else spell(gold))
+        text = "; ".join(gold.items) if gold.kind in ("list", "set") else spell(gold)
+        return with_separator(text, self.gold_decimal)
 
     def grade(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Graded]:
         """One grade per completion, in the same order. Expressions are compared in parallel."""
