@@ -97,6 +97,12 @@ def test_an_override_changes_no_other_stage_that_shares_a_yaml_anchor(folder: Pa
     assert (stages["more"].rate, stages["reft"].rate) == (1, 5)
 
 
+def test_a_null_override_removes_a_table_but_sets_any_other_key(folder: Path):
+    recipe = load_recipe("tiny.yaml", ["stages.reft=null", "run_dir=a", "run_dir=null"])
+    assert [*recipe.stages] == ["sft"]
+    assert recipe.run_dir is None
+
+
 def test_an_override_of_a_bare_kind_keeps_the_kind(folder: Path):
     assert load_recipe("tiny.yaml", ["format.size=8"]).format.size == 8
 
@@ -152,7 +158,7 @@ def test_an_unknown_kind_names_the_nearest_one(folder: Path):
 
 
 def test_a_missing_key_is_named(folder: Path):
-    assert refusal("model=null").startswith("tiny.yaml: model: input should be")
+    assert refusal("model=null").startswith("tiny.yaml: model: field required")
     (folder / "short.yaml").write_text("{name: short, reward: mine.py:Part, engine: mine.py:Part}")
     assert refusal(path="short.yaml") == "short.yaml: model: field required"
 

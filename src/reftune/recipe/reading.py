@@ -18,7 +18,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     The key `extends` contains the path of another recipe, or a list of such paths, relative to the
     recipe's folder. Later recipes in the list override earlier recipes, and the recipe's own keys
-    override all of them. `merge` describes how one recipe overrides another.
+    override all of them. `merge` describes how one recipe overrides another. In `overrides`, null
+    removes a table, such as a stage; it sets any other key to null.
     Raises: RecipeError if a recipe or an override cannot be read, or if the result is not valid.
     """
     data = read_yaml(Path(path))
@@ -128,7 +129,10 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
         # a copy, because YAML's aliases make one object of the tables of several stages
         table[name] = dict(own) if isinstance(own, dict) else {}
         table = table[name]
-    table[last] = value
+    if value is None and isinstance(table.get(last), dict):
+        del table[last]
+    else:
+        table[last] = value
 
 
 def _first_problem(error: ValidationError) -> str:
