@@ -67,7 +67,7 @@ def gae(
 
 
 def whiten(values: Tensor, mask: Tensor) -> Tensor:
-    """`values`, standardized to zero mean and unit variance where the mask is True. The result is 0
+    """`values`, standardised to zero mean and unit variance where the mask is True. The result is 0
     elsewhere.
 
         (x - mean) / sqrt(unbiased variance + 1e-8)

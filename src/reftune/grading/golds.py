@@ -132,9 +132,9 @@ def stated_gold(raw: object, reading: Reading = DEFAULT) -> object:
 
 
 def _stated(text: str, reading: Reading) -> list[str]:
-    """The last marked answer and any marked answers side by side with it, in order of appearance.
-    Two answers are side by side if hardly anything stands between them except a marker, symbols,
-    "or" or "and"."""
+    """In order of appearance: the last marked answer, any marked answers side by side with it, and
+    an unmarked number after "or". Two answers are side by side if hardly anything stands between
+    them except a marker, symbols, "or" or "and"."""
     found = [each for each in statements(text, reading) if each.text is not None]
     following = [each.start for each in found[1:]] + [len(text)] * bool(found)
     pairs = zip(found, following, strict=True)

@@ -28,8 +28,7 @@ def fit_value_head(head: nn.Linear, rollouts: Iterable[tuple[Tensor, Tensor]]) -
     as it is. `rollouts` yields the features (N, H) and returns (N,) of one rollout at a time, so
     memory does not grow with the number of rollouts.
 
-    Returns: the share of that variance which the best of these heads explains; 0 if there is at
-    most one rollout.
+    Returns: that largest share; 0 if there is at most one rollout.
     Raises: NonFiniteError if a feature or return is not finite.
     """
     sums, last = _Moments(head.in_features), None

@@ -266,8 +266,8 @@ def _same_problems(evals: Iterable[Sequence[EvalRow]]) -> bool:
 
 def score_table(groups: Sequence[Group], *, k: int | None = None) -> ScoreTable:
     """Scores and paired comparisons of all methods. Votes use the first `k` samples of each
-    problem. If `k` is None, they use as many samples as the method's problem with the fewest
-    samples has.
+    problem. If `k` is None, it is the smallest number of samples that the method has for any
+    problem.
 
     Raises: DataError if `k` is given and no method has samples, or if a method with samples has
     fewer than `k` samples for some problem.

@@ -231,7 +231,7 @@ class Loop:
     @contextmanager
     def _saving(self) -> Iterator[None]:
         """If the engine fails inside the block, save a checkpoint. Up to that point, the block must
-        not change the stage's state. The engine's error is raised in every process."""
+        not change the stage's state. The engine's error must be raised in every process."""
         try:
             yield
         except EngineError:

@@ -55,7 +55,7 @@ SOLUTIONS_AT_ONCE = 8192
 """Maximum number of solutions held as tokens at the same time."""
 LIKELIHOOD = "likelihood"
 STANDARDIZED = 256
-"""Approximate number of solutions over which log-likelihoods are standardized."""
+"""Approximate number of solutions over which log-likelihoods are standardised."""
 CORRECT = 1
 """Label of a correct solution; a wrong solution has label 0."""
 
@@ -193,7 +193,7 @@ class Classifier(nn.Module):
 
     @torch.no_grad()
     def add_likelihood(self, solutions: Sequence[Solution]) -> None:
-        """Let the score depend on the log-likelihood. The new layer's initial weights standardize
+        """Let the score depend on the log-likelihood. The new layer's initial weights standardise
         the log-likelihood over about `STANDARDIZED` of the `solutions`."""
         some = solutions[:: max(1, len(solutions) // STANDARDIZED)]
         batch = self.solution_batch([(s.problem, s.text) for s in some])

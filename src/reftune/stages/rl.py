@@ -258,7 +258,7 @@ class Trainer:
 
     def update(self, batch: RolloutBatch, n: int) -> dict[str, float]:
         """Make `updates` passes over the rollout, with `minibatches` optimizer steps each, and
-        return metrics. The first step whose loss or gradient is not finite ends the update.
+        return metrics. The first step whose loss or gradient is not finite ends all passes.
 
         Raises: NonFiniteError unless the recipe allows skipping the step.
         """

@@ -6,7 +6,7 @@ therefore writes out the transformer's blocks. Each block maps hidden states h t
     h' = h + W_o attention(turn(W_q x), turn(W_k x), W_v x),    x = norm(h)
     h'' = h' + W_down (silu(W_gate y) · W_up y),                y = norm(h')
 
-Here, `turn` applies rotary positions. In Qwen3, queries and keys are normalized before they are
+Here, `turn` applies rotary positions. In Qwen3, queries and keys are normalised before they are
 turned. One half of this file is for training, and the other half is for decoding. The halves
 replace the following parts of transformers' code:
 
@@ -399,7 +399,7 @@ def product(layers: Sequence[nn.Linear], dtype: torch.dtype, *, pack: bool = Tru
     rows. The outputs are side by side.
 
     If oneDNN's layout would be faster than the ordinary one, the product uses a copy of the weights
-    in oneDNN's layout. Without `pack`, the copy has the same size and the ordinary layout.
+    in oneDNN's layout. Without `pack`, it uses a copy in the ordinary layout instead.
     """
     weight = _joined([layer.weight for layer in layers], dtype)
     bias = None if layers[0].bias is None else _joined([layer.bias for layer in layers], dtype)
