@@ -24,7 +24,7 @@ import numpy as np
 
 import reftune
 from reftune.results.stats import Comparison, compare, compare_over_seeds
-from reftune.stages import NEEDED_ACCURACY
+from reftune.stages.plateau import NEEDED_ACCURACY
 from reftune.storage.files import JsonLines
 from reftune.storage.run_folder import RunFolder
 

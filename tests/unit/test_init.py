@@ -10,7 +10,7 @@ from chat_families import save_model
 from reftune.errors import DataError
 from reftune.recipe import load_recipe
 from reftune.terminal.cli import find_recipe, main
-from reftune.terminal.init import Wishes, default_out, guess_format, guess_shape
+from reftune.terminal.init import Wishes, default_out, guess_columns, guess_format
 
 PROGRAM = "def solution():\n    a = {a}\n    b = {b}\n    return a + b"
 
@@ -56,7 +56,6 @@ def test_the_recipe_passes_check(here: Path, capsys: pytest.CaptureFixture[str],
     assert out == "mine.yaml\n"
     assert err.splitlines() == [
         "columns: question is Prompt, answer is gold, rationale is solution",
-        "read as plain rows",
         f"no terminal to ask: format is {form}; --format chooses another",
         "golds  number 40: 30 → 30, 31 → 31, 32 → 32",
         "next: reftune check mine.yaml",
@@ -201,10 +200,10 @@ def test_on_a_terminal_it_asks_on_stderr(
 
 def test_columns_formats_and_names_are_guessed(here: Path):
     write_csv(here / "mine.csv", ["Problem", "Label", "CoT"], rationale=PROGRAM)
-    columns = guess_shape("mine.csv").named
+    columns = guess_columns("mine.csv").named
     assert columns == {"question": "Problem", "answer": "Label", "rationale": "CoT"}
     assert guess_format("mine.csv", columns) == "program"
-    assert guess_shape("mine.csv", {"answer": "CoT"}).named["answer"] == "CoT"
+    assert guess_columns("mine.csv", {"answer": "CoT"}).named["answer"] == "CoT"
     assert [
         str(default_out(data)) for data in ("a/my data.csv", "a/b", "owner/set:main:train")
     ] == ["my-data.yaml", "b.yaml", "set.yaml"]
@@ -215,4 +214,4 @@ def test_too_few_questions_are_refused(here: Path):
     assert status("init", "--data", "one.csv", "--model", "scratch") == 2
     assert not (here / "one.yaml").exists()
     with pytest.raises(DataError):
-        guess_shape("absent.csv")
+        guess_columns("absent.csv")

@@ -14,7 +14,7 @@ from checking import UNMEASURED, check_only
 from reftune.advice.check import check_recipe
 from reftune.errors import ReftuneError
 from reftune.recipe import load_recipe
-from reftune.terminal.init import Wishes, guess_format, guess_shape, write_recipe
+from reftune.terminal.init import Wishes, guess_columns, guess_format, write_recipe
 
 LONG = "The weather was fine. " * 2000
 
@@ -109,7 +109,7 @@ def test_recipes_that_init_writes_pass_check(
         question = f"{LONG if one_is_long and i == 5 else ''}{a} and {b}?"
         rows.append(SHAPES[shape](question, a, b, SPELLINGS[spelling](a + b, rng)))
     Path("data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    columns = guess_shape("data.jsonl").named
+    columns = guess_columns("data.jsonl").named
     wishes = Wishes(
         data="data.jsonl",
         model="scratch" if columns.get("rationale") else model,

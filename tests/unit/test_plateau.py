@@ -10,7 +10,8 @@ import pytest
 from reftune.errors import RecipeError
 from reftune.runs.run import open_run
 from reftune.stages import loop as loop_module
-from reftune.stages.loop import History, Look, rise
+from reftune.stages.loop import Look
+from reftune.stages.plateau import History, rise
 from reftune.stages.stage import Progress
 from reftune.storage.files import JsonLines
 

@@ -110,7 +110,7 @@ class Jsonl(FileDataset):
             for name in names:
                 if all(row.get(name) is None for row in rows):
                     rows[0].value(name)
-        return recognise(rows, named, has_options=self._says_options).columns
+        return recognise(rows, named, has_options=self._says_options)
 
     def _options(self, row: Row, columns: Columns) -> Options | None:
         """The row's options; None if the row has no options, or if the answer kind does not use

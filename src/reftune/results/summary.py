@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from functools import cache, partial
 from itertools import combinations
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,7 @@ from reftune.grading import voting
 from reftune.results import stats
 from reftune.results.records import EvalRow, RunResults, StageResults, read_runs
 from reftune.results.stats import Comparison, Interval
-from reftune.stages import NEEDED_ACCURACY
+from reftune.stages.plateau import NEEDED_ACCURACY, Rise
 from reftune.stages.probes import choices
 from reftune.storage.run_folder import RunFolder
 
@@ -458,51 +458,43 @@ class Handover:
 
     stage: str
     init: str
-    rise: float
-    """Change in dev accuracy, as a share of problems, over four evaluations: the last four up to
-    the step at which the stage's initial model was saved."""
-    margin: float
-    """Half the width of the rise's paired 95% interval."""
+    rise: Rise
+    """The rise over four evaluations: the last four up to the step at which the stage's initial
+    model was saved."""
     accuracy: float
     """Dev accuracy at the last of the four evaluations."""
 
     @property
-    def is_flat(self) -> bool:
-        """Whether the rise in dev accuracy was no larger than the margin."""
-        return self.rise <= self.margin
-
-    @property
     def is_ready(self) -> bool:
-        """Whether dev accuracy was flat and at least `NEEDED_ACCURACY`."""
-        return self.is_flat and self.accuracy >= NEEDED_ACCURACY
+        """Whether dev accuracy no longer rose and was at least `NEEDED_ACCURACY`."""
+        return not self.rise.is_beyond_chance and self.accuracy >= NEEDED_ACCURACY
 
     def to_row(self) -> dict[str, Any]:
-        return {**asdict(self), "ready": self.is_ready}
+        return {
+            "stage": self.stage,
+            "init": self.init,
+            "rise": self.rise.value,
+            "margin": self.rise.margin,
+            "accuracy": self.accuracy,
+            "ready": self.is_ready,
+        }
 
 
 def handovers(run: RunResults) -> list[Handover]:
     """The hand-overs to all RL stages that start from a supervised method of the run. A hand-over
     is left out if too few dev evaluations were logged before it."""
     return [
-        Handover(stage=name, init=stage.init, **found._asdict())
+        Handover(stage=name, init=stage.init, rise=found[0], accuracy=found[1])
         for name, stage in run.stages.items()
         if _samples(stage) and (found := last_rise(run, stage.init)) is not None
     ]
 
 
-class LastRise(NamedTuple):
-    """The rise in dev accuracy, its margin and the accuracy reached, as defined in `Handover`."""
-
-    rise: float
-    margin: float
-    accuracy: float
-
-
-def last_rise(run: RunResults, method: str) -> LastRise | None:
-    """The last rise that was measured in a supervised method's training: for a snapshot, up to its
-    step; for a stage, up to the end, because evaluations after the chosen model show that dev
-    accuracy no longer rose. None if the method is not supervised, is not finished, or had too few
-    evaluations."""
+def last_rise(run: RunResults, method: str) -> tuple[Rise, float] | None:
+    """The last rise in dev accuracy that was measured in a supervised method's training, and the
+    accuracy reached. For a snapshot, this is the last rise up to its step; for a stage, up to the
+    end, because evaluations after the chosen model show that dev accuracy no longer rose. None if
+    the method is not supervised, is not finished, or had too few evaluations."""
     source = _source(run, method)
     if source is None or _samples(source[0]):
         return None
@@ -511,7 +503,8 @@ def last_rise(run: RunResults, method: str) -> LastRise | None:
     last: Mapping[str, float] = next((v for v in reversed(looks) if "dev/rise" in v), {})
     if not last:
         return None
-    return LastRise(last["dev/rise"], last["dev/rise_margin"], last["dev/accuracy"])
+    found = Rise(value=last["dev/rise"], margin=last["dev/rise_margin"])
+    return found, last["dev/accuracy"]
 
 
 def _source(run: RunResults, method: str) -> tuple[StageResults, int | None] | None:

@@ -22,7 +22,7 @@ from reftune.results.summary import (
     leader,
     rerankers,
 )
-from reftune.stages import NEEDED_ACCURACY
+from reftune.stages.plateau import LOOKS, NEEDED_ACCURACY, Rise
 
 Row = list[str]
 
@@ -147,16 +147,18 @@ def _chosen_sentence(table: ScoreTable) -> str:
     return f"Models were chosen by dev accuracy (dev evaluations: {', '.join(looks)}){scored}."
 
 
-def rise_line(rise: float, margin: float, num_looks: int) -> str:
-    """A line that states whether RL or more SFT should follow. `rise` is the change in dev accuracy
-    over the last `num_looks` evaluations, and `margin` is half the width of its 95% interval."""
-    points = f"{100 * rise:+.1f} ± {100 * margin:.1f} points over {num_looks} evaluations"
-    if rise <= margin:
-        return f"dev accuracy is no longer rising ({points}): RL can take over"
+def rise_line(rise: Rise) -> str:
+    """A line that states whether RL or more SFT should follow."""
+    if not rise.is_beyond_chance:
+        return f"dev accuracy is no longer rising ({_rise_text(rise)}): RL can take over"
     return (
-        f"dev accuracy is still rising by {100 * rise / num_looks:.1f} points per evaluation"
-        f" ({points}): more SFT may teach more than RL"
+        f"dev accuracy is still rising by {100 * rise.value / LOOKS:.1f} points per evaluation"
+        f" ({_rise_text(rise)}): more SFT may teach more than RL"
     )
+
+
+def _rise_text(rise: Rise) -> str:
+    return f"{points(rise.value)} ± {100 * rise.margin:.1f} points over {LOOKS} evaluations"
 
 
 def remarks(run: RunResults) -> list[str]:
@@ -183,13 +185,13 @@ def same_models(run: RunResults) -> list[str]:
 
 def sentence(handover: Handover) -> str:
     """A line that states whether the warm-up was finished when the RL stage began."""
-    rise = f"{100 * handover.rise:+.1f} ± {100 * handover.margin:.1f} points over four evaluations"
+    rise = _rise_text(handover.rise)
     if handover.is_ready:
         return (
             f"{handover.init} was finished when {handover.stage} began: dev accuracy had changed"
             f" by {rise}"
         )
-    if handover.is_flat:
+    if not handover.rise.is_beyond_chance:
         return (
             f"{handover.init} was flat at {handover.accuracy:.0%} on dev when {handover.stage}"
             f" began ({rise}): RL needs about {NEEDED_ACCURACY:.0%}"

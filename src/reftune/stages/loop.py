@@ -4,7 +4,6 @@ keeps the best model."""
 from __future__ import annotations
 
 import json
-import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +20,6 @@ from reftune.errors import CheckpointError, EngineError, NonFiniteError
 from reftune.processes import sharding, world
 from reftune.processes.sharding import whole_tensors
 from reftune.recipe import Table
-from reftune.stages import NEEDED_ACCURACY
 from reftune.stages.optimizer import (
     OptimizerTable,
     Trained,
@@ -32,6 +30,7 @@ from reftune.stages.optimizer import (
     rate,
     trainable,
 )
+from reftune.stages.plateau import History, cooldown_steps, end_of_cooldown
 from reftune.stages.probes.choices import choice_metrics, diagnose
 from reftune.stages.stage import StageContext
 from reftune.storage.checkpoint import (
@@ -366,7 +365,7 @@ class Loop:
         self.state.history = asdict(history)
         step = self.state.step
         if self.until_plateau and history.is_flat():
-            self.state.ends_at = min(self.total_steps, step + max(1, step // COOLDOWN))
+            self.state.ends_at = min(self.total_steps, end_of_cooldown(step))
             self.context.progress.note(
                 f"{self.context.name}: dev accuracy no longer rises; cooling down until step"
                 f" {self.state.ends_at}"
@@ -393,7 +392,7 @@ class Loop:
             return False
         state = dict(found.state)
         try:
-            samples_bytes, metrics_bytes = state.pop("samples_bytes"), state.pop("metrics_bytes", 0)
+            samples_bytes = state.pop("samples_bytes")
             self.state = Progression(**state)
             load_trainable(self.model, found.tensors)
             load_optimizer_tensors(self.optimizer, found.tensors)
@@ -405,9 +404,6 @@ class Loop:
             ) from None
         self._adopt_best()
         self._is_saved = True
-        if metrics_bytes:  # stored by an earlier version, which also cut off other stages' rows
-            context.metrics.truncate(metrics_bytes)
-            self.state.rows = sum(map(self._is_own, context.metrics.rows()))
         context.metrics.keep_of(self._is_own, self.state.rows)
         self.samples.truncate(samples_bytes)
         if self.state.step == self.state.ends_at:
@@ -496,81 +492,3 @@ def look_at_dev(context: StageContext, *, probe_choices: bool = False) -> Look:
         rows = diagnose(context.policy, context.collector, problems, texts, solved.graded)
         metrics |= choice_metrics(rows)
     return Look(metrics=metrics, correct=correct)
-
-
-# --- whether dev accuracy still rises -------------------------------------------------------------
-
-
-LOOKS = 4
-"""Number of dev evaluations over which a rise is measured. docs/experiments/handover.md compares
-the values 2 to 5."""
-Z95 = 1.959964
-COOLDOWN = 10
-"""Ratio of the number of steps before a cooldown to the number of steps in the cooldown."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Rise:
-    """The change in accuracy between two evaluations of the same problems."""
-
-    value: float
-    """The change in the share of solved problems."""
-    margin: float
-    """Half the width of the 95% interval of `value`."""
-
-    @property
-    def is_beyond_chance(self) -> bool:
-        return self.value > self.margin
-
-
-def rise(before: Sequence[bool], after: Sequence[bool]) -> Rise:
-    """The change in accuracy and its Wald interval, paired by problem.
-
-        d = (c - b) / n        margin = 1.96 √(b + c - (b - c)² / n) / n
-
-    Of the n problems, b were solved only before, and c only after. Source: Agresti, Categorical
-    Data Analysis, §10.1.
-    """
-    lost = sum(x and not y for x, y in zip(before, after, strict=True))
-    won = sum(y and not x for x, y in zip(before, after, strict=True))
-    n = len(after)
-    variance = lost + won - (lost - won) ** 2 / n
-    return Rise(value=(won - lost) / n, margin=Z95 * math.sqrt(variance) / n)
-
-
-@dataclass(slots=True)
-class History:
-    """Which dev problems were solved in the first evaluation and in the most recent ones."""
-
-    first: list[bool] | None = None
-    recent: list[list[bool]] | None = None
-    """The results of the last `LOOKS` + 1 dev evaluations, the newest last."""
-
-    def add(self, correct: Sequence[bool]) -> None:
-        self.first = self.first or list(correct)
-        self.recent = [*(self.recent or []), list(correct)][-LOOKS - 1 :]
-
-    def latest_rise(self) -> Rise | None:
-        """The rise over the last `LOOKS` evaluations, measured from the evaluation before them.
-        None if there have been too few evaluations."""
-        if self.recent is None or len(self.recent) <= LOOKS:
-            return None
-        return rise(self.recent[0], self.recent[-1])
-
-    def is_flat(self) -> bool:
-        """Whether dev accuracy has risen beyond chance since the first evaluation, has reached
-        `NEEDED_ACCURACY`, and no longer rises. Accuracy is also flat before a model begins to
-        learn, but that does not count."""
-        latest = self.latest_rise()
-        if latest is None or self.first is None or self.recent is None:
-            return False
-        newest = self.recent[-1]
-        is_enough = sum(newest) >= NEEDED_ACCURACY * len(newest)
-        has_risen = rise(self.first, newest).is_beyond_chance
-        return is_enough and has_risen and not latest.is_beyond_chance
-
-
-def cooldown_steps(ends_at: int) -> int:
-    """Number of steps in a cooldown that ends at step `ends_at`: an eleventh of `ends_at`, but
-    at least one."""
-    return max(1, ends_at // (COOLDOWN + 1))

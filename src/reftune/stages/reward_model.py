@@ -38,8 +38,9 @@ from reftune.model.encoder import Encoder
 from reftune.model.logprobs import token_logprobs
 from reftune.model.policy import Policy
 from reftune.processes import sharding, world
-from reftune.stages.loop import Z95, Look, Progression
+from reftune.stages.loop import Look, Progression
 from reftune.stages.optimizer import accumulate_gradient
+from reftune.stages.plateau import Z95
 from reftune.stages.self_train import Sampled, Samples, describe
 from reftune.stages.sft import Schedule, schedule_line, train_in_epochs
 from reftune.stages.stage import Cost, StageContext

@@ -247,22 +247,20 @@ def init(
     """Write a commented recipe for your own data, and print the recipe's path. The command asks
     for whichever of --data, --model and --format is missing."""
     from reftune.advice.golds import gold_kinds, golds_text
-    from reftune.terminal.init import Wishes, default_out, guess_format, guess_shape, write_recipe
+    from reftune.terminal.init import Wishes, default_out, guess_columns, guess_format, write_recipe
 
     if data is None:
         data = _ask("Training questions (a file, a folder or a Hub id)", None, flag="--data")
     asked = question[0] if question and len(question) == 1 else question or None
     named = {"question": asked, "answer": answer, "rationale": rationale}
-    shape = guess_shape(
+    columns = guess_columns(
         data, {field: column for field, column in named.items() if column is not None}
-    )
-    columns = shape.named
+    ).named
     spelled = {
         field: " + ".join(name) if isinstance(name, list) else name
         for field, name in columns.items()
     }
     say("columns: " + ", ".join(f"{field} is {name}" for field, name in spelled.items()))
-    say(f"read as {shape.name}")
     wishes = Wishes(
         data=data,
         model=model

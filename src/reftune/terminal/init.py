@@ -16,7 +16,7 @@ from reftune.advice.check import check_texts
 from reftune.datasets import Splits
 from reftune.datasets.jsonl import Jsonl
 from reftune.datasets.reading.rows import read_rows
-from reftune.datasets.reading.shapes import Shape, recognise
+from reftune.datasets.reading.shapes import Columns, recognise
 from reftune.datasets.reading.splits import dropped_text
 from reftune.errors import DataError, ModelError, RecipeError
 from reftune.grading.formats import Format
@@ -98,10 +98,10 @@ def default_out(data: str) -> Path:
     return Path(f"{slug(Path(data.partition(':')[0]).stem)}.yaml")
 
 
-def guess_shape(data: str, named: Mapping[str, Any] | None = None) -> Shape:
-    """The shape of the training rows of `data`. A shape says how columns map to fields. `named`
-    maps fields to the columns that the user named. Raises: DataError if the data is unreadable, or
-    has no column for the question or the answer."""
+def guess_columns(data: str, named: Mapping[str, Any] | None = None) -> Columns:
+    """The columns of the training rows of `data`. `named` maps fields to the columns that the user
+    named. Raises: DataError if the data is unreadable, or has no column for the question or the
+    answer."""
     return recognise(read_rows(data, "train"), named or {})
 
 

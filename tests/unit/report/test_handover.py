@@ -66,7 +66,7 @@ def test_a_stage_is_judged_by_its_last_evaluation_whichever_model_was_chosen(cho
     (found,) = handovers(run(sft, stage("reft", RL, init="sft")))
     assert found.is_ready and found.to_row()["margin"] == 0.04
     assert sentence(found) == (
-        "sft was finished when reft began: dev accuracy had changed by +1.0 ± 4.0 points over four"
+        "sft was finished when reft began: dev accuracy had changed by +1.0 ± 4.0 points over 4"
         " evaluations"
     )
 
@@ -74,10 +74,10 @@ def test_a_stage_is_judged_by_its_last_evaluation_whichever_model_was_chosen(cho
 def test_a_warm_up_that_is_flat_before_it_can_be_rewarded_was_not_finished() -> None:
     flat = rows(*LOOKS_AT_12_PERCENT)
     (found,) = handovers(run(stage("sft", flat, chosen_step=2), stage("reft", RL, init="sft")))
-    assert found.is_flat and not found.is_ready
+    assert not found.rise.is_beyond_chance and not found.is_ready
     assert found.to_row()["ready"] is False
     assert sentence(found) == (
-        "sft was flat at 12% on dev when reft began (+1.0 ± 4.0 points over four evaluations):"
+        "sft was flat at 12% on dev when reft began (+1.0 ± 4.0 points over 4 evaluations):"
         " RL needs about 20%"
     )
 

@@ -14,16 +14,15 @@ from reftune.model.batch import token_batch
 from reftune.recipe import Recipe
 from reftune.results.records import read_run
 from reftune.results.stats import wilson
-from reftune.results.summary import LastRise, last_rise
+from reftune.results.summary import last_rise
 from reftune.results.tables import rise_line
 from reftune.runs.auto import product_rates, total_bytes
 from reftune.runs.evaluation import PROBLEMS_AT_ONCE
 from reftune.runs.models import stage_folder
 from reftune.runs.sample import sample_rows
-from reftune.stages import NEEDED_ACCURACY
 from reftune.stages.estimate import estimates, stage_costs
-from reftune.stages.loop import LOOKS
 from reftune.stages.outline import Outline
+from reftune.stages.plateau import NEEDED_ACCURACY, Rise
 from reftune.stages.self_train import SAMPLES_AT_ONCE
 from reftune.text import clock
 from reftune.types import SamplingParams, Verdict
@@ -122,27 +121,28 @@ def check_accuracy(subject: Subject) -> Finding:
     )
     last = _last_rise(subject)
     if last is not None:
-        message += f"; {rise_line(last.rise, last.margin, LOOKS)}"
+        message += f"; {rise_line(last)}"
     has_supervised = learns_from_rationales(subject) and "base" not in rl_inits(subject.recipe)
     is_trained_first = subject.method == "base" and has_supervised
     if high < NEEDED_ACCURACY and not is_trained_first:
         finding = warn(message, "start RL from a warm-up, a stronger model or easier questions")
-    elif last is not None and last.rise > last.margin:
+    elif last is not None and last.is_beyond_chance:
         finding = warn(message, "train the warm-up further: until=plateau ends it automatically")
     else:
         finding = ok(f"{message}; a warm-up comes first" if is_trained_first else message)
     return replace(finding, samples=tuple(rows[:NUM_SHOWN]))
 
 
-def _last_rise(subject: Subject) -> LastRise | None:
+def _last_rise(subject: Subject) -> Rise | None:
     """The last rise in dev accuracy of the stage before RL; None if it was not recorded."""
     if subject.method == "base":
         return None
     stage = stage_folder(subject.recipe, subject.method)
     try:
-        return last_rise(read_run(stage.run.path), stage.path.name)
+        found = last_rise(read_run(stage.run.path), stage.path.name)
     except DataError:  # a model that was not saved by a run of reftune
         return None
+    return None if found is None else found[0]
 
 
 def check_logprobs(subject: Subject) -> Finding:

@@ -1,9 +1,8 @@
-"""Recognises columns by their names, and the shape of rows by their columns."""
+"""Recognises columns by their names and values."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import product, takewhile
 from string import ascii_lowercase
 from typing import Any
@@ -66,28 +65,21 @@ class Columns(Table):
         lists = [[value] if isinstance(value, str) else value or [] for value in values]
         return list(dict.fromkeys(name for names in lists for name in names))
 
+    @property
+    def named(self) -> dict[str, Any]:
+        """Field → column, for the fields that have one."""
+        return {field: column for field, column in self.model_dump().items() if column}
+
     @model_serializer(mode="wrap")
     def _as_named(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Only the columns that were named, because the data need not have the others."""
         return {name: value for name, value in dump(self).items() if name in self.model_fields_set}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Shape:
-    """The shape of rows, and the meaning of their columns."""
-
-    name: str
-    """Shown to the user, for example `Alpaca rows`."""
-    columns: Columns
-
-    @property
-    def named(self) -> dict[str, Any]:
-        """Field → column, for the fields that have one."""
-        return {field: column for field, column in self.columns.model_dump().items() if column}
-
-
-def recognise(rows: Sequence[Row], named: Mapping[str, Any], *, has_options: bool = False) -> Shape:
-    """The shape of `rows`. `named` maps fields to the columns that the user named. For all other
+def recognise(
+    rows: Sequence[Row], named: Mapping[str, Any], *, has_options: bool = False
+) -> Columns:
+    """The columns of `rows`. `named` maps fields to the columns that the user named. For all other
     fields, the columns are recognised by their names. `has_options` says that the user's settings
     are for multiple choice.
 
@@ -115,7 +107,7 @@ def recognise(rows: Sequence[Row], named: Mapping[str, Any], *, has_options: boo
         columns["rationale"] = rationale
     columns.setdefault("choices", found.choices(parts, answer, has_options))
     columns.setdefault("id", found.first("id", {*used, answer}))
-    return Shape(name=_name(first, columns), columns=Columns.model_validate(columns))
+    return Columns.model_validate(columns)
 
 
 class _Found:
@@ -196,30 +188,6 @@ def _is_number(cell: object) -> bool:
 def _is_operand(row: Row, column: str, question: Sequence[str]) -> bool:
     cell = row.get(column)
     return _is_number(cell) and any(str(cell) in str(row.get(part)) for part in question)
-
-
-def _name(row: Row, columns: Mapping[str, Any]) -> str:
-    question, answer = columns["question"], columns["answer"]
-    text, parts = row.get(answer), [question] if isinstance(question, str) else question
-    if "instruction" in map(str.lower, parts):
-        return "Alpaca rows"
-    if turns := next(filter(None, (turns_in(row, name) for name in parts)), None):
-        if answer == "reward_model.ground_truth":
-            return "verl rows"
-        if answer in parts:
-            return "chat messages" if "role" in turns[0] else "ShareGPT conversations"
-        return "TRL rows" if "prompt" in parts else "chat messages with a gold column"
-    if answer == "answer_value":
-        return "rows of ReFT's authors"
-    if isinstance(text, str) and "####" in text:
-        return f"GSM8K rows {'with' if '<<' in text else 'without'} annotations"
-    if str(answer).lower() == "solution" and columns["rationale"] == answer:
-        return "MATH rows"
-    if str(answer).lower() == "answerkey":
-        return "ARC rows"
-    return (
-        "rows with one column per option" if isinstance(columns["choices"], list) else "plain rows"
-    )
 
 
 def _nowhere(row: Row, field: str, found: _Found) -> DataError:

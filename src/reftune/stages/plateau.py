@@ -1,0 +1,90 @@
+"""When a warm-up is finished: whether dev accuracy still rises, and the cooldown after it no longer
+does (docs/handover.md)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+NEEDED_ACCURACY = 0.2
+"""Share of dev problems that a model should solve before RL starts. Below this share, RL gained
+little or nothing in our measurements (docs/handover.md)."""
+LOOKS = 4
+"""Number of dev evaluations over which a rise is measured. docs/experiments/handover.md compares
+the values 2 to 5."""
+Z95 = 1.959964
+COOLDOWN = 10
+"""Ratio of the number of steps before a cooldown to the number of steps in the cooldown."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rise:
+    """The change in accuracy between two evaluations of the same problems."""
+
+    value: float
+    """The change in the share of solved problems."""
+    margin: float
+    """Half the width of the 95% interval of `value`."""
+
+    @property
+    def is_beyond_chance(self) -> bool:
+        return self.value > self.margin
+
+
+def rise(before: Sequence[bool], after: Sequence[bool]) -> Rise:
+    """The change in accuracy and its Wald interval, paired by problem.
+
+        d = (c - b) / n        margin = 1.96 √(b + c - (b - c)² / n) / n
+
+    Of the n problems, b were solved only before, and c only after. Source: Agresti, Categorical
+    Data Analysis, §10.1.
+    """
+    lost = sum(x and not y for x, y in zip(before, after, strict=True))
+    won = sum(y and not x for x, y in zip(before, after, strict=True))
+    n = len(after)
+    variance = lost + won - (lost - won) ** 2 / n
+    return Rise(value=(won - lost) / n, margin=Z95 * math.sqrt(variance) / n)
+
+
+@dataclass(slots=True)
+class History:
+    """Which dev problems were solved in the first evaluation and in the most recent ones."""
+
+    first: list[bool] | None = None
+    recent: list[list[bool]] | None = None
+    """The results of the last `LOOKS` + 1 dev evaluations, the newest last."""
+
+    def add(self, correct: Sequence[bool]) -> None:
+        self.first = self.first or list(correct)
+        self.recent = [*(self.recent or []), list(correct)][-LOOKS - 1 :]
+
+    def latest_rise(self) -> Rise | None:
+        """The rise over the last `LOOKS` evaluations, measured from the evaluation before them.
+        None if there have been too few evaluations."""
+        if self.recent is None or len(self.recent) <= LOOKS:
+            return None
+        return rise(self.recent[0], self.recent[-1])
+
+    def is_flat(self) -> bool:
+        """Whether dev accuracy has risen beyond chance since the first evaluation, has reached
+        `NEEDED_ACCURACY`, and no longer rises. Accuracy is also flat before a model begins to
+        learn, but that does not count."""
+        latest = self.latest_rise()
+        if latest is None or self.first is None or self.recent is None:
+            return False
+        newest = self.recent[-1]
+        is_enough = sum(newest) >= NEEDED_ACCURACY * len(newest)
+        has_risen = rise(self.first, newest).is_beyond_chance
+        return is_enough and has_risen and not latest.is_beyond_chance
+
+
+def end_of_cooldown(step: int) -> int:
+    """The last step of a cooldown that follows step `step`."""
+    return step + max(1, step // COOLDOWN)
+
+
+def cooldown_steps(ends_at: int) -> int:
+    """Number of steps in a cooldown that ends at step `ends_at`: an eleventh of `ends_at`, but
+    at least one."""
+    return max(1, ends_at // (COOLDOWN + 1))
