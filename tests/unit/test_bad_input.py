@@ -297,7 +297,7 @@ FOLDERS: dict[str, tuple[list[str], dict[str, str | bytes], str]] = {
     "unwritable": (["run_dir=/proc/reftune/run"], {}, r"/proc/reftune: cannot be written: "),
     "of another recipe": (
         [],
-        {"runs/tiny/recipe.yaml": "name: other\n"},
+        {"runs/tiny/recipe.yaml": "name: other\n", "runs/tiny/env.json": "{}"},
         (
             r"runs/tiny: belongs to another recipe: name was 'other', now 'tiny'; choose another"
             r" run_dir"
@@ -305,13 +305,18 @@ FOLDERS: dict[str, tuple[list[str], dict[str, str | bytes], str]] = {
     ),
     "whose recipe is torn": (
         [],
-        {"runs/tiny/recipe.yaml": b"\xff["},
+        {"runs/tiny/recipe.yaml": b"\xff[", "runs/tiny/env.json": "{}"},
         r"runs/tiny/recipe\.yaml: not the recipe of a run; ",
+    ),
+    "whose recipe no run has stored": (
+        [],
+        {"runs/tiny/recipe.yaml": "name: tiny\n"},
+        r"runs/tiny: is not empty and not a run folder; choose another run_dir",
     ),
     "with something else in it": (
         [],
         {"runs/tiny/notes.txt": ""},
-        r"runs/tiny: is not empty and not a run folder .*; choose",
+        r"runs/tiny: is not empty and not a run folder; choose",
     ),
 }
 

@@ -273,9 +273,12 @@ def test_a_run_folder_names_its_recipe_wherever_it_was_moved(calls: SimpleNamesp
     moved = Path(place)
     moved.mkdir(parents=True)
     (moved / "recipe.yaml").write_text(f"{RECIPE}run_dir: runs/tiny\n")
+    (moved / "env.json").write_text("{}")
     assert status("run", str(moved), "seed=3") == 0
-    _, recipe = calls.asked[0]
+    assert status("run", str(moved), "run_dir=runs/other") == 0
+    (_, recipe), (_, other) = calls.asked
     assert (recipe.name, recipe.seed, recipe.folder) == ("tiny", 3, moved)
+    assert other.folder == Path("runs/other")
 
 
 def test_recipes_come_with_reftune():

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections.abc import Sequence
 from datetime import date, datetime, time
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import openpyxl
 import pyarrow
@@ -225,6 +227,21 @@ def test_utf_16_without_its_mark_is_refused_with_the_line(tmp_path: Path) -> Non
         read(tmp_path / "bare.csv", "question,answer\n1 + 1?,2\n".encode("utf-16-le"))
 
 
+@pytest.mark.parametrize("size", ["A1:B2", "A1", "A1:F9", None])
+def test_a_sheet_is_read_whole_whatever_size_it_states(tmp_path: Path, size: str | None) -> None:
+    book = openpyxl.Workbook()
+    for cells in (["question", "answer", "rationale"], ["1 + 1?", 2, "Two."], ["2 + 1?", 3]):
+        book.active.append(cells)
+    book.save(tmp_path / "whole.xlsx")
+    stated = b"" if size is None else f'<dimension ref="{size}"/>'.encode()
+    with ZipFile(tmp_path / "whole.xlsx") as old, ZipFile(tmp_path / "data.xlsx", "w") as new:
+        for name in old.namelist():
+            new.writestr(name, re.sub(rb"<dimension[^>]*/>", stated, old.read(name)))
+    rows = columns(read_rows(str(tmp_path / "data.xlsx"), "train"))
+    assert [row["answer"] for row in rows] == ["2", "3"]
+    assert [row["rationale"] for row in rows] == ["Two.", None]
+
+
 def test_percentages_of_excel_are_read_as_they_are_shown(tmp_path: Path) -> None:
     # the cell holds 0.25 and shows 25%; a quoted sign is only decoration, and 25 shows 25%
     from openpyxl import Workbook
@@ -240,3 +257,20 @@ def test_percentages_of_excel_are_read_as_they_are_shown(tmp_path: Path) -> None
     book.save(tmp_path / "data.xlsx")
     golds = [row.columns["answer"] for row in read_rows(str(tmp_path / "data.xlsx"), "train")]
     assert golds == ["25%", "12.5%", "7%", "-50%", "100%", "25", "0.25", "5%", "1250"]
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ('{"meta": {"data": [1, 2]}, "data": [{"q": "one"}]}', ": data, item 1"),
+        ('{"größe": [{"q": "one"}]}', ":1"),
+        ('{"gr\\u00f6\\u00dfe": [{"q": "one"}]}', ": größe, item 1"),
+    ],
+)
+def test_the_only_list_of_objects_in_a_json_object_holds_the_rows(
+    tmp_path: Path, text: str, place: str
+) -> None:
+    path = tmp_path / "data.json"
+    path.write_text(text, encoding="utf-8")
+    (row,) = read_rows(str(path), "train")
+    assert (row.columns, row.where) == ({"q": "one"}, f"{path}{place}")

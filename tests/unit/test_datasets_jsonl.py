@@ -68,6 +68,14 @@ def test_a_column_that_few_rows_have_is_recognised(tmp_path: Path) -> None:
     assert [problem.question for problem in problems[-2:]] == ["29 + 1?", "Add.\n2, 3"]
 
 
+def test_a_column_that_only_late_rows_have_is_recognised(tmp_path: Path) -> None:
+    plain = [{"question": f"{n} + 1?", "answer": str(n + 1)} for n in range(30)]
+    late = {"question": "Which?", "answer": "B", "rationale": "Two.", "choices": ["1", "2"]}
+    assert load(tmp_path, *plain, {**late, "answer": "3", "choices": None}).train[-1].rationale
+    problem = load(tmp_path, *plain, late).train[-1]
+    assert (problem.choices, problem.answer.value) == (("1", "2"), "b")
+
+
 def chat(system: str | None, user: str, gold: Any) -> dict[str, Any]:
     systems = [] if system is None else [{"role": "system", "content": system}]
     return {"messages": [*systems, {"role": "user", "content": user}], "answer": gold}

@@ -103,6 +103,33 @@ def test_a_null_override_removes_a_table_but_sets_any_other_key(folder: Path):
     assert recipe.run_dir is None
 
 
+@pytest.mark.parametrize(
+    "text", ["Think. End with #### and 5.", "#1 only", "Be careful: exact", "Answer:", "a\t# b"]
+)
+def test_an_override_may_be_text_that_yaml_would_cut_off(folder: Path, text: str):
+    assert load_recipe("tiny.yaml", [f"stages.reft.init={text}"]).stages["reft"].init == text
+
+
+def test_an_override_may_be_a_mapping_in_braces_or_a_quoted_text(folder: Path):
+    recipe = load_recipe("tiny.yaml", ["lengths={max_new: 9}", "stages.reft.init='a: #b'"])
+    assert (recipe.lengths.max_new, recipe.stages["reft"].init) == (9, "a: #b")
+
+
+def test_a_key_of_a_part_with_a_default_kind_needs_no_kind(folder: Path):
+    text = (folder / "tiny.yaml").read_text()
+    (folder / "tiny.yaml").write_text(
+        text.replace("engine: mine.py:Part", "").replace("reward: mine.py:Part", "")
+        + "  ppo: {kind: rl, init: sft, steps: 1, prompts: 1, optimizer: {learning_rate: 1}}\n"
+    )
+    recipe = load_recipe(
+        "tiny.yaml", ["engine.batch_size=7", "reward.partial=0", "stages.ppo.algorithm.kl_coef=0.5"]
+    )
+    assert (recipe.engine.kind, recipe.engine.batch_size) == ("kv", 7)
+    assert (recipe.reward.kind, recipe.reward.partial) == ("outcome", 0)
+    algorithm = recipe.stages["ppo"].algorithm
+    assert (algorithm.kind, algorithm.kl_coef) == ("ppo", 0.5)
+
+
 def test_an_override_of_a_bare_kind_keeps_the_kind(folder: Path):
     assert load_recipe("tiny.yaml", ["format.size=8"]).format.size == 8
 
@@ -207,6 +234,25 @@ def test_merge_replaces_a_table_of_another_kind_and_null_removes():
         "reward": {"kind": "b"},
         "check": {"waive": ["eos"], "min_gold_correct": 0.5},
     }
+
+
+@pytest.mark.parametrize(
+    ("base", "over", "expected"),
+    [
+        ({"kind": "a", "x": 1}, "a", {"kind": "a", "x": 1}),
+        ({"kind": "a", "x": 1}, "b", {"kind": "b"}),
+        ("a", {"x": 1}, {"kind": "a", "x": 1}),
+        ("a", {"kind": "b", "x": 1}, {"kind": "b", "x": 1}),
+        ("a", "b", "b"),
+    ],
+)
+def test_merge_takes_a_bare_kind_for_a_table(base, over, expected):
+    assert merge({"reward": base}, {"reward": over}) == {"reward": expected}
+
+
+def test_a_home_folder_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(folder))
+    assert load_recipe("tiny.yaml", ["run_dir=~/runs/x"]).folder == folder / "runs" / "x"
 
 
 def test_the_dump_names_every_default(folder: Path):

@@ -97,6 +97,8 @@ def test_solutions_that_spell_one_answer_in_two_ways_are_one() -> None:
     half = "Half of one."
     texts = [f"{half}\nThe answer is 1/2", f"{half} The answer is 0.5.", "Two.\nThe answer is 1/2"]
     assert distinct(texts) == [texts[0], texts[2]]
+    opened = [f"The answer is 3 × {n}, then 5. The answer is {3 * n + 5}." for n in (4, 5)]
+    assert distinct(opened) == opened, "only the last marker states the answer"
     # a solution of only the answer, and a program, are compared as a whole
     assert len(distinct(["The answer is 1/2", "The answer is 0.5"])) == 2
     programs = [f"x = 1\n# the answer is below\nreturn {n}" for n in (1, 2)]
@@ -184,6 +186,9 @@ def test_rows_over_the_limits_are_left_out_and_no_row_at_all_is_an_error(context
     problem = replace(context.splits.train[0], rationale=None)
     stage, long = context.recipe.stages["offline_st"], " ".join(["return 1"] * 24)
     assert len(stage.examples([samples(problem, "return 1", long, right=2)], context)) == 1
+    first = stage.model_copy(update={"keep": 1})
+    (row,) = first.examples([samples(problem, long, "return 1", right=2)], context)
+    assert row.target[:-1] == context.collector.encoder.encode("return 1"), "the first that fits"
     with pytest.raises(
         DataError,
         match=(

@@ -80,14 +80,16 @@ def known_kinds(group: str) -> list[str]:
     ]
 
 
-def load_component(spec: Any, *, group: str) -> Any:
+def load_component(spec: Any, *, group: str, default: str | None = None) -> Any:
     """The plug-in that `spec` describes. `spec` is a kind, a mapping with the key `kind`, or a
-    plug-in, which is returned unchanged. Raises: PydanticCustomError if there is no such plug-in;
-    ValidationError if a key or value is wrong."""
+    plug-in, which is returned unchanged. A mapping without the key has the kind `default`. Raises:
+    PydanticCustomError if there is no such plug-in; ValidationError if a key or value is wrong."""
     if isinstance(spec, Component):
         return spec
     if isinstance(spec, str):
         spec = {"kind": spec}
+    if isinstance(spec, Mapping) and default is not None:
+        spec = {"kind": default, **spec}
     if not isinstance(spec, Mapping) or "kind" not in spec:
         kinds = ", ".join(known_kinds(group))
         raise refusal("component", f"expected a kind ({kinds}) or a mapping with the key kind")
@@ -179,8 +181,8 @@ def _wrap_function(spec: Mapping[str, Any], *, group: str) -> Any:
     return component_class("function", group="rewards").model_validate(dict(spec))
 
 
-def component_field(group: str) -> Any:
-    """The type of a recipe key whose value is a plug-in of `group`."""
-    return SerializeAsAny[
-        Annotated[Component, BeforeValidator(partial(load_component, group=group))]
-    ]
+def component_field(group: str, *, default: str | None = None) -> Any:
+    """The type of a recipe key whose value is a plug-in of `group`, of the kind `default` unless
+    the recipe names another."""
+    load = partial(load_component, group=group, default=default)
+    return SerializeAsAny[Annotated[Component, BeforeValidator(load)]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -95,11 +96,16 @@ def read_yaml(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of `base`, changed by `over`. If a key's value is a mapping in both, the two mappings
-    are merged, unless `over` names a different `kind`. Any other value in `over` replaces the value
-    in `base`. If a key of `base` is null in `over`, the key is removed."""
+    are merged, unless `over` names a different `kind`. A string counts as a mapping with only a
+    `kind` if the other value is a mapping. Any other value in `over` replaces the value in `base`.
+    If a key of `base` is null in `over`, the key is removed."""
     result = dict(base)
     for key, value in over.items():
         old = result.get(key)
+        if isinstance(value, Mapping) and isinstance(old, str):
+            old = {"kind": old}
+        elif isinstance(value, str) and isinstance(old, Mapping):
+            value = {"kind": value}
         if value is None and key in result:
             del result[key]
         elif (
@@ -117,10 +123,7 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise RecipeError(f"{override!r}: expected key=value, as in stages.reft.steps=100")
-    try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):
-        value = text
+    value = _value(text)
     *parents, last = key.split(".")
     table = data
     for name in parents:
@@ -133,6 +136,17 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
         del table[last]
     else:
         table[last] = value
+
+
+def _value(text: str) -> Any:
+    """The value of an override. It is read as YAML, except that `#` begins no comment and a mapping
+    needs braces, so that "Think: end with ####" is text."""
+    if not text.lstrip().startswith(("{", "[", "'", '"')) and re.search(r"(^|\s)#|:(\s|$)", text):
+        return text
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return text
 
 
 def _first_problem(error: ValidationError) -> str:

@@ -148,8 +148,8 @@ class CheckTable(Table):
 TrackerName = Literal["tensorboard", "wandb", "trackio"]
 
 
-def _default(kind: str) -> Any:
-    return Field(default_factory=lambda: {"kind": kind}, validate_default=True)
+DEFAULT: Any = Field(default_factory=dict, validate_default=True)
+"""The default of a key whose value is a plug-in of a default kind, without other keys."""
 
 
 class Recipe(Table):
@@ -165,8 +165,8 @@ class Recipe(Table):
     model: ModelTable
     dataset: component_field("datasets")  # type: ignore[valid-type]
     format: component_field("formats")  # type: ignore[valid-type]
-    reward: component_field("rewards") = _default("outcome")  # type: ignore[valid-type]
-    engine: component_field("engines") = _default("kv")  # type: ignore[valid-type]
+    reward: component_field("rewards", default="outcome") = DEFAULT  # type: ignore[valid-type]
+    engine: component_field("engines", default="kv") = DEFAULT  # type: ignore[valid-type]
     lengths: LengthTable = LengthTable()
     stages: dict[str, component_field("stages")] = Field(min_length=1)  # type: ignore[valid-type]
     """Maps names to stages, which run in the order listed."""
@@ -190,7 +190,7 @@ class Recipe(Table):
 
     @property
     def folder(self) -> Path:
-        return Path(self.run_dir) if self.run_dir is not None else Path("runs") / self.name
+        return Path(self.run_dir or f"runs/{self.name}").expanduser()
 
     def saved_by(self, stage: str) -> tuple[str, ...]:
         """The names of the models that a stage saves. The snapshots come first, in the recipe's

@@ -170,7 +170,8 @@ def check_stage_graph(recipe: Recipe) -> None:
                 )
     rerankers = [name for name, stage in recipe.stages.items() if not stage.is_method]
     rerank = recipe.evaluate.rerank
-    if rerank is not None and rerank not in rerankers and not (Path(rerank) / WEIGHTS).is_file():
+    is_known = rerank is None or rerank in rerankers
+    if not is_known and not (stage_folder(recipe, str(rerank)).path / WEIGHTS).is_file():
         raise RecipeError(
             f"evaluate.rerank: {rerank} is not a reward model: neither one of this recipe's"
             f" ({', '.join(rerankers) or 'it has none'}) nor a folder with a {WEIGHTS}"
@@ -195,9 +196,14 @@ def stage_folder(recipe: Recipe, name: str) -> StageFolder:
     """The folder of the model `name` inside the run folder. If `name` is neither `base` nor a model
     that the recipe saves, `name` is itself the path of the folder."""
     own = {"base", *(saved for stage in recipe.stages for saved in recipe.saved_by(stage))}
-    return RunFolder(recipe.folder).stage(name) if name in own else StageFolder(Path(name))
+    return (
+        RunFolder(recipe.folder).stage(name)
+        if name in own
+        else StageFolder(Path(name).expanduser())
+    )
 
 
 def is_model_folder(name: str) -> bool:
     """Whether `name` is the path of a folder that contains a model or adapters."""
-    return (Path(name) / "config.json").is_file() or is_adapter_folder(Path(name))
+    folder = Path(name).expanduser()
+    return (folder / "config.json").is_file() or is_adapter_folder(folder)

@@ -46,8 +46,10 @@ class Rl(TrainingTable, Stage):
     kind: Literal["rl"] = "rl"
     init: str = "warmup"
     algorithm: SerializeAsAny[
-        Annotated[Algorithm, BeforeValidator(partial(load_component, group="algorithms"))]
-    ] = Field({"kind": "ppo"}, validate_default=True)
+        Annotated[
+            Algorithm, BeforeValidator(partial(load_component, group="algorithms", default="ppo"))
+        ]
+    ] = Field({}, validate_default=True)
     steps: int = Field(gt=0)
     """Number of rollouts to sample and train on."""
     prompts: int = Field(gt=0)

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from reftune.errors import DataError
-from reftune.grading.markers import reasoning_text
+from reftune.grading.markers import marker_pattern
 from reftune.model.encoder import Encoder
 from reftune.processes.world import from_main
 from reftune.stages.loop import Progression
@@ -171,16 +171,28 @@ class SelfTrain(Sampled):
         train_in_epochs(self.sft, context, Imitation(context.policy, examples), start=start)
 
     def examples(self, drawn: Sequence[Samples], context: StageContext) -> list[Example]:
-        """The rows to train on. Raises: DataError if there are no such rows."""
+        """The rows to train on. Solutions that are too long are left out before `keep` of them are
+        chosen. Raises: DataError if there are no such rows."""
         collector, policy = context.collector, context.policy
         encoder = collector.encoder
         join = join_once if self.gold == "once" else join_as_paper
-        rows = [
-            Example(encoder.prompt(samples.problem), encoder.continuation(samples.problem, text))
-            for samples in drawn
-            for text in join(samples.correct, gold_text(samples.problem, encoder), self.keep)
-        ]
-        kept = [row for row in rows if collector.fits(row.prompt, row.target, policy)]
+
+        def fitting(problem: Problem, texts: Sequence[str]) -> dict[str, Example]:
+            prompt = encoder.prompt(problem)
+            rows = {text: Example(prompt, encoder.continuation(problem, text)) for text in texts}
+            return {
+                text: row
+                for text, row in rows.items()
+                if collector.fits(row.prompt, row.target, policy)
+            }
+
+        kept: list[Example] = []
+        for samples in drawn:
+            gold = gold_text(samples.problem, encoder)
+            rows = fitting(samples.problem, [*distinct(samples.correct), *_listed(gold)])
+            correct = [text for text in samples.correct if text in rows]
+            joined = join(correct, gold if gold in rows else None, self.keep)
+            kept += [rows[text] for text in joined]
         if not kept:
             raise DataError(
                 f"stages.{context.name}: nothing to train on: {describe(drawn)}, and no gold"
@@ -203,9 +215,9 @@ def distinct(texts: Sequence[str]) -> list[str]:
 
 def _less_answer(text: str) -> str:
     """A natural-language solution, without its last line if that line states the answer."""
-    reasoning = reasoning_text(text)
-    is_last_line = "\n" not in text[len(reasoning) :].strip()
-    return reasoning if is_last_line and reasoning.strip() else text
+    *_, begins = 0, *(marker.start() for marker in marker_pattern(()).finditer(text))
+    is_last_line = "\n" not in text[begins:].strip()
+    return text[:begins] if is_last_line and text[:begins].strip() else text
 
 
 def join_once(correct: Sequence[str], gold: str | None, keep: int) -> list[str]:

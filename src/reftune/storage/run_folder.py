@@ -59,6 +59,11 @@ class RunFolder:
         return self.path / "summary.json"
 
     @property
+    def is_run(self) -> bool:
+        """Whether a run has claimed the folder. A recipe alone may be a user's own file."""
+        return self.recipe.is_file() and self.environment.is_file()
+
+    @property
     def report(self) -> Path:
         return self.path / "report.html"
 
@@ -272,16 +277,14 @@ def refuse_changed_data(folder: RunFolder, splits: Splits) -> None:
 
 def refuse_foreign(folder: RunFolder, recipe: Recipe) -> bool:
     """Return True if no run has claimed the folder yet, and False if this run has. Raises: the
-    errors of `lengthened_stages`; CheckpointError if the folder has no recipe but contains files
+    errors of `lengthened_stages`; CheckpointError if the folder is not a run's but contains files
     that are not in `BEFORE_CLAIM`."""
-    if folder.recipe.is_file():
+    if folder.is_run:
         lengthened_stages(folder, recipe)
         return False
     path = folder.path
     if path.exists() and any(child.name not in BEFORE_CLAIM for child in path.iterdir()):
-        raise CheckpointError(
-            f"{path}: is not empty and not a run folder (no recipe.yaml); choose another run_dir"
-        )
+        raise CheckpointError(f"{path}: is not empty and not a run folder; choose another run_dir")
     return True
 
 

@@ -560,11 +560,10 @@ def _load(name: str, overrides: Sequence[str] | None) -> Recipe:
     from reftune.recipe import load_recipe
     from reftune.storage.run_folder import RunFolder
 
-    own = RunFolder(Path(name)).recipe
-    if own.is_file():
-        return load_recipe(
-            own, [*(overrides or ()), f"run_dir={json.dumps(name, ensure_ascii=False)}"]
-        )
+    folder = RunFolder(Path(name))
+    if folder.is_run:
+        run_dir = f"run_dir={json.dumps(name, ensure_ascii=False)}"
+        return load_recipe(folder.recipe, [run_dir, *(overrides or ())])
     return load_recipe(find_recipe(name), overrides or ())
 
 

@@ -115,11 +115,14 @@ def _read_json(path: Path) -> Records:
         return _json_list(path, text, text.index("[") + 1)
     items = whole.items() if isinstance(whole, dict) else ()
     tables = [key for key, value in items if _is_table(value)]
-    key = json.dumps(tables[0]) if len(tables) == 1 else ""
-    found = re.search(rf"{re.escape(key)}\s*:\s*\[", text) if key else None
-    return (
-        json_lines(path, text.split("\n")) if found is None else _json_list(path, text, found.end())
-    )
+    if len(tables) != 1:
+        return json_lines(path, text.split("\n"))
+    key = tables[0]
+    places = [*re.finditer(rf"{re.escape(json.dumps(key, ensure_ascii=False))}\s*:\s*\[", text)]
+    if len(places) == 1:
+        return _json_list(path, text, places[0].end())
+    where, items = f"{path}: {key}, item", whole[key]
+    return ((f"{where} {n}", _mapping(item, f"{where} {n}")) for n, item in enumerate(items, 1))
 
 
 def _parse_json(text: str) -> Any:
@@ -245,7 +248,9 @@ def _read_xlsx(path: Path) -> Records:
 
     try:
         book = openpyxl.load_workbook(io.BytesIO(_read_bytes(path)), read_only=True, data_only=True)
-        rows = [list(map(_cell, row)) for row in book.worksheets[0].iter_rows()]
+        sheet = book.worksheets[0]
+        sheet.reset_dimensions()  # the stored size may be out of date
+        rows = [list(map(_cell, row)) for row in sheet.iter_rows()]
     except (
         InvalidFileException,
         zipfile.BadZipFile,
@@ -256,7 +261,9 @@ def _read_xlsx(path: Path) -> Records:
         SyntaxError,
     ) as error:
         raise DataError(f"{path}: not a readable Excel file ({first_line(error)})") from None
-    return _table(path, ((f"{path}:{n}", row) for n, row in enumerate(rows, start=1)))
+    width = max(map(len, rows), default=0)  # a row may end at its last cell
+    whole = ([*row, *[None] * (width - len(row))] for row in rows)
+    return _table(path, ((f"{path}:{n}", row) for n, row in enumerate(whole, start=1)))
 
 
 def _cell(cell: Any) -> str | None:

@@ -111,13 +111,12 @@ def recognise(
 
 
 class _Found:
-    """The columns of the rows examined, by lower-case name."""
+    """The columns of all rows, by lower-case name. Only the first rows' values are examined."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self.rows = rows[:NUM_LOOKED_AT]
-        self.by_lower = {str(name).lower(): str(name) for row in self.rows for name in row.columns}
-        if any(row.get("input") is not None for row in rows):  # often empty, and then left out
-            self.by_lower.setdefault("input", "input")
+        names = dict.fromkeys(str(name) for row in rows for name in row.columns)
+        self.by_lower = {name.lower(): name for name in names}
 
     def first(self, field: str, used: set[str]) -> str | None:
         """The first column that `NAMES` lists for a field and that is not in `used`. Columns with
