@@ -186,8 +186,9 @@ def write(path: Path, text: str) -> None:
 # --- the page -------------------------------------------------------------------------------------
 
 
-def page(tables: Mapping[str, Mapping[str, Any]]) -> str:
-    """The text of the results page, which depends only on the tables."""
+def page(tables: Mapping[str, Mapping[str, Any]], *, ours: bool) -> str:
+    """The text of the results page. If the results are `ours`, it includes the fixed texts about
+    them; everything else depends only on the tables."""
     parts = [
         "# Results\n\n"
         "This page reports which findings of the ReFT paper (arXiv:2401.08967) hold on small "
@@ -200,22 +201,23 @@ def page(tables: Mapping[str, Mapping[str, Any]]) -> str:
         "significant. Models are chosen on dev and scored once on test. "
         "[Metrics](metrics.md#results) defines the columns.",
         "## Which of the paper's findings hold here\n\n" + findings_table(tables),
-        "Limits and negative results:\n\n" + "\n".join(f"- {line}" for line in OPEN),
+        *(["Limits and negative results:\n\n" + "\n".join(f"- {line}" for line in OPEN)] * ours),
     ]
     for recipe, table in tables.items():
         if recipe not in WITHOUT_SECTION:
-            parts += [f"## {TITLES[recipe]}", *section(recipe, table)]
+            parts += [f"## {TITLES[recipe]}", *section(recipe, table, ours=ours)]
     return "\n\n".join(parts) + "\n"
 
 
-def modern_page(table: Mapping[str, Any]) -> str:
-    """The text of the page on `modern`, which depends only on its table."""
+def modern_page(table: Mapping[str, Any], *, ours: bool) -> str:
+    """The text of the page on `modern`. If the results are `ours`, it includes the fixed text about
+    them."""
     parts = [
         f"# {TITLES['modern']}",
         "Accuracies are in percent. Differences are in percentage points and paired by problem. "
         "Brackets contain 95% confidence intervals over seeds and problems, and n.s. means not "
         "significant.",
-        *section("modern", table),
+        *section("modern", table, ours=ours),
         "## What each part of `modern` contributes",
         "A positive difference means that the part helps.",
         ablation_table(table),
@@ -223,14 +225,16 @@ def modern_page(table: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def section(recipe: str, table: Mapping[str, Any]) -> list[str]:
-    """The text of a recipe, if it has one, then the source of its table, then the table."""
+def section(recipe: str, table: Mapping[str, Any], *, ours: bool) -> list[str]:
+    """If the results are `ours`, the recipe's text, if it has one; then the source of its table,
+    and the table."""
     measured = (
         f"Over {table['seeds']} seed{'s' * (table['seeds'] != 1)} of"
         f" `recipes/demo/{recipe}.yaml` at commit {table['commit']}:"
     )
     rivals = [table["baseline"], *["reft"] * (recipe in AGAINST_PAPER)]
-    return [*filter(None, [NOTES.get(recipe)]), measured, methods_table(table, rivals)]
+    notes = [NOTES[recipe]] if ours and recipe in NOTES else []
+    return [*notes, measured, methods_table(table, rivals)]
 
 
 def findings_table(tables: Mapping[str, Mapping[str, Any]]) -> str:
@@ -330,9 +334,10 @@ def write_pages(results: Path, out: Path, modern_out: Path) -> None:
     paths = {recipe: results / f"reproduce-{recipe}.json" for recipe in TITLES}
     measured = {recipe: path for recipe, path in paths.items() if path.is_file()}
     tables = {recipe: json.loads(path.read_text("utf-8")) for recipe, path in measured.items()}
-    write(out, page(tables))
+    ours = out == PAGE
+    write(out, page(tables, ours=ours))
     if "modern" in tables:
-        write(modern_out, modern_page(tables["modern"]))
+        write(modern_out, modern_page(tables["modern"], ours=ours))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -27,7 +27,7 @@ class OneByOne(Component):
         try:
             return [
                 self._complete(policy, prompt, params, place)
-                for place, prompt in enumerate(prompts)
+                for place, prompt in enumerate(prompts, params.first_position)
             ]
         finally:
             policy.train(was_training)

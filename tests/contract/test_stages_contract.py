@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from reftune.errors import RecipeError
 from reftune.recipe import Table, component_class, known_kinds
 from reftune.runs.run import open_run, run_recipe
 from reftune.stages.stage import Cost, Progress, Stage
@@ -135,6 +136,25 @@ def test_a_run_with_an_own_stage_that_is_no_method_is_finished(make_recipe, tmp_
     summary = run_recipe(recipe, progress=Progress())
     assert list(summary["methods"]) == ["early"]
     assert (recipe.folder / "summary.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("written", "missing"),
+    [("", "kind, init, .*, looks"), ('{"kind": "x", "init": "base"}', "steps, ")],
+)
+def test_an_own_stage_that_does_not_describe_itself_is_named(
+    make_recipe, tmp_path, written: str, missing: str
+) -> None:
+    write = f"context.folder.info.write_text({written!r})" if written else "pass"
+    (tmp_path / "own.py").write_text(
+        "from reftune.stages.stage import Stage\n\nclass Idle(Stage):\n"
+        "    def run(self, context):\n"
+        f"        context.folder.path.mkdir(parents=True)\n        {write}\n"
+    )
+    stages = {"sft": None, "reft": None, "idle": {"kind": f"{tmp_path}/own.py:Idle"}}
+    recipe = make_recipe(stages=stages, evaluate={"samples": 0, "stages": None})
+    with pytest.raises(RecipeError, match=rf"stages.idle: .*:Idle must write .* with {missing}"):
+        run_recipe(recipe, progress=Progress())
 
 
 @each_stage

@@ -135,6 +135,8 @@ def test_the_engine_agrees_with_the_policy_and_repeats_itself(make_policy):
     assert engine.generate(policy, prompts[:1], params) == drawn[:1], (
         "a completion does not depend on its neighbours"
     )
+    later = replace(params, first_position=1)
+    assert engine.generate(policy, prompts[1:], later) == drawn[1:], "nor on the process"
     batch = token_batch(prompts, [c.token_ids for c in drawn], device=policy.device)
     scored = policy.score(batch, temperature=0.7).logprobs[batch.response_mask]
     assert_close(

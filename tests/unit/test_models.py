@@ -150,6 +150,17 @@ def one_line(error: pytest.ExceptionInfo[ModelError]) -> str:
     return str(error.value)
 
 
+def test_an_eos_that_only_the_configuration_names_is_the_tokenizer_s(saved):
+    # Galactica's files are like this
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (saved / name).is_file():
+            keys = json.loads((saved / name).read_text())
+            (saved / name).write_text(json.dumps({**keys, "eos_token": None}))
+    model, tokenizer = load_pretrained(saved)
+    assert model.config.eos_token_id is not None
+    assert tokenizer.eos_token_id == model.config.eos_token_id
+
+
 def test_a_saved_model_comes_back_with_its_tokenizer(saved):
     model, tokenizer = load_pretrained(saved)
     original, _ = make_scratch(SMALL, [TEXT], seed=0)

@@ -57,7 +57,8 @@ def test_a_finding_holds_is_undecided_or_is_turned_round(reproduce):
                 compared("offline_st", "reft", 0.04, 0.01, 0.07),
             ),
             "comparison-nl": table(compared("reft", "sft", 0.01, -0.02, 0.04)),
-        }
+        },
+        ours=False,
     )
     assert (
         "| ReFT beats supervised fine-tuning (SFT) | holds: +10.0 [+5.0, +15.0] | undecided: +1.0"
@@ -69,6 +70,16 @@ def test_a_finding_holds_is_undecided_or_is_turned_round(reproduce):
     )
     assert "Over 5 seeds of `recipes/demo/comparison-nl.yaml` at commit 1234567:" in page
     assert "| ReFT | 50.0 [40.0, 60.0] | +1.0 [−2.0, +4.0] n.s. |" in page
+
+
+def test_only_our_own_results_come_with_our_texts_about_them(reproduce):
+    own, published = (
+        reproduce.page({"comparison": table()}, ours=ours)
+        + reproduce.modern_page(table(methods="sft reft reft_modern"), ours=ours)
+        for ours in (False, True)
+    )
+    texts = [*reproduce.OPEN, reproduce.NOTES["comparison"], reproduce.NOTES["modern"]]
+    assert all(text in published and text not in own for text in texts)
 
 
 def test_a_vote_is_found_whatever_its_number_of_samples(reproduce):
@@ -84,10 +95,10 @@ def test_the_ablation_shows_what_a_part_contributes(reproduce):
         compared("no_prefit", "reft_modern", -0.02, -0.03, -0.01),
         methods="sft reft reft_modern no_prefit",
     )
-    text = reproduce.modern_page(modern)
+    text = reproduce.modern_page(modern, ours=True)
     assert "| ReFT modern | 50.0 [40.0, 60.0] | – | +3.0 [+1.0, +5.0] |" in text
     assert "| prefit | +2.0 [+1.0, +3.0] |" in text
-    assert "| ReFT modern |" not in reproduce.page({"modern": modern})
+    assert "| ReFT modern |" not in reproduce.page({"modern": modern}, ours=True)
 
 
 @pytest.mark.parametrize("recipe", ["comparison", "comparison-nl", "modern", "tuned"])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Protocol
 
 from reftune.datasets.reading.file_dataset import FileDataset
 from reftune.datasets.reading.rationales import drop_contradictions
 from reftune.datasets.reading.rows import Row
-from reftune.datasets.reading.splits import Splits, dropped_text
+from reftune.datasets.reading.splits import Splits, dropped_text, with_unique_ids
 from reftune.errors import DataError
 from reftune.recipe import Recipe
 from reftune.seeds import derive_seed
@@ -25,16 +26,17 @@ class Dataset(Protocol):
 
 
 def load_dataset(dataset: Dataset, *, seed: int) -> Splits:
-    """The splits of a dataset, without training problems whose rationale contradicts the gold
-    answer.
+    """The splits of a dataset, with unique ids and without training problems whose rationale
+    contradicts the gold answer.
 
     Raises: as `Dataset.load`.
     """
     splits = dataset.load(seed=seed)
     is_ours = type(dataset).__module__.startswith("reftune.")
-    if is_ours or isinstance(dataset, FileDataset):  # its `load` drops such problems
+    if is_ours or isinstance(dataset, FileDataset):  # its `load` sees to both
         return splits
-    return drop_contradictions(splits)
+    test, dev, train = with_unique_ids(splits.test, splits.dev, splits.train)
+    return drop_contradictions(replace(splits, train=train, dev=dev, test=test))
 
 
 def load_splits(recipe: Recipe) -> Splits:

@@ -20,7 +20,12 @@ from reftune.types import Conversation
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+    from transformers import (
+        PretrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        PreTrainedTokenizerFast,
+    )
 
     from reftune.datasets import Splits
     from reftune.grading.formats import Format
@@ -164,7 +169,16 @@ def load_pretrained(
         tokenizer = AutoTokenizer.from_pretrained(
             path, revision=revision or "main", trust_remote_code=trust_remote_code
         )
+    _name_eos(tokenizer, model.config)
     return model, tokenizer
+
+
+def _name_eos(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
+    """If only the model's configuration names an eos token, as Galactica's does, let the tokenizer
+    name it too."""
+    eos = getattr(config, "eos_token_id", None)
+    if tokenizer.eos_token_id is None and isinstance(eos, int):
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(eos)
 
 
 def saved_dtype(table: ModelTable) -> torch.dtype:

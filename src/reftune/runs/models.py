@@ -140,12 +140,13 @@ class Models:
 
 
 def check_stage_graph(recipe: Recipe) -> None:
-    """Check that stages read only `base`, earlier methods or model folders, that no two stages save
-    the same method, and that the methods and the reward model named under `evaluate` exist. Raises:
-    RecipeError if a check fails."""
+    """Check that untrained stages read only `base`, earlier methods or model folders, that no two
+    stages save the same method, and that the methods and the reward model named under `evaluate`
+    exist. Raises: RecipeError if a check fails."""
     known, made = ["base"], {"base"}
     for name, stage in recipe.stages.items():
-        for method in stage.needs:
+        is_trained = RunFolder(recipe.folder).stage(name).is_done
+        for method in () if is_trained else stage.needs:
             if method not in known and not is_model_folder(method):
                 keys = [key for key in type(stage).model_fields if getattr(stage, key) == method]
                 raise RecipeError(

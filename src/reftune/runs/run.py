@@ -20,7 +20,7 @@ from reftune.runs.evaluation import FinalEvaluation
 from reftune.runs.models import Models, check_stage_graph, require_trained
 from reftune.stages.rollouts import collector_of
 from reftune.stages.sft import gold_examples
-from reftune.stages.stage import Progress, StageContext
+from reftune.stages.stage import FACTS, Progress, StageContext
 from reftune.storage.files import JsonLines, write_atomically
 from reftune.storage.run_folder import (
     RunFolder,
@@ -188,6 +188,13 @@ class Run:
         )
         stage.run(context)
         world.wait(f"the end of {name}")
+        info = self.folder.stage(name).info
+        facts = self.folder.stage(name).facts() if info.is_file() else {}
+        missing = [key for key in FACTS if key not in facts]
+        if missing:
+            raise RecipeError(
+                f"stages.{name}: {stage.kind} must write {info} with {', '.join(missing)}"
+            )
 
     def evaluated_after(self, name: str) -> list[str]:
         """The methods of stage `name` that the recipe evaluates. If the next stage starts from one

@@ -231,7 +231,7 @@ def join_as_paper(correct: Sequence[str], gold: str | None, keep: int) -> list[s
     """The result of `join_once`, then the gold solution again.
 
     Source: ReFT's code (arXiv:2401.08967, §4.2). Differs: solutions keep their outer white space,
-    which programs need.
+    which programs need, and those that only write the answer differently count as repeats.
     """
     return [*join_once(correct, gold, keep), *_listed(gold)]
 

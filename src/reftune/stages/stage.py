@@ -118,6 +118,12 @@ class Cost:
         return self.steps * sum(self.phases(pace).values()) + others * pace.generate
 
 
+FACTS = ("kind", "init", "steps", "chosen_step", "dev_accuracy", "dev_n", "looks")
+"""The keys that every `stage.json` needs: the stage's kind and its initial model, the number of
+steps, the step of the chosen model with its accuracy on `dev_n` dev problems, and the number of dev
+evaluations."""
+
+
 class Stage(Component, ABC):
     """The base class of every stage. `check`, `plan` and runs use only this interface, so they
     treat your own stage like a built-in stage."""
@@ -155,5 +161,5 @@ class Stage(Component, ABC):
 
     @abstractmethod
     def run(self, context: StageContext) -> None:
-        """Train, then save the chosen model and `stage.json` in `context.folder`. If `is_method` is
-        false, `stage.json` must say so under this key."""
+        """Train, then save the chosen model and `stage.json` in `context.folder`. `stage.json`
+        needs the keys in `FACTS` and, if `is_method` is false, must say so under this key."""

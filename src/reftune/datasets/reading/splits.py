@@ -111,7 +111,7 @@ def draw_splits(
     else:
         chosen = _without(_clean(asked(dev), False, counts), tested, counts)
     learned = _without(learned, chosen, counts)
-    test_set, dev_set, train_set = _with_unique_ids(
+    test_set, dev_set, train_set = with_unique_ids(
         *([each.problem for each in split] for split in (tested, chosen, learned))
     )
     return Splits(train=train_set, dev=dev_set, test=test_set, counts=dict(+counts))
@@ -219,7 +219,7 @@ def _draw(asked: Sequence[Asked], size: int | None, seed: int, counts: Counter[s
     return [each for question, each in by_question.items() if question in chosen]
 
 
-def _with_unique_ids(*splits: Sequence[Problem]) -> list[tuple[Problem, ...]]:
+def with_unique_ids(*splits: Sequence[Problem]) -> list[tuple[Problem, ...]]:
     """The splits with unique ids. If several problems have the same id, all but the first get a
     suffix: `-2`, `-3`, …"""
     taken = {problem.id for split in splits for problem in split}
