@@ -143,8 +143,9 @@ def evaluate(
     keys `question`, `answer` and, optionally, `id`, `choices` and `answer_kind`. They are
     read as in the run's dataset or, for any other model, as in `grade`. `max_new` is the
     maximum number of tokens per solution. For a folder `stages/NAME`, `format` and `max_new`
-    default to the run's settings. For any other model, they default to `nl` and 256. Raises:
-    ReftuneError if the model, a problem, the format or `max_new` cannot be used.
+    default to the run's settings, and if the run's `lengths.too_long` is `drop`, a problem whose
+    prompt is too long counts as unanswered. For any other model, they default to `nl` and 256.
+    Raises: ReftuneError if the model, a problem, the format or `max_new` cannot be used.
     """
     from reftune.grading.rewards.outcome import Outcome
     from reftune.model.encoder import Encoder, stop_texts
@@ -155,7 +156,7 @@ def evaluate(
     if max_new is not None and (not isinstance(max_new, int) or max_new < 1):
         raise RecipeError(f"max_new: {max_new!r}; expected a positive number of tokens")
     recipe = _recipe_of(model)
-    policy = _policy(model)
+    policy = _policy(model, recipe)
     put = _format(format or recipe.get("format") or "nl")
     golds = golds_of(_dataset(recipe), put)
     found = tuple(
@@ -169,11 +170,15 @@ def evaluate(
                 f"problem {problem.id}: two problems have this id; expected different ids"
             )
     lengths = LengthTable.model_validate(recipe.get("lengths") or {})
+    if lengths.too_long == "refuse":  # a prompt that fits in the context is not refused
+        lengths = LengthTable(max_new=lengths.max_new)
+    if max_new is not None:
+        lengths = lengths.model_copy(update={"max_new": max_new})
     collector = Collector(
         engine=load_component("kv", group="engines"),
         encoder=Encoder(policy.tokenizer, put),
         reward=Outcome(),
-        lengths=LengthTable(max_new=lengths.max_new if max_new is None else max_new),
+        lengths=lengths,
     )
     own = policy.stop
     policy.stop = replace(own, texts=stop_texts(put))
@@ -193,7 +198,8 @@ def _asked(row: Mapping[str, Any], where: str, golds: GoldReader) -> Problem:
     return problem_of(row, where, golds)
 
 
-def _policy(model: str | Path | Policy) -> Policy:
+def _policy(model: str | Path | Policy, recipe: Mapping[str, Any]) -> Policy:
+    """The model as a policy. Its own code is trusted if the run's `recipe` trusts it."""
     from reftune.model.policy import Policy
     from reftune.model.weights import load_model
     from reftune.recipe import ModelTable
@@ -201,7 +207,8 @@ def _policy(model: str | Path | Policy) -> Policy:
 
     if isinstance(model, Policy):
         return model
-    policy = Policy(*load_model(ModelTable(path=str(model))))
+    trust = bool((recipe.get("model") or {}).get("trust_remote_code"))
+    policy = Policy(*load_model(ModelTable(path=str(model), trust_remote_code=trust)))
     return policy.to(choose_device("auto"))
 
 

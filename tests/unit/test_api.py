@@ -1,6 +1,7 @@
 """The Python interface: as short as the command line, and the same results."""
 
 import json
+import shutil
 import subprocess
 import sys
 from fractions import Fraction
@@ -8,10 +9,11 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import yaml
 
 import reftune
 from reftune.datasets.jsonl import Jsonl
-from reftune.errors import DataError, RecipeError
+from reftune.errors import DataError, ModelError, RecipeError
 from reftune.grading.formats.nl import Nl
 from reftune.recipe import dump_recipe
 from reftune.types import Answer
@@ -124,6 +126,55 @@ def test_evaluate_answers_as_the_run_did(finished: Path):
     ]
     assert result.n == 4
     assert result.ci95[0] <= result.accuracy <= result.ci95[1]
+
+
+def changed(finished: Path, to: Path, **tables: dict) -> Path:
+    """The stage folder of a copy of a run whose recipe has other keys in some tables."""
+    copied = Path(shutil.copytree(finished, to))
+    recipe = yaml.safe_load((finished / "recipe.yaml").read_text())
+    for name, keys in tables.items():
+        recipe[name] |= keys
+    (copied / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return copied / "stages" / "sft"
+
+
+def test_evaluate_leaves_a_prompt_that_is_too_long_unanswered_if_the_run_does(
+    finished: Path, tmp_path: Path
+):
+    short = {"question": "Eva has 19 drums.", "answer": 19}
+    longer = {"question": "Eva has 19 drums. " * 3, "answer": 57}
+    longest = {"question": "Eva has 19 drums. " * 40, "answer": 760}
+    limit = {"max_new": 20, "max_prompt": 12}
+    drops = changed(finished, tmp_path / "drops", lengths={**limit, "too_long": "drop"})
+    result = reftune.evaluate(drops, [short, longer, longest])
+    assert [c.finish_reason == "length" and not c.text for c in result.completions[1:]] == [
+        True
+    ] * 2
+    assert len(result.completions[0].token_ids) > 1
+    alone = reftune.evaluate(drops, [short, longer], max_new=3)
+    assert len(alone.completions[0].token_ids) <= 3 and not alone.completions[1].text
+    refuses = changed(finished, tmp_path / "refuses", lengths={**limit, "too_long": "refuse"})
+    assert len(reftune.evaluate(refuses, [longer]).completions[0].token_ids) > 1
+    with pytest.raises(DataError, match="problem 0: prompt of"):
+        reftune.evaluate(refuses, [longest])
+
+
+@pytest.mark.parametrize("trusts", [True, False])
+def test_evaluate_trusts_a_model_s_own_code_if_the_run_did(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trusts: bool
+):
+    asked = []
+
+    def load(table, **_):
+        asked.append(table.trust_remote_code)
+        raise ModelError("not loaded here")
+
+    monkeypatch.setattr("reftune.model.weights.load_model", load)
+    own = changed(finished, tmp_path / "own", model={"trust_remote_code": trusts})
+    for model in (own, own.parent.parent, "owner/name"):
+        with pytest.raises(ModelError):
+            reftune.evaluate(model, [{"question": "1 + 1?", "answer": 2}])
+    assert asked == [trusts, False, False]
 
 
 def test_evaluate_takes_a_policy_and_problems(make_policy):

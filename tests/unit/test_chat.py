@@ -272,9 +272,14 @@ def refused(tokenizer, format_, asked=None) -> str:
 def test_input_that_a_template_rejects_is_reported_in_one_line():
     gemma, qwen = (make_tokenizer(FAMILIES[name]) for name in ("gemma", "qwen2.5"))
     assert refused(gemma, chat({}, system="Hm")) == (
-        "format.system: the tokenizer's chat template accepts no system message (it reports:"
-        " System role not supported); expected format.instruction instead"
+        "format.style: chat: the tokenizer's chat template accepts no system message (it reports:"
+        " System role not supported), but format.system or the data has one, 'Hm'; expected"
+        " format.instruction instead"
     )
+    turns = (Message(role="system", content="Mine."), Message(role="user", content=ASKED))
+    own = problem(messages=turns)
+    for format_ in (chat({}), chat({}, system="Hm")):
+        assert "format.system or the data has one, 'Mine.';" in refused(gemma, format_, own)
     twice = (Message(role="user", content="a"), Message(role="user", content="b"))
     said = refused(gemma, chat({}), problem(messages=twice))
     assert "rejects the turns user, user: Conversation roles must alternate" in said
@@ -282,7 +287,8 @@ def test_input_that_a_template_rejects_is_reported_in_one_line():
     assert "rejects the turns user, user: Conversation roles must alternate" in said
     silent = copy.deepcopy(qwen)
     silent.chat_template = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
-    assert "(it omits the system message)" in refused(silent, chat({}, system="Hm"))
+    assert "(it omits the system message), but" in refused(silent, chat({}, system="Hm"))
+    assert "or the data has one, 'Mine.';" in refused(silent, chat({}), own)
     thinking = make_tokenizer(FAMILIES["qwen3, thinking"])
     assert refused(thinking, chat({"enable_thinkng": False})) == (
         "format.template_args.enable_thinkng: the chat template has no such variable to set"

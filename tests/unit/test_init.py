@@ -1,12 +1,16 @@
 """`reftune init` turns a file of questions into a recipe that passes `reftune check`."""
 
 import csv
+import io
 import json
 from pathlib import Path
 
 import pytest
+from huggingface_hub.errors import StrictDataclassError
 
 from chat_families import save_model
+from reftune.datasets import Splits
+from reftune.datasets.jsonl import Jsonl
 from reftune.errors import DataError
 from reftune.recipe import load_recipe
 from reftune.terminal.cli import find_recipe, main
@@ -193,9 +197,67 @@ def test_on_a_terminal_it_asks_on_stderr(
     write_csv(here / "mine.csv", ["question", "answer", "rationale"])
     answers = iter(["mine.csv", "scratch", "nl"])
     monkeypatch.setattr("sys.stdin.isatty", lambda: True)
-    monkeypatch.setattr("typer.prompt", lambda question, default, err: next(answers) if err else "")
+    monkeypatch.setattr("typer.prompt", lambda *_, err, **__: next(answers) if err else "")
     assert status("init") == 0
     assert capsys.readouterr().out == "mine.yaml\n"
+
+
+@pytest.mark.parametrize(
+    ("typed", "reason", "taken"),
+    [
+        (["text", "python", "nl"], "known: nl, program, or your own file.py:Name", "nl"),
+        (["NL", "program "], "NL: unknown kind", "nl"),
+        (["programm", "program"], "programm: unknown kind; did you mean program?", "program"),
+        (["no.py:Own", "nl:", ""], "no.py: no such file", "nl"),
+        (["own.py:Own"], "", "own.py:Own"),
+    ],
+)
+def test_a_format_that_does_not_exist_is_asked_for_again(
+    here: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    typed,
+    reason,
+    taken,
+):
+    write_csv(here / "mine.csv", ["question", "answer", "rationale"])
+    (here / "own.py").write_text("from reftune.grading.formats.nl import Nl\nclass Own(Nl): ...\n")
+    stdin = io.StringIO("\n".join([*typed, "", ""]))
+    monkeypatch.setattr(stdin, "isatty", lambda: True)
+    monkeypatch.setattr("sys.stdin", stdin)
+    chosen = []
+    monkeypatch.setattr(
+        "reftune.terminal.init.write_recipe",
+        lambda wishes, _: chosen.append(wishes.format) or load_splits_of(here),
+    )
+    assert status("init", "--data", "mine.csv", "--model", "scratch") == 0
+    assert chosen == [taken]
+    assert reason in capsys.readouterr().err
+
+
+def load_splits_of(folder: Path) -> Splits:
+    """The splits of the file that `write_csv` wrote."""
+    return Jsonl(kind="jsonl", train=str(folder / "mine.csv")).load(seed=0)
+
+
+@pytest.mark.parametrize("auto", ["AutoTokenizer", "AutoConfig"])
+@pytest.mark.parametrize(
+    "error", [ImportError, KeyError, RuntimeError, StrictDataclassError, OSError, ValueError]
+)
+def test_a_model_that_transformers_cannot_read_is_one_line(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, auto, error
+):
+    def refuse(*_, **__):
+        raise error("needs\nsentencepiece")
+
+    save_model("qwen2.5", here / "model")
+    write_csv(here / "mine.csv", ["question", "answer"])
+    monkeypatch.setattr(f"transformers.{auto}.from_pretrained", refuse)
+    told = ["--data", "mine.csv", "--model", str(here / "model"), "--format", "nl"]
+    assert status("init", *told) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"{here / 'model'}: ") and "sentencepiece" in last
+    assert not (here / "mine.yaml").exists()
 
 
 def test_columns_formats_and_names_are_guessed(here: Path):

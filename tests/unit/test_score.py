@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from chat_families import FAMILIES, make_tokenizer
 from reftune.errors import DataError, RecipeError, RewardError
 from reftune.recipe import load_recipe
 from reftune.terminal.score import score_as_recipe, score_file
@@ -207,6 +208,42 @@ def test_a_recipe_with_decimal_commas_reads_them_in_golds_answers_and_parts(tmp_
     ]
     scored = as_recipe(tmp_path, *rows, kind="auto", format='{kind: nl, decimal: ","}')
     assert [each["verdict"] for each in scored] == ["correct", "correct", "wrong"]
+
+
+@pytest.mark.parametrize("style", ["chat", "compact"])
+@pytest.mark.parametrize("name", ["r1", "llama3"])
+def test_a_completion_that_ends_inside_the_thought_of_the_chat_template_has_no_answer(
+    tmp_path: Path, name: str, style: str
+) -> None:
+    make_tokenizer(FAMILIES[name]).save_pretrained(tmp_path / "model")
+    (tmp_path / "completions.jsonl").write_text(
+        "\n".join(
+            json.dumps(row(text, 5))
+            for text in (
+                "so the answer is 5. Wait, let me recheck",
+                "is the answer 6?\n</think>\n\nThe answer is 5",
+            )
+        )
+    )
+    (tmp_path / "own.yaml").write_text(
+        RECIPE.format(kind="auto", format=f"{{kind: nl, style: {style}}}")
+    )
+    path = tmp_path / "model"
+    recipe = load_recipe(tmp_path / "own.yaml", ["model.scratch=null", f"model.path={path}"])
+    scored = score_as_recipe(tmp_path / "completions.jsonl", recipe)
+    cut = "no_answer" if (name, style) == ("r1", "chat") else "correct"
+    assert [each["verdict"] for each in scored] == [cut, "correct"]
+
+
+def test_a_chat_recipe_without_its_tokenizer_still_scores_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "completions.jsonl").write_text(json.dumps(row("The answer is 5", 5)))
+    (tmp_path / "own.yaml").write_text(RECIPE.format(kind="auto", format="{kind: nl, style: chat}"))
+    recipe = load_recipe(tmp_path / "own.yaml", ["model.scratch=null", "model.path=./nowhere"])
+    (scored,) = score_as_recipe(tmp_path / "completions.jsonl", recipe)
+    assert scored["verdict"] == "correct"
+    assert "opened no thought: ./nowhere: no such model folder" in caplog.text
 
 
 def test_an_unknown_answer_kind_is_named(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +181,7 @@ def test_a_model_is_rounded_before_it_is_evaluated(tmp_path, lora):
     out = export_model(run, "reft", tmp_path / "model")
     assert {t.dtype for t in load_file(out / "model.safetensors").values()} == {torch.bfloat16}
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
-    assert "in bfloat16." in (out / "README.md").read_text()
+    assert says(out, "stored in bfloat16 and were evaluated in float32")
     model, tokenizer = load(out)
     assert [generated(model, tokenizer, ids) for ids, _ in asked(run, tokenizer)] == ids_of(run)
 
@@ -190,6 +191,98 @@ def test_full_training_of_a_bf16_base_is_kept_in_fp32(tmp_path):
     run = run_of(tmp_path, "llama3", format_keys={"style": "chat"})
     out = export_model(run, "reft", tmp_path / "model")
     assert json.loads((out / "config.json").read_text())["dtype"] == "float32"
+
+
+def says(out: Path, *texts: str) -> bool:
+    """Whether an export's card contains all `texts`."""
+    card = " ".join((out / "README.md").read_text().split())
+    return all(text in card for text in texts)
+
+
+def changed(run: Path, to: Path, **tables: dict[str, Any]) -> Path:
+    """A copy of a run whose recipe has other keys in some tables."""
+    copied = Path(shutil.copytree(run, to))
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    for name, keys in tables.items():
+        recipe[name] = keys if "kind" in keys else recipe[name] | keys
+    (copied / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return copied
+
+
+def test_the_card_serves_a_model_in_the_dtype_of_its_evaluation(tmp_path, trained):
+    run = trained("qwen2.5", format_keys={"style": "chat"})
+    wide = export_model(run, "reft", tmp_path / "wide")
+    assert says(wide, "stored in float32 and were evaluated in float32", "--dtype float32 &")
+    narrow = changed(run, tmp_path / "narrow", model={"dtype": "bfloat16"})
+    out = export_model(narrow, "reft", tmp_path / "model")
+    assert says(out, "stored in float32 and were evaluated in bfloat16")
+    assert says(out, "--dtype bfloat16 &", 'pipeline("text-generation", ".", dtype="bfloat16")')
+    assert json.loads((out / "config.json").read_text())["dtype"] == "float32"
+
+
+@pytest.mark.parametrize("data", [{"kind": "jsonl", "train": "moved.jsonl"}, {"kind": "no.py:Own"}])
+@pytest.mark.parametrize(("name", "format_keys"), [STYLES[3], STYLES[-2]])
+def test_an_export_whose_data_cannot_be_read_still_prompts_as_in_training(
+    tmp_path, trained, name, format_keys, data, caplog, monkeypatch
+):
+    run = trained(name, format_keys=format_keys)
+    gone = changed(run, tmp_path / "gone", dataset=data)
+    monkeypatch.chdir(tmp_path)
+    out = export_model(gone, "reft", tmp_path / "model")
+    assert "the model card shows no prompt, because the data cannot be read: " in caplog.text
+    model, tokenizer = load(out)
+    assert model.generation_config.max_new_tokens == MAX_NEW
+    sent = asked(run, tokenizer)
+    assert [encoded(tokenizer, text) for _, text in sent] == [ids for ids, _ in sent]
+    assert says(out, f"had at most {MAX_NEW} tokens. The weights are stored in float32")
+    card = (out / "README.md").read_text()
+    assert "exact prompt" not in card and "```bash" not in card and "1 + 1" not in card
+
+
+def test_an_export_whose_format_is_gone_says_what_it_lacks(tmp_path, trained, caplog):
+    run = trained("qwen2.5", format_keys={"style": "chat"})
+    gone = changed(run, tmp_path / "gone", format={"kind": "no.py:Own"})
+    out = export_model(gone, "reft", tmp_path / "model")
+    assert "exported without the recipe's length limit and prompt settings: no.py" in caplog.text
+    assert not says(out, "## Use")
+
+
+@pytest.mark.parametrize("style", ["compact", "paper"])
+@pytest.mark.parametrize(("name", "adds_bos"), [("gemma", True), ("gemma", False), ("phi3", False)])
+def test_a_client_appends_no_eos_to_a_prompt_even_if_the_base_s_tokenizer_does(
+    tmp_path, trained, name, adds_bos, style
+):
+    run = changed(trained(name, format_keys={"style": style}), tmp_path / "run")
+    stage = run / "stages" / "reft"
+    tokenizer = load(stage)[1]
+    tokenizer.add_bos_token, tokenizer.add_eos_token = adds_bos, True
+    tokenizer.save_pretrained(stage)
+    expected = [ids for ids, _ in asked(run, load(stage)[1])]
+    out = export_model(run, "reft", tmp_path / "model")
+    sent = asked(run, load(out)[1])
+    assert [encoded(load(out)[1], text) for _, text in sent] == expected
+    assert (expected[0][0] == tokenizer.bos_token_id) == (adds_bos and style == "compact")
+    assert not says(out, "no special token before it")
+
+
+def test_adapters_are_loaded_on_the_base_s_revision(tmp_path, trained, monkeypatch, capsys):
+    run = trained("gemma", format_keys={"style": "chat"}, lora={"rank": 4})
+    for revision in ("v1.2", None):
+        base = {"revision": revision}
+        pinned = changed(run, tmp_path / f"run {revision}", model=base)
+        out = export_model(pinned, "reft", tmp_path / f"model {revision}", adapter=True)
+        for text in ("at revision `v1.2`.", " --revision v1.2 --tokenizer .", 'revision="v1.2"'):
+            assert says(out, text) == (revision is not None)
+    asked_for = []
+
+    def pipeline(*args, **keys):
+        asked_for.append((args, keys["revision"]))
+        raise InterruptedError
+
+    monkeypatch.setattr("transformers.pipeline", pipeline)
+    with pytest.raises(InterruptedError):
+        printed_by_the_card(tmp_path / "model v1.2", monkeypatch, capsys)
+    assert asked_for == [(("text-generation", "."), "v1.2")]
 
 
 def printed_by_the_card(out: Path, monkeypatch, capsys) -> str:

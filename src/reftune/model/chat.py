@@ -11,7 +11,7 @@ from jinja2 import TemplateError
 
 from reftune.errors import RecipeError
 from reftune.grading.markers import open_thought
-from reftune.text import brief
+from reftune.text import brief, shown
 from reftune.types import Conversation, Message
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> str
         )
     for turn in prompt.turns:
         if turn.role == "system" and turn.content.strip() not in text:
-            raise RecipeError(_no_system("it omits the system message"))
+            raise RecipeError(_no_system(turn, "it omits the system message"))
     return text
 
 
@@ -182,7 +182,8 @@ def _render(
             _render(  # if this fails too, the system message is not the cause
                 tokenizer, others, template_args, add_generation_prompt=add_generation_prompt
             )
-            raise RecipeError(_no_system(f"it reports: {reason}")) from None
+            system = next(turn for turn in turns if turn.role == "system")
+            raise RecipeError(_no_system(system, f"it reports: {reason}")) from None
         raise RecipeError(
             f"format.style: chat: the tokenizer's chat template rejects the turns"
             f" {', '.join(turn.role for turn in turns)}: {reason}"
@@ -190,8 +191,9 @@ def _render(
     return str(text)
 
 
-def _no_system(reason: str) -> str:
+def _no_system(system: Message, reason: str) -> str:
     return (
-        f"format.system: the tokenizer's chat template accepts no system message ({reason});"
-        " expected format.instruction instead"
+        f"format.style: chat: the tokenizer's chat template accepts no system message ({reason}),"
+        f" but format.system or the data has one, {shown(system.content)}; expected"
+        " format.instruction instead"
     )

@@ -108,9 +108,25 @@ def untrained(table: ModelTable, *, texts: Iterable[str] = ()) -> Any:
         )
 
 
+def load_tokenizer(table: ModelTable) -> PreTrainedTokenizerBase:
+    """The tokenizer of a pretrained model. Raises: ModelError if it cannot be loaded."""
+    from transformers import AutoTokenizer
+
+    assert table.path is not None
+    path = resolve(table.path)
+    with _loading(path, "no tokenizer can be loaded"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            path, revision=table.revision or "main", trust_remote_code=table.trust_remote_code
+        )
+    return tokenizer
+
+
 @contextmanager
-def _loading(path: Path | str | None) -> Iterator[None]:
-    """Raise a ModelError in place of the errors that transformers raises when it loads a model."""
+def _loading(
+    path: Path | str | None, failure: str = "cannot be loaded as a causal language model"
+) -> Iterator[None]:
+    """Raise a ModelError in place of the errors that transformers raises when it loads a model. The
+    error's message says which `failure` occurred."""
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
@@ -125,9 +141,7 @@ def _loading(path: Path | str | None) -> Iterator[None]:
         SafetensorError,
         StrictDataclassError,
     ) as error:
-        raise ModelError(
-            f"{path}: cannot be loaded as a causal language model: {brief(error)}"
-        ) from None
+        raise ModelError(f"{path}: {failure}: {brief(error)}") from None
 
 
 def is_adapter_folder(folder: Path) -> bool:

@@ -4,9 +4,11 @@ model card are included, so that clients can prompt the model as in training."""
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,18 +19,21 @@ from reftune.datasets import load_splits
 from reftune.errors import CheckpointError, ModelError, ReftuneError
 from reftune.model.adapters import export_adapters
 from reftune.model.encoder import Encoder, bos_of, stop_texts, token_ids_of
-from reftune.recipe import parse_recipe
+from reftune.recipe import LengthTable, load_component, parse_recipe
 from reftune.results import read_groups, summarize
 from reftune.results.records import evaluated_split
 from reftune.stages.reward_model import WEIGHTS
 from reftune.storage.files import replace_folder
 from reftune.storage.run_folder import RunFolder
 from reftune.text import brief, counted
-from reftune.types import BareText, Conversation, Problem
+from reftune.types import Answer, BareText, Conversation, Problem
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+    from reftune.grading.formats import Format
+
+LOG = logging.getLogger(__name__)
 NOT_PART_OF_THE_MODEL = ("checkpoints", "adapters", "*.jsonl", "stage.json", "nonfinite-*.json")
 
 
@@ -128,9 +133,12 @@ class Serving:
     name: str
     encoder: Encoder
     problem: Problem
-    """An example from the data."""
+    """An example from the data, or `MADE_UP` if the data cannot be read."""
     generation: GenerationConfig
+    stored_dtype: str
+    """The dtype of the saved weights."""
     dtype: str
+    """The dtype in which the run evaluated them."""
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -168,6 +176,8 @@ class Base:
     """The base model of exported adapters."""
 
     path: str | None
+    revision: str | None
+    """Branch, tag or commit of `path` on the Hub."""
     rank: int
     """Rank of the adapters."""
     is_quantized: bool
@@ -177,6 +187,7 @@ class Base:
         config = json.loads((adapters / "adapter_config.json").read_text(encoding="utf-8"))
         return cls(
             path=config["base_model_name_or_path"],
+            revision=config.get("revision"),
             rank=config["r"],
             is_quantized=(recipe.get("model") or {}).get("quantize") is not None,
         )
@@ -186,36 +197,67 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM's `--max-lora-rank` accepts."""
 
 
+MADE_UP = Problem(
+    id="made up", question="What is 1 + 1?", answer=Answer(kind="number", value=Fraction(2))
+)
+"""A problem whose prompt shows how a format puts its questions."""
+
+
 def _serving(table: dict[str, Any], stage: Path) -> Serving | None:
-    """The settings of a stage's model. None if the recipe, its data or the tokenizer can no longer
-    be read. In that case, the card shows no prompt, and the exported files are the stage's."""
+    """The settings of a stage's model, from the recipe `table` and the stage's files. None if one
+    of them can no longer be read. In that case, a warning is logged, the card shows no prompt, and
+    the exported files are the stage's."""
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
+    model = table.get("model") or {}
+    trust = bool(model.get("trust_remote_code"))
     try:
-        recipe = parse_recipe(table)
-        trust, splits = recipe.model.trust_remote_code, load_splits(recipe)
+        format_: Format = load_component(table.get("format") or "nl", group="formats")
+        lengths = LengthTable.model_validate(table.get("lengths") or {})
         tokenizer = AutoTokenizer.from_pretrained(stage, trust_remote_code=trust)
         config = AutoConfig.from_pretrained(stage, trust_remote_code=trust)
         generation = GenerationConfig.from_pretrained(stage)
-        problem = next(iter((*splits.dev, *splits.train)))
-    except (ReftuneError, OSError, ValueError):
+        problem = _example(table, stage)
+        _ask_as_trained(tokenizer, format_.prompt(problem))
+    except Exception as error:  # noqa: BLE001  a user's format may expect more of a problem
+        LOG.warning(
+            "%s: exported without the recipe's length limit and prompt settings: %s",
+            stage,
+            brief(error),
+        )
         return None
-    generation.max_new_tokens = recipe.lengths.max_new
-    _ask_as_trained(tokenizer, recipe.format.prompt(problem))
+    generation.max_new_tokens = lengths.max_new
+    stored = str(config.dtype or "float32").removeprefix("torch.")
+    evaluated = model.get("dtype") or "auto"
     return Serving(
-        name=recipe.name,
-        encoder=Encoder(tokenizer, recipe.format),
+        name=table["name"],
+        encoder=Encoder(tokenizer, format_),
         problem=problem,
         generation=generation,
-        dtype=str(config.dtype or "float32").removeprefix("torch."),
+        stored_dtype=stored,
+        dtype=stored if evaluated == "auto" else evaluated,
     )
 
 
+def _example(table: dict[str, Any], stage: Path) -> Problem:
+    """A problem from the data of the recipe `table`. `MADE_UP` if the data can no longer be read,
+    of which a warning is logged."""
+    try:
+        splits = load_splits(parse_recipe(table))
+    except (ReftuneError, OSError, ValueError) as error:
+        LOG.warning(
+            "%s: the model card shows no prompt, because the data cannot be read: %s",
+            stage,
+            brief(error),
+        )
+        return MADE_UP
+    return next(iter((*splits.dev, *splits.train)))
+
+
 def _ask_as_trained(tokenizer: PreTrainedTokenizerBase, prompt: str | Conversation) -> None:
-    """Change the tokenizer's defaults to what training used: no BOS before a `BareText`, and the
-    recipe's arguments for the chat template. A client can override these arguments."""
-    if isinstance(prompt, BareText) and bos_of(tokenizer):
-        tokenizer.add_bos_token = False  # this rewrites the post-processor
+    """Change the tokenizer's defaults to what training used: no BOS before a `BareText`, nothing
+    after a text, and the recipe's arguments for the chat template. A client can override these
+    arguments."""
     if isinstance(prompt, Conversation):
         defaults = "".join(
             f"{{%- if {name} is not defined -%}}{{%- set {name} = {value!r} -%}}{{%- endif -%}}"
@@ -227,6 +269,11 @@ def _ask_as_trained(tokenizer: PreTrainedTokenizerBase, prompt: str | Conversati
             if isinstance(own, dict)
             else defaults + own
         )
+        return
+    bos = [] if isinstance(prompt, BareText) else bos_of(tokenizer)
+    if list(tokenizer.encode("a")) != [*bos, *tokenizer.encode("a", add_special_tokens=False)]:
+        # both rewrite the post-processor, whatever tokens it added before
+        tokenizer.add_bos_token, tokenizer.add_eos_token = bool(bos), False
 
 
 # --- the card -------------------------------------------------------------------------------------
@@ -275,7 +322,8 @@ def _contents(base: Base | None) -> str:
     if base is None:
         return " `value_head/` holds the value head used in training; generation does not need it."
     bits = " in 4 bits (NF4)" if base.is_quantized else ""
-    return f" This folder contains only adapters, for the base model{bits}, `{base.path}`."
+    at = f" at revision `{base.revision}`" if base.revision else ""
+    return f" This folder contains only adapters, for the base model{bits}, `{base.path}`{at}."
 
 
 def _data(recipe: dict[str, Any]) -> str:
@@ -307,26 +355,35 @@ def _accuracy(score: Mapping[str, Any] | None, split: str) -> str:
 
 
 def _usage(serving: Serving, method: str, base: Base | None) -> str:
-    text = serving.encoder.text_of(serving.prompt)
     ends = token_ids_of(serving.generation.eos_token_id)
     stops = [f"`{serving.tokenizer.decode([id_])}` (id {id_})" for id_ in ends]
     stops += [f"the string {text!r}, which is not part of the answer" for text in serving.stop]
-    bos = "" if serving.adds_special_tokens else ", with no special token before it"
-    evaluated = "weights were" if base is None else "adapters, merged into the base, were"
+    model = "weights are" if base is None else "adapters, merged into the base, were"
+    were = "were " if base is None else ""
+    has_example = serving.problem != MADE_UP
     return f"""
 ## Use
-
-The exact prompt for one problem{bos}:
-
-{_fenced(text, "text")}
-
+{_shown_prompt(serving) if has_example else ""}
 A completion ends at {" or ".join(stops)}. In training, completions had at most
 {serving.limit} tokens.
-The {evaluated} evaluated in {serving.dtype}.
+The {model} stored in {serving.stored_dtype} and {were}evaluated in {serving.dtype}.
+{_calls(serving, f"{serving.name}-{method}", base) if has_example else ""}"""
 
+
+def _shown_prompt(serving: Serving) -> str:
+    bos = "" if serving.adds_special_tokens else ", with no special token before it"
+    return f"""
+The exact prompt for one problem{bos}:
+
+{_fenced(serving.encoder.text_of(serving.prompt), "text")}
+"""
+
+
+def _calls(serving: Serving, name: str, base: Base | None) -> str:
+    return f"""
 Run the following in this folder:
 
-{_shell(serving, f"{serving.name}-{method}", base)}
+{_shell(serving, name, base)}
 {_fenced(_python(serving, base), "python")}
 """
 
@@ -339,8 +396,9 @@ def _shell(serving: Serving, name: str, base: Base | None) -> str:
     serve = f"vllm serve . --served-model-name {name}"
     if base is not None:  # with the run's tokenizer and end tokens, not the base's
         rank = min((rank for rank in VLLM_RANKS if rank >= base.rank), default=base.rank)
+        at = f" --revision {base.revision}" if base.revision else ""
         serve = (
-            f"vllm serve {base.path} --tokenizer . --generation-config . \\\n"
+            f"vllm serve {base.path}{at} --tokenizer . --generation-config . \\\n"
             f"  --enable-lora --lora-modules {name}=. --max-lora-rank {rank}"
         )
     address = "http://localhost:8000/v1"
@@ -373,14 +431,15 @@ def _python(serving: Serving, base: Base | None) -> str:
         options += ", add_special_tokens=False"
     if serving.stop:  # a generation config with stop strings would fail without a tokenizer
         options += f", stop_strings={serving.stop!r}, tokenizer=generate.tokenizer"
-    names, lines, load = ["pipeline"], [], ""
+    names, lines, load = ["pipeline"], [], f', dtype="{serving.dtype}"'
     if base is not None and base.is_quantized:
         names.append("BitsAndBytesConfig")
         lines.append('bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")')
-        load = ', model_kwargs={"quantization_config": bits}'
+        load += ', model_kwargs={"quantization_config": bits}'
     if base is not None:  # by default, a pipeline uses the base's tokenizer and generation config
         names.append("GenerationConfig")
-        load = f', tokenizer="."{load}'
+        at = f', revision="{base.revision}"' if base.revision else ""
+        load = f', tokenizer="."{at}{load}'
     lines.append(f'generate = pipeline("text-generation", "."{load})')
     if base is not None:
         lines.append('generate.model.generation_config = GenerationConfig.from_pretrained(".")')

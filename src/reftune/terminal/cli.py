@@ -15,7 +15,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -267,7 +267,13 @@ def init(
         or _ask(
             "Model (a Hub id, a folder, smollm2-135m or scratch)", "smollm2-135m", flag="--model"
         ),
-        format=form or _ask("Format (nl or program)", guess_format(data, columns), flag="--format"),
+        format=form
+        or _ask(
+            "Format (nl or program)",
+            guess_format(data, columns),
+            flag="--format",
+            accept=_format_kind,
+        ),
         test=test,
         columns=columns,
     )
@@ -280,16 +286,31 @@ def init(
     say(f"next: reftune check {written}")
 
 
-def _ask(question: str, default: str | None, *, flag: str) -> str:
-    """The answer that the user types or, if it is empty, the default. If there is no terminal, the
-    result is the default, and a line on stderr says so. Raises: RecipeError if there is neither a
-    terminal nor a default."""
+def _ask(
+    question: str, default: str | None, *, flag: str, accept: Callable[[str], str] = str
+) -> str:
+    """The answer that the user types or, if it is empty, the default. While `accept` raises
+    typer.BadParameter for the answer, the user is asked again. If there is no terminal, the result
+    is the default, and a line on stderr says so. Raises: RecipeError if there is neither a terminal
+    nor a default."""
     if sys.stdin.isatty():
-        return str(typer.prompt(question, default=default, err=True))
+        return str(typer.prompt(question, default=default, err=True, value_proc=accept))
     if default is None:
         raise RecipeError(f"{flag} is missing, and there is no terminal to ask")
     say(f"no terminal to ask: {flag.strip('-')} is {default}; {flag} chooses another")
     return default
+
+
+def _format_kind(kind: str) -> str:
+    """The kind of format that the user typed. Raises: typer.BadParameter if there is none."""
+    from reftune.recipe import load_component
+    from reftune.text import brief
+
+    try:
+        load_component(kind, group="formats")
+    except ValueError as error:
+        raise typer.BadParameter(brief(error)) from None
+    return kind
 
 
 # --- inspecting -----------------------------------------------------------------------------------

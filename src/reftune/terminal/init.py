@@ -21,11 +21,11 @@ from reftune.datasets.reading.splits import dropped_text
 from reftune.errors import DataError, ModelError, RecipeError
 from reftune.grading.formats import Format
 from reftune.model.encoder import Encoder
-from reftune.model.weights import resolve, scratch_texts, word_tokenizer
-from reftune.recipe import load_component, parse_recipe
+from reftune.model.weights import load_config, load_tokenizer, scratch_texts, word_tokenizer
+from reftune.recipe import ModelTable, load_component, parse_recipe
 from reftune.seeds import derive_seed
 from reftune.storage.files import write_atomically
-from reftune.text import brief, counted
+from reftune.text import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -140,7 +140,7 @@ def _recipe_text(wishes: Wishes, splits: Splits, name: str) -> str:
     if instruction is not None:
         chat = {"kind": kind, "style": "chat", "instruction": instruction}
         format_ = load_component(chat, group="formats")
-    config = None if is_scratch else _pretrained("AutoConfig", wishes.model, "configuration")
+    config = None if is_scratch else load_config(ModelTable(path=wishes.model))
     context = getattr(config, "max_position_embeddings", None)
     lengths = _lengths(splits, Encoder(tokenizer, format_), context, is_scratch=is_scratch)
     environment = Environment(
@@ -228,17 +228,7 @@ def _tokenizer(model: str, texts: Sequence[str]) -> PreTrainedTokenizerBase:
                 " another --model"
             )
         return word_tokenizer(texts)
-    tokenizer: PreTrainedTokenizerBase = _pretrained("AutoTokenizer", model, "tokenizer")
-    return tokenizer
-
-
-def _pretrained(auto: str, model: str, what: str) -> Any:
-    import transformers
-
-    try:
-        return getattr(transformers, auto).from_pretrained(resolve(model))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{model}: no {what} can be loaded: {brief(error)}") from None
+    return load_tokenizer(ModelTable(path=model))
 
 
 def _inline(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -13,16 +14,18 @@ from pydantic import ValidationError
 from reftune.datasets.reading.files import json_lines, read_text
 from reftune.datasets.reading.golds import GoldReader
 from reftune.datasets.reading.rows import Row
-from reftune.errors import DataError, RecipeError
+from reftune.errors import DataError, ModelError, RecipeError
 from reftune.grading.formats import Format
 from reftune.grading.formats.nl import Nl
 from reftune.grading.formats.program import Program
 from reftune.grading.golds import GoldKind
 from reftune.grading.rewards import Reward
 from reftune.grading.rewards.outcome import Outcome
+from reftune.model.encoder import Encoder
 from reftune.recipe import Recipe
 from reftune.types import Completion, Problem
 
+LOG = logging.getLogger(__name__)
 BATCH = 256
 DEFAULT = GoldReader()
 _Row = tuple[Any, Problem, str]
@@ -43,18 +46,34 @@ def score_file(
 
 
 def score_as_recipe(file: Path, recipe: Recipe) -> Iterator[dict[str, Any]]:
-    """Grade a file of completions with a recipe's format, answer kind, sandbox, limits and reward;
-    see `score_lines`. Raises: DataError, before anything is graded, if a line cannot be read;
-    RewardError if the reward fails."""
+    """Grade a file of completions with a recipe's format, chat template, answer kind, sandbox,
+    limits and reward; see `score_lines`. Raises: DataError, before anything is graded, if a line
+    cannot be read; RewardError if the reward fails."""
     from reftune.stages.rollouts import rewards_of
 
     return score_lines(
         read_text(file).split("\n"),
-        recipe.format,
+        _grader_of(recipe),
         partial(rewards_of, recipe.reward),
         where=str(file),
         golds=golds_of(recipe.dataset, recipe.format),
     )
+
+
+def _grader_of(recipe: Recipe) -> Format | Encoder:
+    """What grades a recipe's completions in training. In the style `chat`, this takes the
+    tokenizer, because the chat template may open a thought that the completion continues. If the
+    tokenizer cannot be loaded, a warning is logged, and no thought is assumed."""
+    format_: Format = recipe.format
+    if getattr(format_, "style", None) != "chat" or recipe.model.path is None:
+        return format_
+    from reftune.model.weights import load_tokenizer
+
+    try:
+        return Encoder(load_tokenizer(recipe.model), format_)
+    except ModelError as error:
+        LOG.warning("graded as if the chat template opened no thought: %s", error)
+        return format_
 
 
 def golds_of(dataset: object, format: Format) -> GoldReader:
@@ -74,7 +93,12 @@ def _settings_of(dataset: object) -> GoldReader:
 
 
 def score_lines(
-    lines: Iterable[str], format: Format, reward: Reward, *, where: str, golds: GoldReader = DEFAULT
+    lines: Iterable[str],
+    grader: Format | Encoder,
+    reward: Reward,
+    *,
+    where: str,
+    golds: GoldReader = DEFAULT,
 ) -> Iterator[dict[str, Any]]:
     """Grade lines of `{"id", "completion", "answer", "choices"?, "answer_kind"?}`. Yields `{"id",
     "verdict", "value", "reward", "reason"}` for each line.
@@ -88,13 +112,15 @@ def score_lines(
         raise DataError(
             f"{where}: empty; expected an object with id, completion and answer on each line"
         )
-    return _scored(rows, format, reward)
+    return _scored(rows, grader, reward)
 
 
-def _scored(rows: Sequence[_Row], format: Format, reward: Reward) -> Iterator[dict[str, Any]]:
+def _scored(
+    rows: Sequence[_Row], grader: Format | Encoder, reward: Reward
+) -> Iterator[dict[str, Any]]:
     for start in range(0, len(rows), BATCH):
         keys, problems, texts = zip(*rows[start : start + BATCH], strict=True)
-        grades = format.grade(problems, texts)
+        grades = grader.grade(problems, texts)
         completions = [
             Completion(token_ids=(), text=text, logprobs=(), finish_reason="eos") for text in texts
         ]
