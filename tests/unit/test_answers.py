@@ -102,6 +102,95 @@ def test_text_that_is_not_one_number_is_none(text: str) -> None:
     assert read_number(text) is None
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "5 (x + 1)",
+        "5(x^2+1)",
+        "5[x+1]",
+        "5/(a+1)",
+        "5 + C.",
+        "5 - sin(x)",
+        "5 sin(x)",
+        r"5 \cos 2x",
+        "5cos x",
+        "5 exp(2)",
+        "5 tan (x)",
+        "5e^2",
+        "5e^{x}",
+        "5! + 3",
+        "20% of 50",
+    ],
+)
+def test_an_expression_that_begins_with_a_number_is_not_this_number(text: str) -> None:
+    assert read_number(text) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "5, and 6",
+        "5; and 6",
+        "5 (and 6)",
+        "5 apples, and 6 oranges.",
+        "5 apples (and 6 oranges)",
+        "5 if even, 6 if odd",
+        "5 if n is even, and 6 if n is odd",
+        "5 when x>0, else 6",
+        "5 unless n = 2, then 6",
+        "5 for men; for women 6",
+        "5 for men; 6 for women",
+        "x = 5, and y = 6",
+        "x = 5, or x = 6",
+    ],
+)
+def test_several_numbers_are_not_the_first_or_last_of_them(text: str) -> None:
+    assert read_number(text) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "5, and that is the answer",
+        "5, and the other gets the rest",
+        "5 (and not 6)",
+        "5 if we round",
+        "5, if we round 4.8",
+        "5 when n = 3, since 3 + 2 = 5",
+        "5 unless stated otherwise",
+        "5 for each of the 3 boys",
+        "5 for a coat, for a total of 20",
+        "x = 5, and that is the answer",
+        "5!",
+        "5!! That is it.",
+        "5 (x-axis units)",
+        "5 (a + b = 5)",
+        "5 (m/s)",
+        "5 (m^2)",
+        "5 exp points",
+        "5 tan shoes",
+        "5 + tax",
+        "5% of the 60 pupils",
+    ],
+)
+def test_words_after_a_number_do_not_hide_it(text: str) -> None:
+    assert read_number(text) == 5
+
+
+def test_a_spaced_dash_after_an_equals_sign_is_a_minus_sign() -> None:
+    assert read_number("x = – 5") == -5
+    assert read_number("x = 3 - 8 = – 5.") == -5
+    assert read_number("– 5") == 5  # "the answer is – 5"
+
+
+@pytest.mark.parametrize("word", ["dozen", "doz", "gross", "score"])
+def test_a_number_of_groups_is_right_or_no_answer(word: str) -> None:
+    # the question may ask how many dozens, or how many eggs
+    assert grade_answer(f"12 {word}", number("12")).verdict is Verdict.CORRECT
+    assert grade_answer(f"12 {word}", number("144")).verdict is Verdict.NO_ANSWER
+    assert read_gold(f"12 {word}").kind == "text"
+
+
 def test_a_percentage_keeps_its_sign() -> None:
     fifty = parse_number("50 percent")
     assert fifty is not None
@@ -312,6 +401,12 @@ def test_a_value_must_equal_exactly_one_option() -> None:
 
 def test_without_options_any_letter_is_a_choice() -> None:
     assert read_choice("(k)", ()) == "k"
+
+
+def test_digits_apart_are_not_digits_together() -> None:
+    assert read_choice("3 1/2", ("31/2", "3 1/2")) == "b"
+    assert read_choice("31/2", ("31/2", "3 1/2")) == "a"
+    assert read_choice("1000 kg", ("1 00 kg", "1 000 kg")) == "b"
 
 
 def test_texts_are_compared_without_case_space_and_closing_punctuation() -> None:

@@ -205,6 +205,39 @@ def test_the_last_fenced_block_with_a_solution_is_the_program() -> None:
     assert programs_in(text) == (HEADER + BODY,)
 
 
+@pytest.mark.parametrize(
+    "completion",
+    [
+        f"{HEADER}{BODY}\n\nQuestion: What is 3+4?\n{HEADER}    return 7",
+        f"import math\n{HEADER}{BODY}\nQ: And now?\nimport math\n{HEADER}    return 7",
+        f"```python\n{HEADER}{BODY}\n```\n\nProblem: 3+4\n```python\n{HEADER}    return 7\n```",
+        f"\n{BODY}\n\nTom has 3 apples. How many?\n{HEADER}    return 7",
+        f"{BODY}\n\n# Tom has 3 apples. How many?\n{HEADER}    return 7",
+    ],
+)
+def test_the_program_of_a_question_that_the_model_asks_itself_is_ignored(
+    robust: Program, completion: str
+) -> None:
+    assert robust.grade([number("5")], [completion])[0].verdict is Verdict.CORRECT
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [
+        f"I restate it.\nQuestion: What is 2+3?\n{HEADER}{BODY}",
+        f"Question: What is 2+3?\nQ: the same\n```python\n{HEADER}{BODY}\n```",
+        f'{HEADER}    """Read this.\nQuestion: What is 2+3?\n"""\n{BODY}',
+        f"<think>\nreturn 7\nQuestion: why?\n</think>\n{HEADER}{BODY}",
+        f"    return 7\n\nNo, wait:\n```python\n{HEADER}{BODY}\n```",
+        f"    {HEADER}        return 5",
+    ],
+)
+def test_a_question_before_the_program_and_a_revised_program_are_not_ignored(
+    robust: Program, completion: str
+) -> None:
+    assert robust.grade([number("5")], [completion])[0].verdict is Verdict.CORRECT
+
+
 def test_without_solution_and_return_there_is_no_program() -> None:
     assert programs_in("The answer is 5") == ()
     assert programs_in("") == ()
@@ -420,6 +453,7 @@ def test_a_script_is_read_if_the_format_allows_it(scripts: Program, completion: 
         ("print('x' * 100000)", Verdict.NO_ANSWER),
         ("print('not 5')", Verdict.NO_ANSWER),
         ("print('at least 5')", Verdict.NO_ANSWER),
+        ("print(4)\nQuestion: What is 2+3?\nprint(5)", Verdict.WRONG),
     ],
 )
 def test_a_script_answers_once_and_nothing_else_in_it_counts(

@@ -144,6 +144,10 @@ def test_more_samples_than_drawn_are_refused_in_one_line() -> None:
         (("5 March", "5 march"), "5 April"),
         (("a", "a"), "b"),
         (("x/2",), "2*x"),
+        (("2*x", "2 * x"), "2**x"),
+        (("x**2",), "x2"),
+        (("1/3", "0.33"), "0.34"),
+        (("10 20",), "1020"),
     ],
 )
 def test_equal_answers_are_one_candidate_however_they_are_spelled(
@@ -153,6 +157,21 @@ def test_equal_answers_are_one_candidate_however_they_are_spelled(
     assert not same_answer(same[0], other)
     samples = votes(other, *same, other) if len(same) > 2 else votes(*same)
     assert winner_value(majority_vote(samples, same=same_answer)) == same[0]
+
+
+def test_a_whole_number_and_a_number_near_it_are_two_answers() -> None:
+    assert winner_value(majority_vote(votes("99.999", *["100"] * 9))) == "100"
+    assert winner_value(majority_vote(votes("99.999", "100", "99.999"))) == "99.999"
+    assert not same_answer("3", "2.999")
+    assert not same_answer("2.999", "3")
+
+
+def test_equal_answers_are_represented_by_the_most_frequent_of_them() -> None:
+    # 3.14 is seen first, 3.141 has two votes; then they are tied
+    curve = majority_curve(votes("3.14", "3.141", "3.141", "3.14"))
+    assert [winner_value(winner) for winner in curve] == ["3.14", "3.14", "3.141", "3.14"]
+    weighted = majority_curve(votes("7", "0.5", "1/2"), weights=[1.0, 0.25, 1.0])
+    assert winner_value(weighted[-1]) == "1/2"
 
 
 def test_the_papers_votes_count_spellings() -> None:

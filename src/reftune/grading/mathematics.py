@@ -190,6 +190,11 @@ def _spelling(expression: str) -> str:
     return re.sub(r"\\[dt]frac", r"\\frac", text)
 
 
+def same_spelling(first: str, second: str) -> bool:
+    """Whether two expressions have the same spelling, apart from spaces."""
+    return _spelling(first) == _spelling(second)
+
+
 def _brackets(expression: str) -> str:
     """`set` if an expression consists of several parts in braces, and `point` (a tuple or interval)
     if it consists of several parts in round or square brackets. Empty for any other expression."""

@@ -33,7 +33,7 @@ _ASCII = str.maketrans(
 )
 _DIGIT_GAP = re.compile(r"(?<=\d)[\u00a0\u2007\u2009\u202f](?=\d{3}(?!\d))")
 _SWISS_GAP = re.compile(r"(?<=\d)['’](?=\d{3}(?!\d))")
-_SPACED_DASH = re.compile(r"(?:(?<=\s)|^)[–—](?=\s)|—")
+_SPACED_DASH = re.compile(r"(?:(?<=\s)(?<!=\s)|^)[–—](?=\s)|—")  # not in "x = – 5"
 _OVERLINED = re.compile(r"(?<=[\d.])((?:\d[\u0304\u0305])+)")
 _RAISED = re.compile(r"[⁺⁻]?[⁰¹²³⁴-⁹]+")
 _LOWERED = re.compile(r"[₀-₉]+")
@@ -185,6 +185,20 @@ def same_text(first: str, second: str) -> bool:
 
 
 def _bare(text: str) -> str:
-    """`text`, case-folded and without spaces, quotation marks, emphasis or final punctuation."""
-    words = re.sub(r"[\s\"'`*]+|(?<!\w)_+|_+(?!\w)", "", plain(text[:MAX_SEGMENT_CHARS]))
+    """`text`, case-folded and without gaps or final punctuation."""
+    words = without_gaps(plain(text[:MAX_SEGMENT_CHARS]), underscores=r"(?<!\w)_+|_+(?!\w)")
     return words.rstrip(".,;:!?").casefold()
+
+
+def without_gaps(text: str, *, underscores: str = "_+") -> str:
+    """`text` without spaces, quotation marks, emphasis and `underscores` (a pattern). Between two
+    digits, they stay, because "1 2" is not 12. Spaces that group thousands are removed."""
+    text = _GROUPED_BY_SPACES.sub(lambda match: match[0].replace(" ", ""), text)
+    return re.sub(rf"{_BETWEEN_DIGITS}|[\s\"'`*]+|{underscores}", _kept_gap, text)
+
+
+_BETWEEN_DIGITS = r"(?<=\d)(?P<gap>[\s\"'`*_]+)(?=\d)"
+
+
+def _kept_gap(match: re.Match[str]) -> str:
+    return "" if match["gap"] is None else match["gap"].strip() or " "

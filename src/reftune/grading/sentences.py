@@ -136,7 +136,7 @@ _ARITHMETIC = re.compile(r"[-+*/^(). \d$]*\d[-+*/^(). \d$]*")  # 3 + 4
 def _assigned_values(line: str) -> Iterator[Fraction | None]:
     """The values of the unknowns in a list of equations, such as "x = 3, y = 4". A value is None if
     it is not a number."""
-    for clause in re.split(r" or | and |[,;] ?", re.split(r"[.!?] ", line, maxsplit=1)[0]):
+    for clause in re.split(r"[,;]? (?:or|and) |[,;] ?", re.split(r"[.!?] ", line, maxsplit=1)[0]):
         clause = _LATER_ASIDE.split(clause, maxsplit=1)[0].rstrip(" .")
         assignment = re.fullmatch(r" *[^\W\d]+\d{0,2} ?=([^=]+)", clause)
         if assignment is not None:
@@ -157,6 +157,8 @@ def _leading_number(line: str) -> Number | None:
     rest = line[end:]
     if lead.group()[-1:] in ("(", "[") and _POINT.match(line, lead.end()):
         return None  # (2,251,252), [2, \infty)
+    if number.percent and _OF_NUMBER.match(rest):
+        return None  # 20% of 50
     return None if _is_part_of_more(rest) and not _restates(number, rest) else number
 
 
@@ -169,6 +171,7 @@ _LEAD_IN = re.compile(
 _POINT = re.compile(
     r"[-\d. ]+,(?:[^a-zA-Z()\[\]\\]|\\?(?:infty|inf|pi|frac|sqrt)\b|\\(?![a-zA-Z]))+[)\]]"
 )
+_OF_NUMBER = re.compile(rf" of {CURRENCY}? ?\d[\d.,]*(?= ?(?:$|[.;)]| is\b))", re.IGNORECASE)
 _IN_ANGLES = re.compile(rf"^({_LEAD_IN.pattern})<([^ <>][^<>]*)>(?!\d)", re.IGNORECASE)
 
 
@@ -226,13 +229,15 @@ def _is_part_of_more(rest: str) -> bool:
 _COUNT = rf"(?:{ONE_TO_TWELVE}|[a-z]{{3,5}}teen|{TENS})"
 _THIRDS = "third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|hundredth"
 _PART = rf"(?:half|quarter|{_THIRDS})"
+_FUNCTION = r"(?:pi|sqrt|log|ln|(?:arc)?(?:sin|cos)h?|(?:arc)?tanh?(?= ?\()|exp(?= ?\())"
 _UNITS = rf"{UNIT_NAMES}|[hs]|k?g|m?l|[kcdm]?m(?:[23]| [23](?=\W*$))?|(?:ft|in|yd|mi)[23]"
 _KINDS = {
     "9": r"\d+",
     "r": r"\b(?:remainder\b|rem\.?(?= ?\d)|r(?= ?\d))",
     # a letter right after the number, a function or constant, odds, a part: 5a, 2π, in 4 cases
-    "π": r"\A(?-i:a|[DEGHIOPQRSUXYZ])\b|[π√∞±‰\\]|\+/-|\bin \d+ (?:chance|times|cases|tries|odds)\b"
-    r"|\b(?:pi|sqrt|log|ln|squared|cubed|factorial|point(?= \d)|to the power|half|quarter"
+    "π": r"\A(?-i:a|[DEGHIOPQRSUXYZ])\b|\be ?\^|[π√∞±‰\\]|\+/-"
+    r"|\bin \d+ (?:chance|times|cases|tries|odds)\b"
+    rf"|\b(?:{_FUNCTION}|squared|cubed|factorial|point(?= \d)|to the power|half|quarter"
     rf"|and {_PART}|(?:and )?(?:an?|{ONE_TO_NINE})[ -]{_PART}s?"
     rf"|halves|(?:{_THIRDS}|thousandth)s|repeating|recurring|{OTHER_MAGNITUDES})\b"
     r"|兆(?![瓦赫帕])",
@@ -271,7 +276,7 @@ _CONTINUES = re.compile(
     r"| ?\.{2,3} ?9"  # 5..6
     r"| ?[:;?] ?9"  # 3 : 4, 5;6, 5? 6
     r"| ?9|w_?9|\(9| \(9[.9]*\)"  # 5 6, 0x10, 5(6), 5 (6)
-    r"| ?[+p^]+ ?[(+p]* ?[9xπ]|p"  # 3 + 4, 2**3, 5 - x, 7+
+    r"|!? ?[+p^]+ ?[(+p]* ?[9xπ]|p"  # 3 + 4, 2**3, 5 - x, 5! + 3, 7+
     r"|(?: ?[uw]){1,2} ?[+p] ?[(+p]* ?9"  # 3 apples + 4 apples
     r"| ?π| ?x| ?<"  # 2π, 5x, 5 < x
     r"|(?: ?[uw.,;?(]){0,3} ?o(?: ?[ow]){0,2} ?[(+p]*9"  # 5 or 6, 5 apples or perhaps 6
@@ -297,8 +302,14 @@ _CONTINUES_IN_WORDS = re.compile(
     # n = 3 gives 12; 5 if x > 0 and 6 otherwise
     r"| (?:gives|yields) (?:us )?[-$(]*\d"
     r"|[^.;]{0,80}\bif\b[^.;]{0,80}\b(?:otherwise|else)\b"
-    # 5(x + 1), 5 - a, 5/k, 5^k; 5, \sqrt{6}
-    r"|\((?-i:[a-z]) ?[-+]|(?: ?[-+*^] ?(?-i:[a-z])|/(?-i:[a-cknp-rt-z]))(?= ?(?:$|[-+*/^=)]))"
+    # 5 if even, 6 if odd; 5 unless n = 2, then 6; 5 for men; for women 6
+    r"| (?:if|when|unless)\b[^.;]{1,40}[,;] (?:and |but )?(?:(?:else|otherwise|then) )?"
+    r"[-$]?\d[\d.,]*(?: (?:if|when|unless|otherwise)\b| ?(?:$|[.;]))"
+    r"| (?P<case>if|when|for)(?: [^\W\d]+){1,3}[,;] (?:and )?(?P=case)(?! a total)"
+    r"(?: [^\W\d]+){1,3},? [-$]?\d"
+    # 5(x + 1), 5 [x^2 + 1], 5/(a + 1), 5 - a, 5 + C, 5/k, 5^k; 5, \sqrt{6}
+    r"|\((?-i:[a-z]) ?[-+]| ?/? ?[(\[](?-i:[a-z])(?:\^?\d)? ?[-+] ?(?:\d|[a-z]\b)[^()=]*[)\]]"
+    r"|(?: ?[-+*^] ?(?-i:[a-z])| ?\+ ?[A-Z]|/(?-i:[a-cknp-rt-z]))(?= ?(?:$|[-+*/^=).,]))"
     r"| ?, ?[-(]*(?:\\(?:sqrt|[dt]?frac|pi|infty)|[√π∞])"
     # 5 degrees below zero
     r"|(?: degrees(?: [CF]\b)?)? below (?:zero|freezing)\b"
@@ -313,10 +324,11 @@ _CONTINUES_IN_WORDS = re.compile(
     # 5? No; 5 is wrong; 5. Wait, that's not right
     r"| ?\? ?(?:no|nope|wrong)\b(?= ?(?:$|[.,;!]))"
     rf"|[^\w+*/^=-]{{1,6}}(?:{DOUBT}[,.!]* ){{0,3}}{IS_WRONG}"
-    # 5 apples; 6 pears; 5 boys, 6 girls; 5 (Tom), 6 (Jane); 5 for Tom, 6 for Jane
-    rf"|(?:{_NOUN} ?[,;&]| ?\([^()\d]*\) ?[,;&]) ?\d[\d.,]*(?: (?!each\b)[^\W\d_]+| ?\([^()]*\))?"
-    r" ?(?:$|[.;,]|and\b)"
-    r"| (?P<each>for|in) [^\W\d]+, (?:and )?\d[\d.,]* (?P=each)\b",
+    # 5 apples; 6 pears; 5 boys, and 6 girls; 5 (and 6); 5 (Tom), 6 (Jane); 5 for Tom, 6 for Jane
+    rf"|{_NOUN} ?\(and \d[\d.,]*{_NOUN}\)"
+    rf"|(?:{_NOUN} ?[,;&]| ?\([^()\d]*\) ?[,;&]) ?(?:and )?\d[\d.,]*"
+    r"(?: (?!each\b)[^\W\d_]+| ?\([^()]*\))? ?(?:$|[.;,]|and\b)"
+    r"| (?P<each>for|in) [^\W\d]+[,;] (?:and )?\d[\d.,]* (?P=each)\b",
     re.IGNORECASE,
 )
 

@@ -6,7 +6,7 @@ import re
 
 from reftune.grading.mathematics import FUNCTIONS
 from reftune.grading.numbers import CURRENCY
-from reftune.grading.words import MONTHS, ONE_TO_TWELVE, OTHER_MAGNITUDES, TENS, UNIT_NAMES
+from reftune.grading.words import GROUPS, MONTHS, ONE_TO_TWELVE, OTHER_MAGNITUDES, TENS, UNIT_NAMES
 
 _SYMBOLS = frozenset(
     "m g s h l L J N V W A K C F nm mm cm dm km mg kg ng µg ms µs ns ml mL cl cL dl dL cc in ft"
@@ -17,9 +17,9 @@ _SYMBOLS = frozenset(
 )
 _NOT_UNITS = (FUNCTIONS - {"times"}) | frozenset(
     # operations and other words that change a number
-    "and und oder plus minus modulo base choose squared cubed factorial dozen dozens score gross"
+    "and und oder plus minus modulo base choose squared cubed factorial"
     " over under above below remainder rem approx repeating recurring max maximum minimum nan"
-    " approximately about roughly nearly almost ish fold ones tens hundreds thousands millions"
+    " approximately about roughly nearly almost ish fold ones hundreds thousands millions"
     " billions tau phi theta alpha beta lambda"
     # words that occur in sentences
     " are was then else because since for with versus not true false none null unknown permille"
@@ -32,7 +32,7 @@ _NOT_UNITS = (FUNCTIONS - {"times"}) | frozenset(
     " septiembre octubre noviembre diciembre".split()
 )
 _NOT_UNIT = re.compile(
-    rf"(?i:{MONTHS})|{OTHER_MAGNITUDES}|{ONE_TO_TWELVE}|{TENS}|half|halves|(?:third|quarter"
+    rf"(?i:{MONTHS})|{OTHER_MAGNITUDES}|{GROUPS}|{ONE_TO_TWELVE}|{TENS}|half|halves|(?:third|quarter"
     r"|\w+(?:teen|tie)th|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|hundred|thousand|million"
     r"|billion)th)s?"
 )

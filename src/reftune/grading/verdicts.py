@@ -35,7 +35,7 @@ from reftune.grading.numbers import FLOAT_DIGITS, MAX_DIGITS, number_of, same_nu
 from reftune.grading.options import names_option, option_values, read_choice
 from reftune.grading.plain_text import MAX_SEGMENT_CHARS, first_line, same_text, with_decimal_points
 from reftune.grading.sentences import parse_number
-from reftune.grading.words import ONE_TO_TWELVE, TAKEN_BACK, bare_words, states_words
+from reftune.grading.words import GROUPS, ONE_TO_TWELVE, TAKEN_BACK, bare_words, states_words
 from reftune.text import printable
 from reftune.types import Answer, AnswerKind, Graded, Problem, Verdict, spell
 
@@ -226,7 +226,13 @@ def _grade_number(text: str, problem: Problem) -> Graded:
     number = parse_number(text)
     if number is None:
         return no_answer(f"no single number in {quote(text)}")
-    return judge(same_number(number, number_of(gold)), str(number), str(gold))
+    right = same_number(number, number_of(gold))
+    if not right and _IN_GROUPS.search(first_line(text)):
+        return no_answer(f"{quote(text)} counts in groups")
+    return judge(right, str(number), str(gold))
+
+
+_IN_GROUPS = re.compile(rf"\d ?(?:{GROUPS})\b", re.IGNORECASE)
 
 
 def _grade_choice(text: str, problem: Problem) -> Graded:
@@ -262,7 +268,8 @@ def _grade_expression(text: str, problem: Problem) -> Graded:
         return no_answer(comparison.reason or f"no expression in {quote(text)}")
     if comparison.outcome in ("timeout", "error"):
         return Graded.without_answer(Verdict(comparison.outcome), clip(comparison.reason))
-    return judge(comparison.outcome == "equal", comparison.read, gold)
+    right = comparison.outcome == "equal"
+    return judge(right, gold if right else comparison.read, gold)
 
 
 _TAKEN_BACK_LATER = re.compile(rf"[.,;?!]\s(?={TAKEN_BACK.pattern})", re.IGNORECASE)
@@ -335,12 +342,14 @@ def _grade_list(text: str, problem: Problem) -> Graded:
 
 def _grade_set(said: Sequence[str], parts: Sequence[Problem], gold: str) -> Graded:
     graded: list[Graded] = []
-    found: set[int] = set()
+    equal: list[list[int]] = []  # for each item, the parts that it equals
     for item in said:
         tries = [grade_answer(item, part) for part in parts]
         graded.append(_best(tries))
-        if graded[-1].verdict is Verdict.CORRECT:
-            found.add(tries.index(graded[-1]))
+        equal.append([n for n, each in enumerate(tries) if each.verdict is Verdict.CORRECT])
+    found: set[int] = set()
+    for places in sorted(equal, key=len):  # 3.14 may equal both 3.14 and 3.141
+        found.update([n for n in places if n not in found][:1])
     in_order = sorted(graded, key=lambda each: each.value or "")
     return _whole_list(in_order, said, gold, complete=len(found) == len(parts))
 

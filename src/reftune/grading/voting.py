@@ -2,8 +2,9 @@
 estimates pass@k.
 
 A sample votes for the answer that was read from it, if any. Votes for equal answers, such as 0.5,
-1/2 and 50%, are added up. Under the paper's rules, answers are equal only if they have the same
-spelling. In a tie, the answer seen first wins. If there are no votes, the result counts as wrong.
+1/2 and 50%, are added up, and the spelling with the most votes stands for them. Under the paper's
+rules, answers are equal only if they have the same spelling. In a tie, the answer seen first wins.
+If there are no votes, the result counts as wrong.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ import itertools
 import math
 import operator
 import re
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 from reftune.errors import DataError
+from reftune.grading.mathematics import looks_like_math, same_spelling
 from reftune.grading.numbers import same_number
 from reftune.grading.sentences import parse_number
 from reftune.grading.words import same_words
@@ -46,17 +47,23 @@ def voters(grading: str | None, *, is_choice: bool) -> Callable[[Graded], bool]:
 
 
 def same_answer(first: str, second: str) -> bool:
-    """Whether two values that the grader read are the same answer, that is, equal numbers or the
-    same words.
+    """Whether two values that the grader read are the same answer, that is, equal numbers, the
+    same words or the same spelling of an expression. The grader usually gives equal expressions the
+    same spelling.
 
-    Expressions are compared as words, because the grader usually gives equal expressions the same
-    spelling.
+    Numbers are equal if each is right when the other is the gold answer. If neither is whole, as in
+    1/3 and 0.33, it is enough that one is right when the other is the gold answer.
     """
     if first == second:
         return True
     if _NUMBER.fullmatch(first) and _NUMBER.fullmatch(second):
         a, b = parse_number(first), parse_number(second)
-        return a is not None and b is not None and (same_number(a, b) or same_number(b, a))
+        if a is None or b is None:
+            return False
+        needed = all if 1 in (a.value.denominator, b.value.denominator) else any
+        return needed((same_number(a, b), same_number(b, a)))
+    if looks_like_math(first) or looks_like_math(second):
+        return same_spelling(first, second)
     return same_words(first, second)
 
 
@@ -74,24 +81,27 @@ def majority_curve(
     same: Same = same_answer,
 ) -> list[Graded | None]:
     """For each k up to the number of samples, the winner of the vote among the first k samples. The
-    winner is the first sample with the value that gets the most votes; None if none of the k
-    samples is `valid`. `weights` are the weights of the votes, such as a reward model's scores
-    (DiVeRSe, arXiv:2206.02336).
+    winner is the first sample with the most frequent of the equal values that together get the most
+    votes; None if none of the k samples is `valid`. `weights` are the weights of the votes, such as
+    a reward model's scores (DiVeRSe, arXiv:2206.02336).
 
     The first k samples are k independent draws from the model. Therefore, the share of problems for
     which the k-th winner is correct is an unbiased estimate of maj@k.
     """
     first: dict[str, Graded] = {}
-    votes: dict[str, float] = defaultdict(float)
+    pool_of: dict[str, str] = {}  # each value → the first of the values that equal it
+    pools: dict[str, dict[str, float]] = {}  # the first of equal values → the votes for each
     curve: list[Graded | None] = []
     for graded, weight in zip(samples, weights or itertools.repeat(1, len(samples)), strict=True):
         if valid(graded) and graded.value is not None:
-            equal = (known for known in first if same(graded.value, known))
-            value = graded.value if graded.value in first else next(equal, graded.value)
-            first.setdefault(value, graded)
-            votes[value] += weight
-        winner = max(first, key=votes.__getitem__, default=None)
-        curve.append(None if winner is None else first[winner])
+            value = graded.value
+            if value not in first:
+                first[value] = graded
+                pool_of[value] = next((known for known in pools if same(value, known)), value)
+            votes = pools.setdefault(pool_of[value], {})
+            votes[value] = votes.get(value, 0) + weight
+        pool = max(pools.values(), key=lambda votes: sum(votes.values()), default=None)
+        curve.append(None if pool is None else first[max(pool, key=pool.__getitem__)])
     return curve
 
 

@@ -10,7 +10,7 @@ import unicodedata
 from itertools import product
 from typing import Literal
 
-from reftune.grading.plain_text import MAX_SEGMENT_CHARS, plain
+from reftune.grading.plain_text import MAX_SEGMENT_CHARS, plain, without_gaps
 
 ONE_TO_NINE = "one|two|three|four|five|six|seven|eight|nine"
 ONE_TO_TWELVE = f"{ONE_TO_NINE}|ten|eleven|twelve"
@@ -30,6 +30,8 @@ OTHER_MAGNITUDES = (
 )
 """Matches words for magnitudes that are not supported. A number before such a word is not read as
 the answer."""
+GROUPS = "dozens?|doz|gross|score|tens"
+"""Matches words that count in groups: 12 dozen may be 12 or 144."""
 DOUBT = r"(?:oh|hmm+|oops|wait|no|but|well|actually|sorry)"
 SORRY = (
     r"(?:no|wait|sorry|actually|correction|alternatively|(?:or )?rather|i mean|oops|hmm+|wrong"
@@ -66,6 +68,8 @@ _LISTS = (",", ";", "-", "--", "–", "—")
 _OPPOSITE = {"yes": "no", "no": "yes", "true": "false", "false": "true"}
 _TIME = re.compile(r"(?<=\d)(?::00)?([ap])\.?m\b")  # 7:00p.m
 _RATIO = re.compile(r"(?<=\d)to(?=\d)")  # 3to2
+_VULGAR = re.compile(r"(?<=\d)(?=[¼-¾⅐-⅞])")  # between 3 and ½, because NFKC makes 31/2 of 3½
+_RAISED = re.compile(r"(?<=\d)(?=[⁻⁰¹²³⁴-⁹])")  # between 2 and ³
 _NOT_IN_DATES = re.compile(r"(?<=\d)(?:st|nd|rd|th)\b|\b(?:of|the)\b|[.,]|[ t]00:00(?::00)?$")
 _DATES = ("%d %B %Y", "%d %b %Y", "%B %d %Y", "%b %d %Y", "%Y-%m-%d")
 
@@ -79,10 +83,11 @@ def same_words(first: str, second: str) -> bool:
 
 def bare_words(text: str) -> str:
     """The normalised spelling in which `same_words` compares strings."""
-    folded = plain(unicodedata.normalize("NFKC", text[:MAX_SEGMENT_CHARS])).casefold()
+    apart = _RAISED.sub("^", _VULGAR.sub(" ", text[:MAX_SEGMENT_CHARS]))
+    folded = plain(unicodedata.normalize("NFKC", apart)).casefold()
     folded = unicodedata.normalize("NFKC", folded)
     less = _ARTICLE.sub("", " ".join(folded.split()))
-    bare = re.sub(r"[\s\"'`*_]+", "", less or folded).rstrip(".,;:!?")
+    bare = without_gaps(less or folded).rstrip(".,;:!?")
     return _RATIO.sub(":", _TIME.sub(r"\1m", bare))
 
 

@@ -2,8 +2,11 @@
 
 A completion either continues `def solution():` or contains a whole program. The program is found by
 text search, because only the sandbox parses or runs a model's code. Only text after the last
-`</think>` counts. If the completion ends inside `<think>`, there is no program. Otherwise, the
-program is the first of the following that exists:
+`</think>` counts. If the completion ends inside `<think>`, there is no program. If the model asks
+itself another question after its program, this question and everything after it are ignored. Such a
+question begins with a line such as "Question: …" or, after an indented body that continues
+`def solution():`, it ends in another `solution`. Otherwise, the program is the first of the
+following that exists:
 
 - the last fenced block that defines `solution`
 - the whole text, if it defines `solution`
@@ -36,7 +39,7 @@ from reftune.errors import DataError
 from reftune.grading.formats._grading import RULES, Grading, graded_by, own_grader
 from reftune.grading.formats._imports import without_unused_imports
 from reftune.grading.formats._prompts import Prompted, gold_rationale, paper_prompt, question_text
-from reftune.grading.markers import UP_TO_LAST_TAG
+from reftune.grading.markers import DEFAULT, UP_TO_LAST_TAG
 from reftune.grading.paper_rules import grade_value_paper, paper_response
 from reftune.grading.sandbox import Sandbox, SandboxKind
 from reftune.grading.sandbox.result import ExecutionResult, ExecutionStatus, SandboxLimits
@@ -52,6 +55,7 @@ _FENCED = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.MULTILINE 
 _SOLUTION = re.compile(
     r"^(?:(?:async[ \t]+)?def[ \t]+solution[ \t]*\(|solution[ \t]*=[ \t]*lambda\b)", re.MULTILINE
 )
+_QUESTION = re.compile("|".join(map(re.escape, DEFAULT.stop_at)))
 _RETURN = re.compile(r"(?:^|[:;])[ \t]*return\b", re.MULTILINE)
 _DEFINITION = re.compile(
     r"(?:async +)?def +\w+ *\(|class +\w+ *[(:]|@\w|from +[\w.]+ +import\b"
@@ -219,6 +223,9 @@ def programs_in(completion: str) -> tuple[str, ...]:
     """The programs to try, one after the other; none if the completion contains neither a
     `solution` nor a `return`."""
     text, blocks = _text_and_blocks(completion)
+    body = _up_to_margin(text)
+    if _RETURN.search(body) and _SOLUTION.search(text):
+        text = body
     for program in (*reversed(blocks), textwrap.dedent(text) if text[:1].isspace() else text):
         if _SOLUTION.search(program):
             return _unique(program, _without_prose(program), _after_helpers(program, blocks))
@@ -264,8 +271,19 @@ def _answer_of(script: str) -> str:
 
 def _text_and_blocks(completion: str) -> tuple[str, list[str]]:
     text = completion[:MAX_CHARS].removeprefix("\ufeff")
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    text = _before_next_question(text.replace("\r\n", "\n").replace("\r", "\n"))
     return text, [textwrap.dedent(block) for block in _FENCED.findall(text)]
+
+
+def _before_next_question(text: str) -> str:
+    """`text` up to the first line that asks another question after a program. Such a line inside
+    triple quotes, or above the program, belongs to the program's own question."""
+    begun = [found.end() for each in (_SOLUTION, _RETURN, _SCRIPT) if (found := each.search(text))]
+    for line in _QUESTION.finditer(text, min(begun, default=len(text))):
+        before = text[: line.start()]
+        if before.count('"""') % 2 == before.count("'''") % 2 == 0:
+            return before
+    return text
 
 
 def _unique(*programs: str) -> tuple[str, ...]:
