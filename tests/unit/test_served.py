@@ -323,6 +323,8 @@ def test_adapters_alone_write_on_their_base_what_was_evaluated(
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+    # on some CPUs, bitsandbytes packs the weights of inference, which fails for layers this narrow
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
     # the base's own generation config samples, with a repetition penalty
     run = trained(name, format_keys=format_keys, **{"lora": {"rank": 4}, **model_keys})
     out = export_model(run, method, tmp_path / "adapter", adapter=True)
