@@ -43,6 +43,7 @@ def run_recipe(recipe: Recipe, *, progress: Progress) -> dict[str, Any]:
         for stage in recipe.stages:
             if not run.is_trained(stage):
                 run.train(stage)
+                run.require_facts(stage)
                 run.report()
             for method in run.evaluated_after(stage):
                 run.evaluation.answer(method)
@@ -188,12 +189,17 @@ class Run:
         )
         stage.run(context)
         world.wait(f"the end of {name}")
-        info = self.folder.stage(name).info
-        facts = self.folder.stage(name).facts() if info.is_file() else {}
+
+    def require_facts(self, name: str) -> None:
+        """Check that a trained stage has described itself. Raises: RecipeError if its `stage.json`
+        lacks a key in `FACTS`."""
+        folder = self.folder.stage(name)
+        facts = folder.facts() if folder.is_done else {}
         missing = [key for key in FACTS if key not in facts]
         if missing:
             raise RecipeError(
-                f"stages.{name}: {stage.kind} must write {info} with {', '.join(missing)}"
+                f"stages.{name}: {self.recipe.stages[name].kind} must write {folder.info} with"
+                f" {', '.join(missing)}"
             )
 
     def evaluated_after(self, name: str) -> list[str]:
