@@ -197,9 +197,9 @@ class _Read:
 
 
 def _with_contexts(splits: dict[Split, list[Problem]]) -> dict[Split, list[Problem]]:
-    """The problems, whose questions begin with the system message if answers depend on it: of the
-    questions asked under several system messages, most have several gold answers. Otherwise, a
-    system message is an instruction, and a question is the same under each."""
+    """The problems, whose questions begin with the system message if answers depend on it, that is,
+    if most questions that are asked under several system messages have several gold answers.
+    Otherwise, a system message is an instruction, and a question is the same under each."""
     first: dict[str, Problem] = {}
     agree: dict[str, bool] = {}
     for problem in chain.from_iterable(splits.values()):

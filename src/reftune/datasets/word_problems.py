@@ -100,7 +100,7 @@ class WordProblems(Component):
             yield story
 
     def _new_story(self, rng: random.Random, seen: set[str]) -> _Story:
-        """A story that is not in `seen`. All numbers of operations that the settings allow are
+        """A story that is not in `seen`. Each number of operations that the settings allow is
         equally likely. Raises: DataError if no such story is found."""
         num_operations = rng.randint(*self.operations)
         for _ in range(MAX_DRAWS):

@@ -58,8 +58,8 @@ class Vllm(Component):
     """Folder through which weights are passed to vLLM. Default: `/dev/shm` (in memory) if it
     exists, otherwise the system's temporary folder."""
     batch_size: int = Field(256, gt=0)
-    """Maximum number of solutions decoded at once. With servers, this is both the maximum number of
-    requests that a training process has open at once, and of solutions per request."""
+    """Maximum number of solutions decoded at once. With servers, this limits both the requests that
+    a training process has open at once and the solutions per request."""
     memory: float = Field(0.3, gt=0, le=1)
     """Share of the device's memory that colocated vLLM uses."""
     eager: bool = False
@@ -134,8 +134,8 @@ class Vllm(Component):
 
     def _have_base(self, policy: Policy, before: _Served | None) -> bool:
         """Whether all servers still have the base model of `policy`. To find out, this method
-        unloads the adapter named in `before`. A server without this adapter was restarted, so it
-        has lost the base model too."""
+        unloads the adapter named in `before`. A server that no longer had it was
+        restarted, so it has lost the base model too."""
         if before is None or before.policy() is not policy:
             return False
         name = before.adapter

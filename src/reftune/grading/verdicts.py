@@ -74,9 +74,9 @@ def grade_completion(completion: str, problem: Problem, reading: Reading = DEFAU
 
 
 def _in_boxes(completion: str, found: Sequence[Statement]) -> str | None:
-    """If the last statements are boxes of one item each, as in "\\boxed{1} and \\boxed{2}", the
-    text of these boxes and the text between them: "1 and 2". None if there are fewer than two such
-    boxes."""
+    """The text of the last boxes and of what stands between them, such as "1 and 2" for
+    "\\boxed{1} and \\boxed{2}". None unless the last two statements or more are boxes of one item
+    each."""
     text, after = found[-1].text or "", found[-1]
     for before in reversed(found[:-1]):
         is_item = before.is_closed and len(split_items(before.text or "")) == 1

@@ -80,10 +80,10 @@ def majority_curve(
     valid: Callable[[Graded], bool] = has_value,
     same: Same = same_answer,
 ) -> list[Graded | None]:
-    """For each k up to the number of samples, the winner of the vote among the first k samples. The
-    winner is the first sample with the most frequent of the equal values that together get the most
-    votes; None if none of the k samples is `valid`. `weights` are the weights of the votes, such as
-    a reward model's scores (DiVeRSe, arXiv:2206.02336).
+    """For each k up to the number of samples, the winner of the vote among the first k samples.
+    Equal values pool their votes. The winner is the first sample with the most-voted value of the
+    largest pool; None if none of the k samples is `valid`. `weights` are the weights of the votes,
+    such as a reward model's scores (DiVeRSe, arXiv:2206.02336).
 
     The first k samples are k independent draws from the model. Therefore, the share of problems for
     which the k-th winner is correct is an unbiased estimate of maj@k.

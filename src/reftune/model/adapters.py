@@ -205,9 +205,9 @@ def _summed(parts: Sequence[Adapter], rank: int) -> Adapter:
 
 def _chain(run: RunFolder, method: str, model: Mapping[str, Any]) -> list[Adapters]:
     """The sets of adapters that turn the base into the model of `method`, oldest first. If the run
-    began with adapters, they are the first set. Then comes one set per stage. With a 4-bit base, a
-    stage continues training the set of the stage from which it starts, so only the last set is
-    returned."""
+    began with adapters, they are the first set. Then comes one set for each stage that leads to
+    `method`. With a 4-bit base, a stage continues training the set of the stage from which it
+    starts, so only the last set is returned."""
     table = LoraTable(**(model.get("lora") or {}))
     chain: list[Adapters] = []
     while method != "base":

@@ -119,8 +119,8 @@ class Policy(nn.Module):
     @property
     def context(self) -> int | None:
         """Maximum length of a sequence, in tokens; None if the config does not state it. With
-        `longrope`, this is the length up to which positions do not depend on other sequences in the
-        batch."""
+        `longrope`, this is the length up to which position embeddings do not depend on the other
+        sequences in the batch."""
         rope = getattr(self.model.config, "rope_parameters", None) or {}
         if rope.get("rope_type") == "longrope":
             return int(rope["original_max_position_embeddings"])

@@ -95,7 +95,7 @@ def load_config(table: ModelTable) -> Any:
 
 def untrained(table: ModelTable, *, texts: Iterable[str] = ()) -> Any:
     """A causal LM of the same shape as the model that `load_model` returns, but with random weights
-    in fp32. It is built from the configuration alone. Raises: ModelError if it cannot be built."""
+    in fp32. No stored weights are read. Raises: ModelError if it cannot be built."""
     import torch
     from transformers import AutoModelForCausalLM
 

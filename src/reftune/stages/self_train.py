@@ -171,8 +171,8 @@ class SelfTrain(Sampled):
         train_in_epochs(self.sft, context, Imitation(context.policy, examples), start=start)
 
     def examples(self, drawn: Sequence[Samples], context: StageContext) -> list[Example]:
-        """The rows to train on. Solutions that are too long are left out before `keep` of them are
-        chosen. Raises: DataError if there are no such rows."""
+        """The rows to train on. Solutions that are too long are dropped first; at most `keep` of
+        the others are chosen per problem. Raises: DataError if no row is left."""
         collector, policy = context.collector, context.policy
         encoder = collector.encoder
         join = join_once if self.gold == "once" else join_as_paper

@@ -70,7 +70,8 @@ def write_recipe(wishes: Wishes, out: Path) -> Splits:
     """Read the data and the tokenizer, and write the recipe to `out`. Returns: the data as the
     recipe reads it.
 
-    Raises: RecipeError if `out` exists; DataError or ModelError if a run of the recipe would fail.
+    Raises: RecipeError if `out` exists; DataError or ModelError if the data, the tokenizer or the
+    model's configuration shows that a run would fail.
     """
     if out.exists():
         raise RecipeError(f"{out}: exists already; choose another --out")

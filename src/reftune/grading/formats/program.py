@@ -5,8 +5,8 @@ text search, because only the sandbox parses or runs a model's code. Only text a
 `</think>` counts. If the completion ends inside `<think>`, there is no program. If the model asks
 itself another question after its program, this question and everything after it are ignored. Such a
 question begins with a line such as "Question: …" or, after an indented body that continues
-`def solution():`, it ends in another `solution`. Otherwise, the program is the first of the
-following that exists:
+`def solution():`, it is followed by another `solution`. In the remaining text, the program is the
+first of the following that exists:
 
 - the last fenced block that defines `solution`
 - the whole text, if it defines `solution`

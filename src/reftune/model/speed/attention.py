@@ -91,7 +91,7 @@ def attend_in_groups(
     module: nn.Module, states: Sequence[Tensor], packing: Packing, **options: Any
 ) -> Tensor:
     """The attention output (S, heads, D), computed group by group. `states` contains the queries,
-    keys and values in padded slots. Each of these three tensors is (S, heads, D)."""
+    keys and values in S padded slots (see `Packing`), each (S, its heads, D)."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     parts = (part.split([rows * length for rows, length in packing.sizes]) for part in states)

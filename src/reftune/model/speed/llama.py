@@ -1,17 +1,17 @@
 """Runs Llama-like transformers with few PyTorch calls, for training and for decoding.
 
 In small models, PyTorch's calls and autograd take longer than the arithmetic itself. This file
-therefore writes out the transformer's blocks. Each block maps hidden states h to h'':
+therefore implements the transformer's blocks itself. Each block maps hidden states h to h'':
 
     h' = h + W_o attention(turn(W_q x), turn(W_k x), W_v x),    x = norm(h)
     h'' = h' + W_down (silu(W_gate y) · W_up y),                y = norm(h')
 
 Here, `turn` applies rotary positions. In Qwen3, queries and keys are normalised before they are
-turned. One half of this file is for training, and the other half is for decoding. The halves
+rotated. One half of this file is for training, and the other half is for decoding. The halves
 replace the following parts of transformers' code:
 
     part                   in training: `read_packed`        in decoding: `Decoder`
-    norm                   `_RmsNorm`                        one call of PyTorch
+    norm                   `_RmsNorm`                        one PyTorch call
     queries, keys, values  turned and padded: `_TurnAndPad`  one product for all three
     attention              `attention.attend_in_groups`      over the cache, for all rows at once
     silu(gate) · up        `_GatedSilu`                      one product for gate and up
