@@ -357,9 +357,9 @@ def _changed_rounding(own: dict[str, Any], wanted: dict[str, Any]) -> Iterator[s
 
 
 def _set_aside(folder: RunFolder, own: dict[str, Any], wanted: dict[str, Any]) -> Iterator[str]:
-    """If the recipe `wanted` evaluates differently from `own`, rename the folder of evaluations, and
-    yield a note. Evaluating other methods, or adding a reranker if there was none, does not count
-    as a difference."""
+    """If the recipe `wanted` evaluates differently from `own`, rename the folder of evaluations,
+    and yield a note. Evaluating other methods, or adding a reranker if there was none, does not
+    count as a difference."""
     old, new = (each.get("evaluate") or {} for each in (own, wanted))
     free = {"stages", "rerank"} if old.get("rerank") is None else {"stages"}
     change = first_difference(without(old, free), without(new, free), "evaluate")
