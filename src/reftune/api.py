@@ -156,7 +156,7 @@ def evaluate(
     if max_new is not None and (not isinstance(max_new, int) or max_new < 1):
         raise RecipeError(f"max_new: {max_new!r}; expected a positive number of tokens")
     recipe = _recipe_of(model)
-    policy = _policy(model, recipe)
+    policy = _policy(model)
     put = _format(format or recipe.get("format") or "nl")
     golds = golds_of(_dataset(recipe), put)
     found = tuple(
@@ -198,8 +198,7 @@ def _asked(row: Mapping[str, Any], where: str, golds: GoldReader) -> Problem:
     return problem_of(row, where, golds)
 
 
-def _policy(model: str | Path | Policy, recipe: Mapping[str, Any]) -> Policy:
-    """The model as a policy. Its own code is trusted if the run's `recipe` trusts it."""
+def _policy(model: str | Path | Policy) -> Policy:
     from reftune.model.policy import Policy
     from reftune.model.weights import load_model
     from reftune.recipe import ModelTable
@@ -207,8 +206,7 @@ def _policy(model: str | Path | Policy, recipe: Mapping[str, Any]) -> Policy:
 
     if isinstance(model, Policy):
         return model
-    trust = bool((recipe.get("model") or {}).get("trust_remote_code"))
-    policy = Policy(*load_model(ModelTable(path=str(model), trust_remote_code=trust)))
+    policy = Policy(*load_model(ModelTable(path=str(model))))
     return policy.to(choose_device("auto"))
 
 

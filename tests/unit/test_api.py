@@ -13,7 +13,7 @@ import yaml
 
 import reftune
 from reftune.datasets.jsonl import Jsonl
-from reftune.errors import DataError, ModelError, RecipeError
+from reftune.errors import DataError, RecipeError
 from reftune.grading.formats.nl import Nl
 from reftune.recipe import dump_recipe
 from reftune.types import Answer
@@ -157,24 +157,6 @@ def test_evaluate_leaves_a_prompt_that_is_too_long_unanswered_if_the_run_does(
     assert len(reftune.evaluate(refuses, [longer]).completions[0].token_ids) > 1
     with pytest.raises(DataError, match="problem 0: prompt of"):
         reftune.evaluate(refuses, [longest])
-
-
-@pytest.mark.parametrize("trusts", [True, False])
-def test_evaluate_trusts_a_model_s_own_code_if_the_run_did(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trusts: bool
-):
-    asked = []
-
-    def load(table, **_):
-        asked.append(table.trust_remote_code)
-        raise ModelError("not loaded here")
-
-    monkeypatch.setattr("reftune.model.weights.load_model", load)
-    own = changed(finished, tmp_path / "own", model={"trust_remote_code": trusts})
-    for model in (own, own.parent.parent, "owner/name"):
-        with pytest.raises(ModelError):
-            reftune.evaluate(model, [{"question": "1 + 1?", "answer": 2}])
-    assert asked == [trusts, False, False]
 
 
 def test_evaluate_takes_a_policy_and_problems(make_policy):

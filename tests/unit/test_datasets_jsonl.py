@@ -76,6 +76,22 @@ def test_a_column_that_only_late_rows_have_is_recognised(tmp_path: Path) -> None
     assert (problem.choices, problem.answer.value) == (("1", "2"), "b")
 
 
+GSM8K = {"question": "1 + 1?", "answer": "1 + 1 = 2\n#### 2"}
+ALPACA = {"instruction": "Add.", "input": "1, 1", "output": "2"}
+WORKED = {"question": "1 + 1?", "answer": "2", "rationale": "Two."}
+
+
+@pytest.mark.parametrize(
+    ("row", "late"), [(GSM8K, "explanation"), (ALPACA, "prompt"), (WORKED, "Rationale")]
+)
+def test_a_late_column_takes_the_place_of_no_other(
+    tmp_path: Path, row: dict[str, Any], late: str
+) -> None:
+    (expected,) = load(tmp_path, row, dev_size=0).train
+    first = load(tmp_path, *[row] * 30, {**row, late: None}, dev_size=0).train[0]
+    assert (first.question, first.rationale) == (expected.question, expected.rationale)
+
+
 def chat(system: str | None, user: str, gold: Any) -> dict[str, Any]:
     systems = [] if system is None else [{"role": "system", "content": system}]
     return {"messages": [*systems, {"role": "user", "content": user}], "answer": gold}

@@ -104,7 +104,15 @@ def test_a_null_override_removes_a_table_but_sets_any_other_key(folder: Path):
 
 
 @pytest.mark.parametrize(
-    "text", ["Think. End with #### and 5.", "#1 only", "Be careful: exact", "Answer:", "a\t# b"]
+    "text",
+    [
+        "Think. End with #### and 5.",
+        "#1 only",
+        "Be careful: exact",
+        "Answer:",
+        "a\t# b",
+        '"A:" #### n',
+    ],
 )
 def test_an_override_may_be_text_that_yaml_would_cut_off(folder: Path, text: str):
     assert load_recipe("tiny.yaml", [f"stages.reft.init={text}"]).stages["reft"].init == text
@@ -244,15 +252,12 @@ def test_merge_replaces_a_table_of_another_kind_and_null_removes():
         ("a", {"x": 1}, {"kind": "a", "x": 1}),
         ("a", {"kind": "b", "x": 1}, {"kind": "b", "x": 1}),
         ("a", "b", "b"),
+        ({"x": 1}, "a", {"kind": "a", "x": 1}),
+        ({"x": 1}, {"kind": "a", "y": 2}, {"kind": "a", "x": 1, "y": 2}),
     ],
 )
 def test_merge_takes_a_bare_kind_for_a_table(base, over, expected):
     assert merge({"reward": base}, {"reward": over}) == {"reward": expected}
-
-
-def test_a_home_folder_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("HOME", str(folder))
-    assert load_recipe("tiny.yaml", ["run_dir=~/runs/x"]).folder == folder / "runs" / "x"
 
 
 def test_the_dump_names_every_default(folder: Path):

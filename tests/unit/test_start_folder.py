@@ -17,7 +17,7 @@ from reftune.errors import CheckpointError, ModelError, RecipeError
 from reftune.model.adapters import export_adapters, read_adapters
 from reftune.runs.export import export_model
 from reftune.runs.models import check_stage_graph
-from reftune.runs.run import evaluate_methods, open_run
+from reftune.runs.run import open_run
 from reftune.stages.stage import Progress
 from reftune.storage.files import JsonLines
 from reftune.storage.run_folder import RunFolder
@@ -50,19 +50,6 @@ def test_a_folder_without_a_model_is_not_a_start(make_recipe, tmp_path):
     recipe = make_recipe(stages={"reft": {"init": str(tmp_path)}})
     with pytest.raises(RecipeError, match=r"stages.reft.init: .* is not an earlier method"):
         check_stage_graph(recipe)
-
-
-def test_a_finished_run_needs_its_initial_model_no_more(make_recipe, tmp_path):
-    with open_run(make_recipe(run_dir=str(tmp_path / "first")), Progress()) as run:
-        run.train("sft")
-    source = tmp_path / "first" / "stages" / "sft"
-    keys = {"stages": {"sft": None, "reft": {"init": str(source)}}, "evaluate": {"stages": None}}
-    run_all(make_recipe(**keys))
-    source.rename(tmp_path / "moved")
-    again = make_recipe(**keys)
-    assert evaluate_methods(again, [], progress=Progress())["methods"].keys() == {"reft"}
-    with pytest.raises(RecipeError, match=r"stages.reft.init: .* is not an earlier method"):
-        run_all(make_recipe(run_dir=str(tmp_path / "new"), **keys))
 
 
 # --- adapters -------------------------------------------------------------------------------------

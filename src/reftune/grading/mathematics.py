@@ -191,8 +191,10 @@ def _spelling(expression: str) -> str:
 
 
 def same_spelling(first: str, second: str) -> bool:
-    """Whether two expressions have the same spelling, apart from spaces."""
-    return _spelling(first) == _spelling(second)
+    """Whether two expressions have the same spelling, apart from spaces, case, dollar signs and
+    final punctuation."""
+    first, second = (_spelling(text.strip(' "$').rstrip(".,;:")) for text in (first, second))
+    return first.casefold() == second.casefold()
 
 
 def _brackets(expression: str) -> str:

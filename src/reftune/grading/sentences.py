@@ -136,7 +136,7 @@ _ARITHMETIC = re.compile(r"[-+*/^(). \d$]*\d[-+*/^(). \d$]*")  # 3 + 4
 def _assigned_values(line: str) -> Iterator[Fraction | None]:
     """The values of the unknowns in a list of equations, such as "x = 3, y = 4". A value is None if
     it is not a number."""
-    for clause in re.split(r"[,;]? (?:or|and) |[,;] ?", re.split(r"[.!?] ", line, maxsplit=1)[0]):
+    for clause in re.split(r" or | and |[,;] ?", re.split(r"[.!?] ", line, maxsplit=1)[0]):
         clause = _LATER_ASIDE.split(clause, maxsplit=1)[0].rstrip(" .")
         assignment = re.fullmatch(r" *[^\W\d]+\d{0,2} ?=([^=]+)", clause)
         if assignment is not None:
@@ -157,8 +157,6 @@ def _leading_number(line: str) -> Number | None:
     rest = line[end:]
     if lead.group()[-1:] in ("(", "[") and _POINT.match(line, lead.end()):
         return None  # (2,251,252), [2, \infty)
-    if number.percent and _OF_NUMBER.match(rest):
-        return None  # 20% of 50
     return None if _is_part_of_more(rest) and not _restates(number, rest) else number
 
 
@@ -171,7 +169,6 @@ _LEAD_IN = re.compile(
 _POINT = re.compile(
     r"[-\d. ]+,(?:[^a-zA-Z()\[\]\\]|\\?(?:infty|inf|pi|frac|sqrt)\b|\\(?![a-zA-Z]))+[)\]]"
 )
-_OF_NUMBER = re.compile(rf" of {CURRENCY}? ?\d[\d.,]*(?= ?(?:$|[.;)]| is\b))", re.IGNORECASE)
 _IN_ANGLES = re.compile(rf"^({_LEAD_IN.pattern})<([^ <>][^<>]*)>(?!\d)", re.IGNORECASE)
 
 
@@ -229,7 +226,7 @@ def _is_part_of_more(rest: str) -> bool:
 _COUNT = rf"(?:{ONE_TO_TWELVE}|[a-z]{{3,5}}teen|{TENS})"
 _THIRDS = "third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|hundredth"
 _PART = rf"(?:half|quarter|{_THIRDS})"
-_FUNCTION = r"(?:pi|sqrt|log|ln|(?:arc)?(?:sin|cos)h?|(?:arc)?tanh?(?= ?\()|exp(?= ?\())"
+_FUNCTION = r"(?:pi|sqrt|log|ln|(?:arc)?(?:sin|cos|tan)h?(?= ?[(\d\\]| [a-zθ]\b)|exp(?= ?\())"
 _UNITS = rf"{UNIT_NAMES}|[hs]|k?g|m?l|[kcdm]?m(?:[23]| [23](?=\W*$))?|(?:ft|in|yd|mi)[23]"
 _KINDS = {
     "9": r"\d+",
@@ -302,14 +299,12 @@ _CONTINUES_IN_WORDS = re.compile(
     # n = 3 gives 12; 5 if x > 0 and 6 otherwise
     r"| (?:gives|yields) (?:us )?[-$(]*\d"
     r"|[^.;]{0,80}\bif\b[^.;]{0,80}\b(?:otherwise|else)\b"
-    # 5 if even, 6 if odd; 5 unless n = 2, then 6; 5 for men; for women 6
-    r"| (?:if|when|unless)\b[^.;]{1,40}[,;] (?:and |but )?(?:(?:else|otherwise|then) )?"
-    r"[-$]?\d[\d.,]*(?: (?:if|when|unless|otherwise)\b| ?(?:$|[.;]))"
-    r"| (?P<case>if|when|for)(?: [^\W\d]+){1,3}[,;] (?:and )?(?P=case)(?! a total)"
-    r"(?: [^\W\d]+){1,3},? [-$]?\d"
+    # 5 if even, 6 if odd; 5 unless n = 2, then 6
+    r"| (?:if|when|unless)\b[^.;]{1,40}[,;] (?:and |but )?"
+    r"(?:(?:else|otherwise|then) [-$]?\d|[-$]?\d[\d.,]* (?:if|when|unless|otherwise)\b)"
     # 5(x + 1), 5 [x^2 + 1], 5/(a + 1), 5 - a, 5 + C, 5/k, 5^k; 5, \sqrt{6}
     r"|\((?-i:[a-z]) ?[-+]| ?/? ?[(\[](?-i:[a-z])(?:\^?\d)? ?[-+] ?(?:\d|[a-z]\b)[^()=]*[)\]]"
-    r"|(?: ?[-+*^] ?(?-i:[a-z])| ?\+ ?[A-Z]|/(?-i:[a-cknp-rt-z]))(?= ?(?:$|[-+*/^=).,]))"
+    r"|(?: ?[-+*^] ?(?-i:[a-z])| ?\+ ?[A-Z]|/(?-i:[a-cknp-rt-z]))(?= ?(?:$|[-+*/^=)]))"
     r"| ?, ?[-(]*(?:\\(?:sqrt|[dt]?frac|pi|infty)|[√π∞])"
     # 5 degrees below zero
     r"|(?: degrees(?: [CF]\b)?)? below (?:zero|freezing)\b"
@@ -328,7 +323,7 @@ _CONTINUES_IN_WORDS = re.compile(
     rf"|{_NOUN} ?\(and \d[\d.,]*{_NOUN}\)"
     rf"|(?:{_NOUN} ?[,;&]| ?\([^()\d]*\) ?[,;&]) ?(?:and )?\d[\d.,]*"
     r"(?: (?!each\b)[^\W\d_]+| ?\([^()]*\))? ?(?:$|[.;,]|and\b)"
-    r"| (?P<each>for|in) [^\W\d]+[,;] (?:and )?\d[\d.,]* (?P=each)\b",
+    r"| (?P<each>for|in) [^\W\d]+, (?:and )?\d[\d.,]* (?P=each)\b",
     re.IGNORECASE,
 )
 
@@ -344,6 +339,6 @@ def _restates(number: Number, rest: str) -> bool:
 
 _RESTATED = re.compile(
     r"[)\]}'\"]*(?: ?[^\W\d]+){0,2}?[ ,;]*"
-    rf"(?:\(? ?(?:or|i\.? ?e\.?|that is|which is|equivalently|{_SO})\b[ ,:]*|\()",
+    rf"(?:\(? ?(?:or|and|i\.? ?e\.?|that is|which is|equivalently|{_SO})\b[ ,:]*|\()",
     re.IGNORECASE,
 )

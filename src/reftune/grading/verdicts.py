@@ -342,13 +342,13 @@ def _grade_list(text: str, problem: Problem) -> Graded:
 
 def _grade_set(said: Sequence[str], parts: Sequence[Problem], gold: str) -> Graded:
     graded: list[Graded] = []
-    equal: list[list[int]] = []  # for each item, the parts that it equals
+    equal: dict[str, list[int]] = {}  # for each item, the parts that it equals
     for item in said:
         tries = [grade_answer(item, part) for part in parts]
         graded.append(_best(tries))
-        equal.append([n for n, each in enumerate(tries) if each.verdict is Verdict.CORRECT])
+        equal[item] = [n for n, each in enumerate(tries) if each.verdict is Verdict.CORRECT]
     found: set[int] = set()
-    for places in sorted(equal, key=len):  # 3.14 may equal both 3.14 and 3.141
+    for places in sorted(equal.values(), key=len):  # 3.14 may equal both 3.14 and 3.141
         found.update([n for n in places if n not in found][:1])
     in_order = sorted(graded, key=lambda each: each.value or "")
     return _whole_list(in_order, said, gold, complete=len(found) == len(parts))

@@ -189,10 +189,11 @@ def load_pretrained(
 
 def _name_eos(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
     """If only the model's configuration names an eos token, as Galactica's does, let the tokenizer
-    name it too."""
-    eos = getattr(config, "eos_token_id", None)
-    if tokenizer.eos_token_id is None and isinstance(eos, int):
-        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(eos)
+    name it too. The token must be special, because the id may be only the default of the model's
+    class."""
+    token = tokenizer.added_tokens_decoder.get(getattr(config, "eos_token_id", None))
+    if tokenizer.eos_token_id is None and token is not None and token.special:
+        tokenizer.eos_token = token.content
 
 
 def saved_dtype(table: ModelTable) -> torch.dtype:

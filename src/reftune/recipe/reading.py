@@ -111,7 +111,7 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         elif (
             isinstance(old, Mapping)
             and isinstance(value, Mapping)
-            and value.get("kind", old.get("kind")) == old.get("kind")
+            and value.get("kind", old.get("kind")) == old.get("kind", value.get("kind"))
         ):
             result[key] = merge(old, value)
         else:
@@ -141,7 +141,8 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
 def _value(text: str) -> Any:
     """The value of an override. It is read as YAML, except that `#` begins no comment and a mapping
     needs braces, so that "Think: end with ####" is text."""
-    if not text.lstrip().startswith(("{", "[", "'", '"')) and re.search(r"(^|\s)#|:(\s|$)", text):
+    is_enclosed = text.strip()[:1] + text.strip()[-1:] in ("{}", "[]", "''", '""')
+    if not is_enclosed and re.search(r"(^|\s)#|:(\s|$)", text):
         return text
     try:
         return yaml.safe_load(text)

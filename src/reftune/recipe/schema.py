@@ -190,7 +190,7 @@ class Recipe(Table):
 
     @property
     def folder(self) -> Path:
-        return Path(self.run_dir or f"runs/{self.name}").expanduser()
+        return Path(self.run_dir) if self.run_dir is not None else Path("runs") / self.name
 
     def saved_by(self, stage: str) -> tuple[str, ...]:
         """The names of the models that a stage saves. The snapshots come first, in the recipe's

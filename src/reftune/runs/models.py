@@ -140,13 +140,12 @@ class Models:
 
 
 def check_stage_graph(recipe: Recipe) -> None:
-    """Check that untrained stages read only `base`, earlier methods or model folders, that no two
-    stages save the same method, and that the methods and the reward model named under `evaluate`
-    exist. Raises: RecipeError if a check fails."""
+    """Check that stages read only `base`, earlier methods or model folders, that no two stages save
+    the same method, and that the methods and the reward model named under `evaluate` exist. Raises:
+    RecipeError if a check fails."""
     known, made = ["base"], {"base"}
     for name, stage in recipe.stages.items():
-        is_trained = RunFolder(recipe.folder).stage(name).is_done
-        for method in () if is_trained else stage.needs:
+        for method in stage.needs:
             if method not in known and not is_model_folder(method):
                 keys = [key for key in type(stage).model_fields if getattr(stage, key) == method]
                 raise RecipeError(
@@ -171,8 +170,7 @@ def check_stage_graph(recipe: Recipe) -> None:
                 )
     rerankers = [name for name, stage in recipe.stages.items() if not stage.is_method]
     rerank = recipe.evaluate.rerank
-    is_known = rerank is None or rerank in rerankers
-    if not is_known and not (stage_folder(recipe, str(rerank)).path / WEIGHTS).is_file():
+    if rerank is not None and rerank not in rerankers and not (Path(rerank) / WEIGHTS).is_file():
         raise RecipeError(
             f"evaluate.rerank: {rerank} is not a reward model: neither one of this recipe's"
             f" ({', '.join(rerankers) or 'it has none'}) nor a folder with a {WEIGHTS}"
@@ -197,14 +195,9 @@ def stage_folder(recipe: Recipe, name: str) -> StageFolder:
     """The folder of the model `name` inside the run folder. If `name` is neither `base` nor a model
     that the recipe saves, `name` is itself the path of the folder."""
     own = {"base", *(saved for stage in recipe.stages for saved in recipe.saved_by(stage))}
-    return (
-        RunFolder(recipe.folder).stage(name)
-        if name in own
-        else StageFolder(Path(name).expanduser())
-    )
+    return RunFolder(recipe.folder).stage(name) if name in own else StageFolder(Path(name))
 
 
 def is_model_folder(name: str) -> bool:
     """Whether `name` is the path of a folder that contains a model or adapters."""
-    folder = Path(name).expanduser()
-    return (folder / "config.json").is_file() or is_adapter_folder(folder)
+    return (Path(name) / "config.json").is_file() or is_adapter_folder(Path(name))

@@ -43,8 +43,8 @@ def run_recipe(recipe: Recipe, *, progress: Progress) -> dict[str, Any]:
         for stage in recipe.stages:
             if not run.is_trained(stage):
                 run.train(stage)
-                run.require_facts(stage)
                 run.report()
+            run.require_facts(stage)
             for method in run.evaluated_after(stage):
                 run.evaluation.answer(method)
         run.evaluation.score_samples()
@@ -194,7 +194,7 @@ class Run:
         """Check that a trained stage has described itself. Raises: RecipeError if its `stage.json`
         lacks a key in `FACTS`."""
         folder = self.folder.stage(name)
-        facts = folder.facts() if folder.is_done else {}
+        facts = world.from_main(lambda: folder.facts() if folder.is_done else {})
         missing = [key for key in FACTS if key not in facts]
         if missing:
             raise RecipeError(

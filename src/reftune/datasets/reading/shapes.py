@@ -104,19 +104,24 @@ def recognise(
             rationale = answer
         elif rationale is None:
             rationale = next(filter(found.any_replied, parts), None)
-        columns["rationale"] = rationale
-    columns.setdefault("choices", found.choices(parts, answer, has_options))
+        columns["rationale"] = rationale or found.late("rationale")
+    choices = found.choices(parts, answer, has_options) or found.late("choices")
+    columns.setdefault("choices", choices)
     columns.setdefault("id", found.first("id", {*used, answer}))
     return Columns.model_validate(columns)
 
 
 class _Found:
-    """The columns of all rows, by lower-case name. Only the first rows' values are examined."""
+    """The columns of the first rows, whose values are examined, and of `later` rows, both by
+    lower-case name."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self.rows = rows[:NUM_LOOKED_AT]
-        names = dict.fromkeys(str(name) for row in rows for name in row.columns)
-        self.by_lower = {name.lower(): name for name in names}
+        self.by_lower = {str(name).lower(): str(name) for row in self.rows for name in row.columns}
+        if any(row.get("input") is not None for row in rows):  # often empty, and then left out
+            self.by_lower.setdefault("input", "input")
+        later = {str(name).lower(): str(name) for row in rows for name in row.columns}
+        self.later = {name: column for name, column in later.items() if name not in self.by_lower}
 
     def first(self, field: str, used: set[str]) -> str | None:
         """The first column that `NAMES` lists for a field and that is not in `used`. Columns with
@@ -129,6 +134,10 @@ class _Found:
         ]
         empty = [name for name in free if name in self.by_lower.values()]
         return next(iter((*filled, *empty)), None)
+
+    def late(self, field: str) -> str | None:
+        """A column that `NAMES` lists for a field and that only later rows have."""
+        return next((self.later[name] for name in NAMES[field] if name in self.later), None)
 
     def question(self) -> str | list[str] | None:
         """The column of the question. For Alpaca rows, the column of the instruction and, if

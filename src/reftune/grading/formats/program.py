@@ -278,7 +278,9 @@ def _text_and_blocks(completion: str) -> tuple[str, list[str]]:
 def _before_next_question(text: str) -> str:
     """`text` up to the first line that asks another question after a program. Such a line inside
     triple quotes, or above the program, belongs to the program's own question."""
-    begun = [found.end() for each in (_SOLUTION, _RETURN, _SCRIPT) if (found := each.search(text))]
+    is_whole = not text[:1].isspace() and _SOLUTION.search(text) is not None
+    marks = (_SOLUTION,) if is_whole else (_SOLUTION, _RETURN, _SCRIPT)
+    begun = [found.end() for each in marks if (found := each.search(text))]
     for line in _QUESTION.finditer(text, min(begun, default=len(text))):
         before = text[: line.start()]
         if before.count('"""') % 2 == before.count("'''") % 2 == 0:
