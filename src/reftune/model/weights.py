@@ -191,7 +191,8 @@ def _name_eos(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> N
     """If only the model's configuration names an eos token, as Galactica's does, let the tokenizer
     name it too. The token must be special, because the id may be only the default of the model's
     class."""
-    token = tokenizer.added_tokens_decoder.get(getattr(config, "eos_token_id", None))
+    eos = getattr(config, "eos_token_id", None)
+    token = tokenizer.added_tokens_decoder.get(eos) if isinstance(eos, int) else None
     if tokenizer.eos_token_id is None and token is not None and token.special:
         tokenizer.eos_token = token.content
 
