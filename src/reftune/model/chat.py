@@ -74,10 +74,8 @@ def end_of_turn(
     tokenizer: PreTrainedTokenizerBase, prompt: Conversation | None = None
 ) -> int | None:
     """The id of the token that ends the assistant's reply to `prompt` or, without `prompt`, to a
-    short question. None if there is no template, if the template rejects the prompt, or if no
-    special or added token ends the turn."""
-    if not tokenizer.chat_template:
-        return None
+    short question. None if the tokenizer's template rejects the prompt, or if no special or added
+    token ends the turn."""
     system, user = (Message(role=role, content="Hm?") for role in ("system", "user"))
     any_prompt = (Conversation(turns=(user,)), Conversation(turns=(system, user)))
     for conversation in any_prompt if prompt is None else (prompt,):

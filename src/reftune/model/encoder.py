@@ -199,7 +199,7 @@ def stop_rule(
         *token_ids_of(tokenizer.eos_token_id),
         *token_ids_of(getattr(model.config, "eos_token_id", None)),
         *token_ids_of(getattr(model.generation_config, "eos_token_id", None)),
-        *token_ids_of(end_of_turn(tokenizer)),
+        *token_ids_of(end_of_turn(tokenizer) if tokenizer.chat_template else None),
     }
     size = model.get_input_embeddings().weight.shape[0]
     return StopRule(ids=frozenset(id_ for id_ in found if 0 <= id_ < size), texts=tuple(texts))
