@@ -202,8 +202,9 @@ def page(tables: Mapping[str, Mapping[str, Any]], *, ours: bool) -> str:
         "significant. Models are chosen on dev and scored once on test. "
         "[Metrics](metrics.md#results) defines the columns.",
         "## Which of the paper's findings hold here\n\n" + findings_table(tables),
-        *(["Limits and negative results:\n\n" + "\n".join(f"- {line}" for line in OPEN)] * ours),
     ]
+    if ours:
+        parts.append("Limits and negative results:\n\n" + "\n".join(f"- {line}" for line in OPEN))
     for recipe, table in tables.items():
         if recipe not in WITHOUT_SECTION:
             parts += [f"## {TITLES[recipe]}", *section(recipe, table, ours=ours)]

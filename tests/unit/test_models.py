@@ -12,7 +12,13 @@ import pytest
 import torch
 
 from reftune.errors import ModelError
-from reftune.model.weights import load_model, load_pretrained, make_scratch, word_tokenizer
+from reftune.model.weights import (
+    load_model,
+    load_pretrained,
+    load_tokenizer,
+    make_scratch,
+    word_tokenizer,
+)
 from reftune.recipe import ModelTable, Recipe, ScratchTable
 from reftune.runs import models
 from reftune.runs.run import run_recipe
@@ -159,6 +165,8 @@ def test_an_eos_that_only_the_configuration_names_is_the_tokenizer_s(saved):
     model, tokenizer = load_pretrained(saved)
     assert model.config.eos_token_id is not None
     assert tokenizer.eos_token_id == model.config.eos_token_id
+    alone = load_tokenizer(ModelTable(path=str(saved)))
+    assert alone.eos_token_id == model.config.eos_token_id
 
 
 def test_a_saved_model_comes_back_with_its_tokenizer(saved):

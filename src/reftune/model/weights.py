@@ -118,6 +118,8 @@ def load_tokenizer(table: ModelTable) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             path, revision=table.revision or "main", trust_remote_code=table.trust_remote_code
         )
+    if tokenizer.eos_token_id is None:
+        _name_eos(tokenizer, load_config(table))
     return tokenizer
 
 
