@@ -7,7 +7,8 @@ A prefix consists of a sampled solution's first tokens. Its value is estimated b
 section 4). The spread of these values shows how much of the reward's variance a perfect critic
 would explain at that point. The command compares this with how much the stage's value head explains
 after its last step, and with how much a linear fit explains. The fit predicts the estimates from
-the head's inputs. docs/results/critic.json contains the numbers.
+the head's inputs. The numbers go to runs/critic.json, or with --publish to
+docs/results/critic.json.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from reftune.storage.run_folder import RunFolder
 from reftune.types import Graded, SamplingParams, Verdict
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "critic.json"
+OWN = Path("runs") / "critic.json"
+"""Results that are not published."""
 QUESTIONS = 300
 SAMPLES = 16
 SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 0.95)
@@ -122,7 +125,7 @@ def fitted(inputs: Floats, estimates: Floats) -> Floats:
 
 
 def best_penalty(inputs: Floats, estimates: Floats) -> float:
-    """The penalty with the least squared error on questions that the fit has not seen."""
+    """The penalty with the smallest squared error on questions that the fit has not seen."""
 
     def error(penalty: float) -> float:
         values = cross_predicted(inputs, estimates, lambda *_: penalty)
@@ -186,11 +189,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--stage", default="ppo")
+    parser.add_argument("--publish", action="store_true", help="write to docs/, not runs/")
     asked = parser.parse_args()
     rows = [measure(run_folder, asked.stage) for run_folder in asked.runs]
     mean = means(rows)
     document = {"shares": SHARES, "samples": SAMPLES, "questions": QUESTIONS, "runs": rows}
-    write_atomically(RESULTS, json.dumps({**document, "mean": mean}, indent=1) + "\n")
+    write_atomically(
+        RESULTS if asked.publish else OWN, json.dumps({**document, "mean": mean}, indent=1) + "\n"
+    )
     for key, numbers in mean.items():
         print(f"{key:10}", *(f"{100 * number:6.1f}" for number in numbers))
 

@@ -5,7 +5,7 @@ derived from annotations, and the targets made for training.
 
 DIR holds gsm8k/{train,test}.jsonl, svamp/{svamp_nl,svamp_python_sdp,SVAMP}.json and
 mathqa/{dev,test}.json. The command prints a Markdown report, and writes it and its numbers to
-docs/results/gold_grading.{md,json}.
+gold_grading.{md,json} in the folder --out; the published files are in docs/results.
 """
 
 from __future__ import annotations
@@ -72,9 +72,7 @@ def main() -> None:
     parser.add_argument(
         "--data", type=Path, required=True, help="folder with gsm8k/, svamp/ and mathqa/"
     )
-    parser.add_argument(
-        "--out", type=Path, default=Path("docs/results"), help="where the two files go"
-    )
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="where the two files go")
     arguments = parser.parse_args()
     published = [measured(group) for group in published_groups(arguments.data)]
     trained = [measured(group) for group in trained_groups(arguments.data)]

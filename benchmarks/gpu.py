@@ -6,8 +6,8 @@ TRL is installed, how fast TRL's GRPO is.
 
 Sections run one after the other, each in its own process, and write F/SECTION.json. If time runs
 out before all sections are done, call again: a call skips sections that already have a file. FOLDER
-contains SmolLM2-135M or another causal LM in Hugging Face format. By default, a model is made from
-scratch. It has SmolLM2-135M's shape or, with --tiny, is much smaller. Nothing is downloaded. The
+contains SmolLM2-135M or another causal LM in Hugging Face format. By default, the model has random
+weights and the layers of SmolLM2-135M; with --tiny, it is much smaller. Nothing is downloaded. The
 last line of the output is one JSON document.
 """
 
@@ -93,7 +93,7 @@ SCRATCH = {
     False: ScratchTable(hidden_size=576, layers=30, heads=9, context=512, dropout=0.0),
     True: ScratchTable(hidden_size=32, layers=2, heads=2, context=512, dropout=0.0),
 }
-"""Whether the setting is tiny → the model made from scratch. The larger model has SmolLM2-135M's
+"""Whether the setting is tiny → the model with random weights. The larger model has SmolLM2-135M's
 layers, but its vocabulary contains only the words of the prompts."""
 
 
@@ -351,8 +351,8 @@ def gpu_peak(device: str) -> Iterator[list[int]]:
 
 
 def decoding(setting: Setting, way: str) -> dict[str, Any]:
-    """Tokens per second of greedy decoding, for rows of equal length. The way `kv` is reftune's
-    engine; `fixed`, `compile` and `graph` use a cache of fixed size."""
+    """Tokens per second of greedy decoding, for rows of equal length. If `way` is `kv`, reftune's
+    engine decodes. `fixed`, `compile` and `graph` use a cache of fixed size."""
     if way == "graph" and setting.device != "cuda":
         return {"missing": "CUDA graphs need a GPU"}
     policy = load_policy(setting, setting.device, "bfloat16")
@@ -538,7 +538,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--folder", type=Path, help="where results are kept")
     parser.add_argument(
-        "--model", type=Path, help="folder of a causal LM; default: one made from scratch"
+        "--model", type=Path, help="folder of a causal LM; default: one with random weights"
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="run a little of every section")

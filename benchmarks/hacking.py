@@ -1,16 +1,16 @@
 """Measures reward hacking over seeds: on multiple choice with a planted shortcut, and on the same
 questions with numeric answers.
 
-    python -m benchmarks.hacking 0 1 2 [-- KEY=VALUE …]     # resumes where it was stopped
+    python -m benchmarks.hacking 0 1 2 [--set KEY=VALUE …]     # resumes where it was stopped
 
-For each seed, the recipes of the two tasks ask the same questions. The command writes
-docs/results/hacking.json and prints it as a table.
+For each seed, the recipes of the two tasks ask the same questions. The command prints a table and
+writes its numbers to runs/hacking.json, or with --publish to docs/results/hacking.json.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,13 @@ from reftune.recipe import Recipe, load_recipe
 from reftune.results.stats import compare_over_seeds, hierarchical_bootstrap
 from reftune.seeds import generator
 from reftune.stages.probes.choices import derived_values, read_rows
-from reftune.storage.files import JsonLines
+from reftune.storage.files import JsonLines, write_atomically
 from reftune.storage.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
-RESULT = ROOT / "docs" / "results" / "hacking.json"
+RESULTS = ROOT / "docs" / "results" / "hacking.json"
+OWN = Path("runs") / "hacking.json"
+"""Results that are not published."""
 METHODS = {"warmup": "warm-up", "reft": "ReFT"}
 SIGNS = {
     "right_letter": "right letter",
@@ -109,23 +111,26 @@ def markdown(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: Sequence[str]) -> None:
-    split = arguments.index("--") if "--" in arguments else len(arguments)
-    seeds, overrides = arguments[:split], arguments[split + 1 :]
-    document: dict[str, Any] = {"seeds": [int(seed) for seed in seeds]}
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("seeds", type=int, nargs="+")
+    parser.add_argument("--publish", action="store_true", help="write to docs/, not runs/")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="recipe keys")
+    options = parser.parse_args(arguments)
+    document: dict[str, Any] = {"seeds": options.seeds}
     for name, outcomes_of in (("hacking", signs), ("hacking-numeric", right)):
         path = ROOT / "recipes" / "demo" / f"{name}.yaml"
         recipes = []
-        for seed in seeds:
-            keys = [f"name={name}-seed{seed}", f"seed={seed}", *overrides]
+        for seed in options.seeds:
+            keys = [f"name={name}-seed{seed}", f"seed={seed}", *options.set]
             call(["run", str(path), *keys])
             recipes.append(load_recipe(path, keys))
         document[name] = added_up(
             {method: [outcomes_of(recipe, method) for recipe in recipes] for method in METHODS}
         )
-    RESULT.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    write_atomically(RESULTS if options.publish else OWN, json.dumps(document, indent=1) + "\n")
     print(markdown(document))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -2,12 +2,13 @@
 
 python benchmarks/handover.py 0 1 2 3 4          # words, then programs; resumes where it stopped
 python benchmarks/handover.py 0 1 2 --only nl    # one task
+python benchmarks/handover.py 0 1 2 --publish    # to docs/, beside the seeds that are there
 python benchmarks/handover.py --page             # only tables and picture, from the committed JSON
 
 A seed is one run of recipes/demo/handover-TASK.yaml. A hand-over is the switch from supervised
 training to RL. After it, SFT takes at least as many gradient passes as cooldown and ReFT together,
-and self-training draws as many rollouts as ReFT. docs/results/handover.json holds all finished
-seeds.
+and self-training draws as many rollouts as ReFT. A JSON file holds all finished seeds. Unless
+--publish or --page is set, this file and the picture are written to runs/handover.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from reftune.storage.run_folder import RunFolder
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results" / "handover.json"
 PICTURE = ROOT / "docs" / "images" / "handover.svg"
+OWN = Path("runs") / "handover"
+"""Folder of results that are not published."""
 TASKS = {"nl": "Solutions in words", "program": "Solutions are programs"}
 """Suffix of the recipe → heading."""
 METHODS = {"reft": "ReFT", "st": "Self-training"}
@@ -418,32 +421,32 @@ def draw_panel(panel: Any, points: Sequence[Point]) -> None:
 # --- the command ----------------------------------------------------------------------------------
 
 
-def load_results() -> dict[str, dict[str, Any]]:
-    """Task → seed → results from the committed JSON."""
-    if not RESULTS.exists():
+def load_results(file: Path) -> dict[str, dict[str, Any]]:
+    """Task → seed → results."""
+    if not file.exists():
         return {}
-    return dict(json.loads(RESULTS.read_text(encoding="utf-8")))
+    return dict(json.loads(file.read_text(encoding="utf-8")))
 
 
-def add_seed(task: str, seed: int, found: Mapping[str, Any]) -> None:
-    results = load_results()
+def add_seed(task: str, seed: int, found: Mapping[str, Any], file: Path) -> None:
+    results = load_results(file)
     seeds = {**results.get(task, {}), str(seed): found}
     results[task] = dict(sorted(seeds.items(), key=lambda item: int(item[0])))
     ordered = {name: results[name] for name in TASKS if name in results}
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
 
 
-def write_page() -> None:
+def write_page(file: Path, picture: Path) -> None:
     """Print the tables and draw the picture."""
-    results = load_results()
+    results = load_results(file)
     curves = {task: points_of(seeds) for task, seeds in results.items()}
     for task, points in curves.items():
         print(f"## {TASKS[task]}\n\n{seeds_text(points)}\n\n{curve_table(points)}\n")
         print(seeds_table(results[task]) + "\n")
         print(cuts_table(results[task]) + "\n")
         print(stops_table(results[task]) + "\n")
-    draw(curves, PICTURE)
+    draw(curves, picture)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -451,13 +454,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("seeds", type=int, nargs="*")
     parser.add_argument("--only", choices=TASKS, help="one task")
     parser.add_argument("--page", action="store_true", help="only write tables and picture")
+    parser.add_argument("--publish", action="store_true", help="write to docs/, not runs/handover")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="recipe keys")
     options = parser.parse_args(arguments)
+    file, picture = (
+        (RESULTS, PICTURE)
+        if options.page or options.publish
+        else (OWN / "handover.json", OWN / "handover.svg")
+    )
     if not options.page:
         for task in [options.only] if options.only else list(TASKS):
             for seed in options.seeds:
-                add_seed(task, seed, read_seed(run_seed(task, seed, options.set)))
-    write_page()
+                add_seed(task, seed, read_seed(run_seed(task, seed, options.set)), file)
+    write_page(file, picture)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python -m benchmarks.headline --folder F --minutes 9 --model MODEL --data SVAMP [KEY=VALUE …]
     # repeat until finished
     python -m benchmarks.headline --folder F --tiny
-    # a model made from scratch; takes seconds
+    # a model trained from scratch; takes seconds
 
 A call works for about the given number of minutes, stops its runs with a checkpoint, and exits with
 status 0. The next call continues from there. With `--together N`, N seeds run at once on one GPU.
@@ -206,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", help="folder in Hugging Face format")
     parser.add_argument("--data", type=Path, help="folder with the ReFT authors' SVAMP files")
     parser.add_argument(
-        "--tiny", action="store_true", help="a model made from scratch and generated questions"
+        "--tiny", action="store_true", help="train from scratch on generated questions"
     )
     parser.add_argument("--evaluate", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--held-out", type=Path, help=argparse.SUPPRESS)
@@ -214,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "overrides",
         nargs="*",
         metavar="KEY=VALUE",
-        help="recipe keys to change; the same at every call",
+        help="recipe keys to change; give the same keys in every call",
     )
     asked = parser.parse_args(arguments)
     if asked.evaluate:

@@ -5,8 +5,8 @@
 
 Each case is one `reftune rl` of two PPO steps on the CPU, in its own process. The prediction counts
 only tensors. The interpreter, libraries and data are therefore measured in a run with almost no
-weights, whose peak resident memory is subtracted. Freed tensors of more than `RETURNED` bytes go
-back to the system, because the allocator would keep some of them without being able to use them.
+weights, whose peak resident memory is subtracted. An environment variable makes glibc return freed
+tensors of more than `RETURNED` bytes to the system; by default, it keeps some that it cannot use.
 The command prints a table and, as its last line, one JSON document.
 """
 

@@ -102,16 +102,17 @@ NOTES = {
 }
 """Recipe → text above its table."""
 OPEN = [
-    "**The only pretrained model** whose training finished is SmolLM2-135M-Instruct, on generated "
-    "questions, with three seeds. On questions that need one arithmetic step, GRPO gains 9.9 "
+    "**Only one pretrained model** finished RL with several seeds: SmolLM2-135M-Instruct, on "
+    "generated questions. On questions that need one arithmetic step (three seeds), GRPO gains 9.9 "
     "points [6.2, 13.4] over a short warm-up, but further SFT with as many gradient passes is 12.1 "
-    "points [8.6, 16.1] better than GRPO. From a longer warm-up, GRPO gains 1.7 points "
-    "[−0.9, 5.0], n.s. On questions of two steps, where half of the training solutions omit the "
-    "working, GRPO from a longer SFT is 14.6 points [10.1, 18.9] better than still further SFT, "
-    "over five seeds ([log](experiments/smollm2-instruct.md)).",
+    "points [8.6, 16.1] better than GRPO (not paired). From a longer warm-up, GRPO gains 1.7 "
+    "points [−0.9, 5.0], n.s. On questions that need two steps (five seeds), where half of the "
+    "training solutions omit the working, GRPO after a longer SFT stage is 14.6 points "
+    "[10.1, 18.9] better than further SFT from the same model "
+    "([log](experiments/smollm2-instruct.md)).",
     "**On real data** (SVAMP programs, SmolLM2-135M, one seed), ReFT shows no gain: after a "
     "finished warm-up, ReFT − SFT is −1.3 points [−3.8, +1.2], n.s. ReFT had little to learn from, "
-    "because the warm-up already solved 90% of the samples for training questions "
+    "because 90% of the warm-up's samples for training questions were already correct "
     "([log](experiments/smollm2-svamp.md)).",
     "**With solutions of 66 tokens on average**, the value head explains hardly any of the "
     "reward's variance. Over five seeds, after finished warm-ups, RLOO is 1.1 points [0.1, 2.3] "
@@ -228,7 +229,7 @@ def modern_page(table: Mapping[str, Any], *, ours: bool) -> str:
 
 
 def section(recipe: str, table: Mapping[str, Any], *, ours: bool) -> list[str]:
-    """If the results are `ours`, the recipe's text, if it has one; then the source of its table,
+    """The recipe's text, if it has one and the results are `ours`, then the source of its table,
     and the table."""
     measured = (
         f"Over {table['seeds']} seed{'s' * (table['seeds'] != 1)} of"

@@ -5,8 +5,9 @@ TRL's GRPO (step_trl.py), by default in this machine's fastest dtype. Also times
     [--dtype float32|bfloat16] [--write-baseline]
     python -m benchmarks.step --growth 64,512
 
-Every contestant samples answers of the same lengths with SmolLM2-135M, scores them and makes two
-updates. TRL answers half of the prompts twice, because GRPO compares answers to the same prompt.
+Every contestant (one of these programs with one setting) samples answers of the same lengths with
+SmolLM2-135M, scores them and makes two updates. TRL answers half of the prompts twice, because GRPO
+compares answers to the same prompt.
 The contestants run one after the other, each in its own process. The command prints a table, then
 the figures that are worse than the baseline for this kind of CPU and, as its last line, one JSON
 document. PYTHON is an interpreter that has TRL. With the default repeats, the command takes 10
@@ -74,14 +75,14 @@ TARGETS: dict[Dtype, dict[str, float]] = {
         "demo_s": 120.0,
     },
 }
-"""The machine's fastest dtype → targets."""
+"""Dtype of the benchmark → targets."""
 
 
 def recipe(
     workload: Path, samples: int, steps: int, runs: Path, *, dtype: Dtype, recompute: bool
 ) -> dict[str, Any]:
-    """A ReFT recipe from the base model on the workload's questions. Dev and test have one problem
-    each."""
+    """A recipe of one RL stage that starts from the base model, with one training question per
+    answer of the workload. Dev and test have one problem each."""
     return {
         "name": "step",
         "run_dir": str(runs),

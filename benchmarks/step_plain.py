@@ -1,7 +1,7 @@
 """A ReFT step in plain transformers, rewritten from the code of Luong et al. (ACL 2024).
 docs/performance.md compares its speed with reftune's.
 
-The step pads prompts on the left, and calls `generate` until the longest row ends. The policy and
+The step pads prompts on the left, and generates until the longest answer ends. The policy and
 the reference then each make one forward pass over prompt and answer. Two updates follow. Logits are
 computed for every position.
 

@@ -1,4 +1,4 @@
-"""Times a step of TRL's GRPO, the closest algorithm that TRL still has. This needs TRL.
+"""Times a step of TRL's GRPO, the algorithm closest to PPO that TRL still has. This needs TRL.
 
 python -m benchmarks.step_trl WORKLOAD REPEATS [float32|bfloat16] [recompute|keep]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel
+from pydantic import BaseModel, BeforeValidator
 from pydantic_core import PydanticUndefined
 
 from reftune.recipe import Component, Recipe, component_class, known_kinds
@@ -35,7 +35,7 @@ can set any of them (`stages.reft.steps=100`). A nested mapping is a *table*. So
 (`engine: kv`) or with other keys (`engine: {kind: kv, refill: 0.5}`); the default kind may be left
 out. With `extends: other.yaml`, a recipe inherits that file's keys: tables are merged unless their
 kinds differ, and `null` removes an inherited key. On the command line, `null` removes a table
-(`stages.sft=null`), and text is not cut off at `#`.
+(`stages.sft=null`), and `#` does not start a comment.
 
 If a key allows only certain values, its default is followed by the others in parentheses. A dash
 means that the key is unset by default. [Notation](algorithms.md#notation) explains terms such
@@ -173,8 +173,10 @@ def _default(field: Any) -> str:
     value = field.get_default(call_default_factory=True)
     if isinstance(value, BaseModel):
         return ""
-    if isinstance(value, dict) and "kind" in value:
-        value = value["kind"]
+    if inspect.isclass(field.annotation) and issubclass(field.annotation, Component):
+        for rule in field.metadata:
+            if isinstance(rule, BeforeValidator) and value is not PydanticUndefined:
+                value = rule.func(value).kind
     others = [f"`{choice}`" for choice in _choices(field.annotation) if choice != value]
     if value is PydanticUndefined:
         return "**required**"

@@ -110,9 +110,9 @@ def _detach(head: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
 
 
 class Prefixes(Rl):
-    """RL from prefixes of gold solutions, which shrink to nothing in the first half of the steps.
-    A prefix counts as part of the prompt, so it is not trained on; it is graded together with the
-    completion.
+    """RL from prefixes of gold solutions. The prefixes shrink to nothing over the first half of the
+    steps. A prefix counts as part of the prompt, so it is not trained on. It is graded together
+    with the completion.
 
         share(n) = 0.8 · max(0, 1 − (n − 1) / (steps / 2))        n = 1, 2, …
 

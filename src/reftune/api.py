@@ -58,8 +58,8 @@ def _run(
         recipe = load_recipe(recipe, overrides)
     elif overrides:
         raise RecipeError(
-            f"{overrides[0]}: overrides are for a recipe file; expected the key in the recipe"
-            " itself"
+            f"{overrides[0]}: overrides work only with a recipe file; expected the key in the"
+            " recipe itself"
         )
     parsed = recipe if isinstance(recipe, Recipe) else parse_recipe(recipe)
     progress = tracked(make_progress(quiet=quiet or not world.is_main()), parsed)
@@ -81,13 +81,14 @@ def grade(
     """Grade a completion as in training and evaluation. `answer` is the gold answer: a number,
     text, the letter of a choice, or an answer of the kind that `answer_kind` names
     (docs/datasets.md). `choices` are the texts of multiple-choice options, option a first.
+    `question` is needed only by a `format` of your own.
 
         >>> grade("so 3 · 7 = 21. The answer is 21", 21).verdict
         <Verdict.CORRECT: 'correct'>
 
     Raises: DataError if `completion` is not text or `answer` cannot be read as a gold answer;
     RecipeError if the format is unusable; ReftuneError if a package or sandbox that grading needs
-    is missing. No text of a completion causes an error.
+    is missing. A completion's text never causes an error.
     """
     if not isinstance(completion, str):
         raise DataError(f"grade: completion is {shown(completion)}; expected text")
@@ -140,15 +141,20 @@ def evaluate(
 
     `model` is the folder `stages/NAME` of a run, any other model folder in Hugging Face format, a
     Hub id, `smollm2-135m` or a loaded `Policy`. `problems` are `Problem`s, or mappings with the
-    keys `question`, `answer` and, optionally, `id`, `choices` and `answer_kind`. They are
-    read as in the run's dataset or, for any other model, as in `grade`. `max_new` is the
-    maximum number of tokens per solution. For a folder `stages/NAME`, `format` and `max_new`
-    default to the run's settings, and if the run's `lengths.too_long` is `drop`, a problem whose
-    prompt is too long counts as unanswered. For any other model, they default to `nl` and 256.
+    keys `question`, `answer` and, optionally, `id`, `choices` and `answer_kind`. `max_new` is the
+    maximum number of tokens per solution.
+
+    For a folder `stages/NAME`, mappings are read as in the run's dataset, `format` and `max_new`
+    default to the run's settings, the model computes in the run's dtype, and if the run's
+    `lengths.too_long` is `drop`, a problem whose prompt is too long counts as unanswered. For any
+    other model, mappings are read as in `grade`, `format` defaults to `nl` and `max_new` to 256,
+    and the dtype is chosen as by `model.dtype: auto`.
+
     Raises: ReftuneError if the model, a problem, the format or `max_new` cannot be used.
     """
     from reftune.grading.rewards.outcome import Outcome
     from reftune.model.encoder import Encoder, stop_texts
+    from reftune.model.policy import Policy
     from reftune.stages.rollouts import Collector
 
     if not problems:
@@ -156,7 +162,7 @@ def evaluate(
     if max_new is not None and (not isinstance(max_new, int) or max_new < 1):
         raise RecipeError(f"max_new: {max_new!r}; expected a positive number of tokens")
     recipe = _recipe_of(model)
-    policy = _policy(model)
+    policy = model if isinstance(model, Policy) else _policy(model, recipe)
     put = _format(format or recipe.get("format") or "nl")
     golds = golds_of(_dataset(recipe), put)
     found = tuple(
@@ -170,7 +176,7 @@ def evaluate(
                 f"problem {problem.id}: two problems have this id; expected different ids"
             )
     lengths = LengthTable.model_validate(recipe.get("lengths") or {})
-    if lengths.too_long == "refuse":  # a prompt that fits in the context is not refused
+    if lengths.too_long == "refuse":  # ignore max_prompt; only the context limits prompts
         lengths = LengthTable(max_new=lengths.max_new)
     if max_new is not None:
         lengths = lengths.model_copy(update={"max_new": max_new})
@@ -198,16 +204,19 @@ def _asked(row: Mapping[str, Any], where: str, golds: GoldReader) -> Problem:
     return problem_of(row, where, golds)
 
 
-def _policy(model: str | Path | Policy) -> Policy:
-    from reftune.model.policy import Policy
-    from reftune.model.weights import load_model
-    from reftune.recipe import ModelTable
-    from reftune.runs.auto import choose_device
+def _policy(model: str | Path, recipe: Mapping[str, Any]) -> Policy:
+    """The model as a policy that cannot be trained, in the dtype of the run's `recipe` or, for any
+    other model, in the dtype that `auto` chooses."""
+    import torch
 
-    if isinstance(model, Policy):
-        return model
-    policy = Policy(*load_model(ModelTable(path=str(model))))
-    return policy.to(choose_device("auto"))
+    from reftune.model.policy import Policy
+    from reftune.model.weights import load_pretrained
+    from reftune.runs.auto import choose_device, fastest_dtype
+
+    device = choose_device("auto")
+    dtype = (recipe.get("model") or {}).get("dtype", "auto")
+    dtype = getattr(torch, fastest_dtype(device) if dtype == "auto" else dtype)
+    return Policy(*load_pretrained(model, as_stored=True), dtype=dtype, trained=False).to(device)
 
 
 def _recipe_of(model: str | Path | Policy) -> Mapping[str, Any]:
@@ -219,7 +228,7 @@ def _recipe_of(model: str | Path | Policy) -> Mapping[str, Any]:
 
 
 def _dataset(recipe: Mapping[str, Any]) -> Any:
-    """The dataset of a run's recipe; None if its class is not to be found here."""
+    """The dataset of a run's recipe; None if there is none or it cannot be loaded."""
     try:
         return _component(recipe.get("dataset"), "dataset")
     except RecipeError:
@@ -232,8 +241,8 @@ def _format(spec: FormatSpec) -> Format:
 
 
 def _component(spec: Any, table: str) -> Any:
-    """The component that a recipe's table describes. Anything that is no description, such as a
-    component itself, is returned unchanged. Raises: RecipeError if the description is wrong."""
+    """The component that a recipe's table describes. Anything but a string or a mapping, such
+    as a component, is returned unchanged. Raises: RecipeError if the description is wrong."""
     if not isinstance(spec, str | Mapping):
         return spec
     try:

@@ -106,7 +106,7 @@ def test_run_takes_a_file_with_overrides_and_resumes(finished: Path, tmp_path: P
     assert (finished / "stages" / "sft" / "stage.json").stat().st_mtime == started, (
         "what is done is not done again"
     )
-    with pytest.raises(RecipeError, match="seed=1: overrides are for a recipe file"):
+    with pytest.raises(RecipeError, match="seed=1: overrides work only with a recipe file"):
         reftune.run(load_recipe(tmp_path / "tiny.yaml"), "seed=1")
 
 
@@ -136,6 +136,32 @@ def changed(finished: Path, to: Path, **tables: dict) -> Path:
         recipe[name] |= keys
     (copied / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     return copied / "stages" / "sft"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "auto"])
+def test_evaluate_computes_in_the_dtype_of_the_run(
+    dtype: str, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    import torch
+
+    from reftune.runs import auto
+    from reftune.stages.rollouts import Collector
+
+    used = []
+
+    def solve(collector: Collector, policy, problems):
+        used.append(policy.compute_dtype)
+        return solve_really(collector, policy, problems)
+
+    solve_really = Collector.solve
+    monkeypatch.setattr(Collector, "solve", solve)
+    monkeypatch.setattr(auto, "fastest_dtype", lambda device: "bfloat16")
+    folder = changed(finished, tmp_path / "run", model={"dtype": dtype})
+    problem = {"question": "Eva has 19 drums.", "answer": 19}
+    reftune.evaluate(folder, [problem], max_new=2)
+    elsewhere = shutil.copytree(folder, tmp_path / "model")  # a folder that belongs to no run
+    reftune.evaluate(elsewhere, [problem], max_new=2)
+    assert used == [torch.float32 if dtype == "float32" else torch.bfloat16, torch.bfloat16]
 
 
 def test_evaluate_leaves_a_prompt_that_is_too_long_unanswered_if_the_run_does(

@@ -130,7 +130,7 @@ ANYWHERE: dict[str, tuple[list[str], dict[str, str | bytes], str]] = {
                 *(row(a, rationale=f"def solution():\n    return {a + 1}") for a in (4, 5, 6))
             )
         },
-        r"problem train-[456]: its rationale is a program; expected words, or format\.kind=program",
+        r"problem train-[456]: its rationale is a program; expected natural language, or",
     ),
     "missing file": (
         ["dataset.train=nope.jsonl"],
@@ -140,7 +140,7 @@ ANYWHERE: dict[str, tuple[list[str], dict[str, str | bytes], str]] = {
     "folder without the split": (
         ["dataset.train=data"],
         {"data/notes.md": ""},
-        r"data: no file of the train split, found notes\.md; expected one like",
+        r"data: no file for the train split, found notes\.md; expected one like",
     ),
     "empty file": (
         [],
@@ -394,7 +394,7 @@ def test_a_run_folder_that_cannot_be_used_is_left_as_it_is(
         (["eval", "recipe.yaml", "--method", "sft"], r"runs/tiny/stages/sft: not trained yet"),
         (
             ["eval", "recipe.yaml", "--method", "runs/other/stages/sft"],
-            r"tiny: evaluates no method runs/other/stages/sft; evaluate.stages allows sft",
+            r"tiny: does not evaluate runs/other/stages/sft; evaluate.stages allows sft",
         ),
         (["eval", "recipe.yaml"], r"runs/tiny/stages/sft: not trained yet"),
         (["sample", "recipe.yaml", "--method", "sft"], r"runs/tiny/stages/sft: not trained yet"),

@@ -212,7 +212,7 @@ def test_a_folder_without_the_split_lists_what_it_has(tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", "{}")
     with pytest.raises(
         DataError,
-        match=r"no file of the test split, found train.jsonl; expected one like test.jsonl",
+        match=r"no file for the test split, found train.jsonl; expected one like test.jsonl",
     ):
         read_rows(str(tmp_path), "test")
 

@@ -198,12 +198,12 @@ def test_a_position_counts_from_what_the_recipe_says(
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "image"}]}, REPLY]},
-            "a turn of user has no text",
+            "a turn with role user has no text",
         ),
         ({"messages": [SYSTEM, REPLY]}, "messages has no question"),
         (
             {"messages": [USER, {**REPLY, "tool_calls": [{"id": "1"}]}]},
-            r"a turn of assistant has tool_calls: .*; expected text only \(tools are not supp",
+            r"a turn with role assistant has tool_calls: .*; expected text only \(tools are",
         ),
         (
             {
@@ -212,7 +212,7 @@ def test_a_position_counts_from_what_the_recipe_says(
                     {**GPT, "function_call": {"name": "f"}},
                 ]
             },
-            "a turn of gpt has function_call: .*; expected text only",
+            "a turn with role gpt has function_call: .*; expected text only",
         ),
         (
             {"messages": [USER, REPLY], "tools": [{"type": "function"}]},

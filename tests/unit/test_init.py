@@ -60,7 +60,7 @@ def test_the_recipe_passes_check(here: Path, capsys: pytest.CaptureFixture[str],
     assert out == "mine.yaml\n"
     assert err.splitlines() == [
         "columns: question is Prompt, answer is gold, rationale is solution",
-        f"no terminal to ask: format is {form}; --format chooses another",
+        f"stdin is not a terminal, so the default is used: --format {form}",
         "golds  number 40: 30 → 30, 31 → 31, 32 → 32",
         "next: reftune check mine.yaml",
     ]
@@ -144,7 +144,7 @@ def test_test_questions_are_scored_if_there_are_any_and_dev_if_not(here: Path):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([], "--data is missing, and there is no terminal to ask"),
+        ([], "--data is missing; it is required if stdin is not a terminal"),
         (["--data", "none.csv"], "none.csv: no such file or folder"),
         (
             ["--data", "odd.csv"],
@@ -186,7 +186,7 @@ def test_without_a_terminal_it_says_which_model_it_chose(
     monkeypatch.setattr("reftune.terminal.init.write_recipe", refuse)
     assert status("init", "--data", "mine.csv", "--format", "nl") == 2
     assert capsys.readouterr().err.splitlines()[-2:] == [
-        "no terminal to ask: model is smollm2-135m; --model chooses another",
+        "stdin is not a terminal, so the default is used: --model smollm2-135m",
         "smollm2-135m",
     ]
 

@@ -76,7 +76,7 @@ def test_a_change_that_might_not_matter_is_not_made(gold, kinds):
     found = {p.kind for p in wrong_solutions(problem, f"    return {gold}")}
     assert kinds <= found
     assert not found & {
-        "another sign",
+        "opposite sign",
         "ten times",
     }  # 0 is its own negative; 10^9 is too large to be changed by 1
 

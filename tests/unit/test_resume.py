@@ -211,7 +211,7 @@ def test_a_method_is_evaluated_before_the_others_are_trained(make_recipe):
     assert list(summary["methods"]) == ["sft"]
     assert not (recipe.folder / "summary.json").exists(), "the run is not finished"
     with pytest.raises(
-        RecipeError, match=r"tiny: evaluates no method warmup; evaluate.stages allows sft, reft"
+        RecipeError, match=r"tiny: does not evaluate warmup; evaluate.stages allows sft, reft"
     ):
         evaluate_methods(recipe, ["warmup"], progress=Progress())
 

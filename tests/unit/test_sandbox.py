@@ -513,7 +513,7 @@ LACKING = {
     "the module calendar": "import calendar\n" + returned("calendar.monthrange(2024, 2)[1] - 24"),
     "sys.setrecursionlimit": ("import sys\nsys.setrecursionlimit(10000)\n" + returned("5")),
     "callable": returned("5 if callable(len) else 0"),
-    "inverses by pow": returned("pow(3, -1, 7)"),
+    "modular inverses with pow": returned("pow(3, -1, 7)"),
     "date.toordinal as a value": (
         "from datetime import date\n" + returned("date(1, 1, 5).toordinal()")
     ),

@@ -157,7 +157,7 @@ def test_adapters_with_other_tensors_than_lora_s_are_not_added_up(adapters):
     tensors = load_file(path)
     assert len(read_adapters(adapters)) == len(tensors) / 2
     save_file({**tensors, "o_proj.lora_magnitude_vector": torch.ones(2)}, path)  # DoRA's
-    with pytest.raises(ModelError, match=r"o_proj\.lora_magnitude_vector is not a matrix of LoRA"):
+    with pytest.raises(ModelError, match=r"o_proj\.lora_magnitude_vector is not a LoRA matrix"):
         read_adapters(adapters)
 
 

@@ -58,7 +58,8 @@ class Hardware:
     """Memory of one GPU, in bytes."""
     kind: str
     mfu: float
-    """Share of the peak FLOP/s that scoring and updating are assumed to reach."""
+    """Share of the peak FLOP/s that scoring, updating and reading prompts are assumed to
+    reach."""
 
     @property
     def gpu(self) -> Gpu:
@@ -81,7 +82,7 @@ class Phase:
 
     seconds: float
     bound: str
-    """The resource that limits the phase's speed."""
+    """What limits the phase's speed, such as `arithmetic` or `reading the cache`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,7 +107,7 @@ class Step:
     """The longest phase, and its `bound`."""
     steps: float
     stage_seconds: float
-    """Seconds of all steps, excluding dev evaluations."""
+    """Seconds of the whole stage, excluding dev evaluations."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -42,7 +42,7 @@ class Algorithm(Component, ABC):
     override the other hooks."""
 
     sets_advantages: ClassVar[bool] = True
-    """Whether `credit` sets the batch's `advantages`, which `mismatch_cap` needs."""
+    """Whether `credit` sets the batch's `advantages`, which the stage's `mismatch_cap` needs."""
     needs_values: ClassVar[bool] = False
     """Whether `credit` reads the batch's `values` and `loss` trains the value head."""
 

@@ -33,7 +33,7 @@ def load_dataset(dataset: Dataset, *, seed: int) -> Splits:
     """
     splits = dataset.load(seed=seed)
     is_ours = type(dataset).__module__.startswith("reftune.")
-    if is_ours or isinstance(dataset, FileDataset):  # its `load` sees to both
+    if is_ours or isinstance(dataset, FileDataset):  # its `load` already does both
         return splits
     test, dev, train = with_unique_ids(splits.test, splits.dev, splits.train)
     return drop_contradictions(replace(splits, train=train, dev=dev, test=test))
@@ -49,7 +49,7 @@ def load_splits(recipe: Recipe) -> Splits:
     message = f"dataset: no training row is left {dropped}"
     if splits.train:
         message = (
-            f"dataset: no dev problems {dropped}, and models are chosen on dev; set"
+            f"dataset: no dev problems {dropped}, but models are chosen on dev; set"
             " dataset.dev_size or a dev file"
         )
     raise DataError("; ".join([message, *splits.notes]))

@@ -136,7 +136,7 @@ class Jsonl(FileDataset):
         which = f"column {columns.choices}"
         if isinstance(columns.choices, list):
             which = f"columns {columns.choices[0]} to {columns.choices[-1]}"
-        return f"; {which}: read as options (if they are none, set dataset.columns.choices=null)"
+        return f"; {which}: read as options (if that is wrong, set dataset.columns.choices=null)"
 
     def _read_row(self, row: Row, columns: Columns) -> _Read:
         options = self._options(row, columns)
@@ -197,9 +197,9 @@ class _Read:
 
 
 def _with_contexts(splits: dict[Split, list[Problem]]) -> dict[Split, list[Problem]]:
-    """The problems, whose questions begin with the system message if answers depend on it, that is,
-    if most questions that are asked under several system messages have several gold answers.
-    Otherwise, a system message is an instruction, and a question is the same under each."""
+    """The problems of each split. If answers depend on the system message, it is put before each
+    question. They do if most questions asked under several system messages have several gold
+    answers. Otherwise, a system message is an instruction that does not change the question."""
     first: dict[str, Problem] = {}
     agree: dict[str, bool] = {}
     for problem in chain.from_iterable(splits.values()):

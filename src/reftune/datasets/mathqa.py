@@ -77,7 +77,7 @@ class Mathqa(PaperDataset):
 
     @property
     def golds(self) -> GoldReader:
-        """Reads the gold answers of other rows, as in `reftune score`."""
+        """Reads the gold answers of rows that are not from MathQA, as in `reftune score`."""
         return GoldReader(kind="choice" if self.answer == "choice" else "auto")
 
     def trainable(self, splits: Splits) -> Splits:

@@ -171,8 +171,8 @@ class _Decoder:
         return cache, mask, self.reads.forward(tokens, mask, cache)
 
     def _draw_uniforms(self, requests: list[_Request]) -> Tensor:
-        """Random numbers (B, M) in [0, 1), one per row and token. A row's numbers depend only on
-        the seed and its request's position. Greedy decoding needs no random numbers, so they are
+        """Random numbers (B, M) in [0, 1), for up to M tokens per row. A row's numbers depend only
+        on the seed and its request's position. Greedy decoding needs no random numbers, so they are
         0."""
         shape = (len(requests), self.params.max_new_tokens)
         if self.params.temperature == 0:
@@ -184,7 +184,7 @@ class _Decoder:
         """Draw one token per row, drop finished rows if they are at least `DROP_SHARE` of all, and
         run the model on the new tokens."""
         rows, stop, last = self.rows, self.policy.stop, self.params.max_new_tokens - 1
-        # Rows join at different times, so each has its own next place.
+        # Rows join at different times, so their next tokens go to different columns.
         places = rows.lengths.clamp(max=last)[:, None]
         uniforms = rows.uniforms.gather(1, places).squeeze(1)
         tokens, logprobs, entropies = draw_tokens(
@@ -338,8 +338,8 @@ def draw_tokens(
 def _invert(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """For each row, the first token at which the running sum of `weights` (B, V) exceeds the row's
     entry in `uniforms` (B,) times the row's total. Returns these tokens (B,) and the totals (B,).
-    The search finds first the block and then the token in the block, so it passes over the
-    vocabulary only once.
+    The search first finds the block and then the token in it, so it passes over the vocabulary only
+    once.
     """
     blocks = functional.pad(weights, (0, -weights.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
     sums = blocks.sum(2).to(widest(weights.device))
@@ -368,8 +368,8 @@ def _first_past(cumulative: Tensor, threshold: Tensor) -> Tensor:
 
 def _restrict(scores: Tensor, params: SamplingParams) -> Tensor:
     """`scores`, with -inf for all tokens that must not be drawn. `top_k` keeps only the `top_k`
-    likeliest tokens. Of these, `top_p` keeps the smallest set that has at least the share `top_p`
-    of their total probability."""
+    likeliest tokens. Of these, `top_p` keeps the smallest set whose share of their total
+    probability is at least `top_p`."""
     if 0 < params.top_k < scores.shape[1]:
         kth = scores.topk(params.top_k, dim=1).values[:, -1:]
         scores = scores.masked_fill(scores < kth, -torch.inf)

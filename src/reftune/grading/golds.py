@@ -49,7 +49,7 @@ def read_gold(
 
     For the kind `auto`, the answer is a choice if there are `choices`. Otherwise, it is a number if
     the whole cell is a number. If it is neither a choice nor a number, it is an expression, a list
-    in brackets or text. If the cell marks its answer ("#### 78", "\\boxed{78}", "The answer is
+    in brackets, or text. If the cell marks its answer ("#### 78", "\\boxed{78}", "The answer is
     78"), only the marked part is read, except for the kind `regex`.
 
     Raises: DataError if the cell has no answer of this kind. The caller adds the cell's location to
@@ -100,8 +100,8 @@ def number_in_gold(raw: object, reading: Reading = DEFAULT) -> Number | None:
 
 
 def with_points(cell: object, reading: Reading) -> str:
-    """A cell as text in which numbers have decimal points. Numbers that are not written as text
-    have points already. Pairs such as "(1,2)" stay unchanged."""
+    """A cell as text in which numbers have decimal points. A cell that is not a string needs no
+    conversion. Pairs such as "(1,2)" stay unchanged."""
     if not isinstance(cell, str) or reading.decimal == ".":
         return str(cell)
     parts = _PAIR.split(cell)
@@ -132,8 +132,8 @@ def stated_gold(raw: object, reading: Reading = DEFAULT) -> object:
 
 
 def _stated(text: str, reading: Reading) -> list[str]:
-    """In order of appearance: the last marked answer, any marked answers side by side with it, and
-    an unmarked number after "or". Two answers are side by side if hardly anything stands between
+    """The last marked answer, any marked answers side by side with it, and an unmarked number after
+    "or", in order of appearance. Two answers are side by side if hardly anything stands between
     them except a marker, symbols, "or" or "and"."""
     found = [each for each in statements(text, reading) if each.text is not None]
     following = [each.start for each in found[1:]] + [len(text)] * bool(found)
@@ -208,7 +208,7 @@ _OPTION = re.compile(
     r"\((?P<letter>[A-H])\)"
     r"(?: (?!and\b|or\b)(?!.*[\s,;/]\(?[A-Z]\)\s*[\w\\$-])(?P<text>[\w\\$-].*))?"
 )
-"""Matches one option, and not "(A) 5, (B) 3"."""
+"""Matches a single option, but not several, as in "(A) 5, (B) 3"."""
 _LISTED = re.compile(r"\[\s*(.+?)\s*\]", re.DOTALL)
 
 
@@ -323,7 +323,8 @@ _BRACKETED = re.compile(
 
 
 _PAIR = re.compile(r"([(\[] ?-?\d+ ?, ?-?\d+ ?(?:\\right)?[)\]])")
-"""Matches a point, an interval or a list of two whole numbers. Its comma is no decimal comma."""
+"""Matches two whole numbers in brackets (a point, an interval or a list). The comma between them
+is not a decimal comma."""
 _SPACED_MINUS = re.compile(r"^ *– +(?=[\d.])")
 _FORMULA = re.compile(r"\$+((?:[^$\\]|\\.)*)\$+", re.DOTALL)
 _ORDINAL = re.compile(r"\^?[{(]? ?(?:st|nd|rd|th)\b ?[})]?")

@@ -36,7 +36,7 @@ NUM_WORKERS = min(4, os.cpu_count() or 1)
 START_S = 120.0
 """Seconds allowed for the start of a worker, including the import of math-verify."""
 OUT_OF_TIME = (-signal.SIGPROF, -signal.SIGALRM)
-"""Exit statuses of a worker that ran out of CPU time or of time."""
+"""Exit statuses of a worker that ran out of CPU time or wall time."""
 MAX_EXPRESSION_CHARS = 1_000
 
 FUNCTIONS = frozenset(
@@ -127,9 +127,9 @@ def same_expression(gold: str, answer: str) -> Comparison:
 
 def _in_order(expression: str, other: str) -> str:
     """The values of an expression such as "y = 2, x = 3", as a tuple in the alphabetical order of
-    the variables: "(3, 2)". Any other expression is returned unchanged. It is also unchanged unless
-    `other` has values for the same variables, or is a tuple and the variables follow each other in
-    the alphabet."""
+    the variables: "(3, 2)". Such an expression stays unchanged unless `other` has values for the
+    same variables, or is a tuple and the variables are consecutive letters. Any other expression is
+    returned unchanged."""
     values, others = _assigned(expression), _assigned(other)
     names = sorted(values)
     is_same = names == sorted(others)
@@ -246,10 +246,10 @@ class _Worker:
             if self._channel.poll(START_S):
                 self._channel.recv_bytes()
                 return
-        self.close()  # its reply might be taken for that of a later request
+        self.close()  # a late "ready" might be taken for the reply to a request
 
     def _exchange(self, request: bytes) -> bytes | None:
-        """The reply to `request`; empty if there is no process or it died, None if time ran out."""
+        """The reply to `request`; empty if no process is alive, None if time ran out."""
         if self._process is None:
             return b""
         try:

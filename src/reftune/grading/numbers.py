@@ -43,10 +43,10 @@ class Number:
 
 
 def numeral_at(line: str, start: int) -> tuple[Number, int] | None:
-    """The number at index `start` of a plain line, and the index after the number; None if there is
-    no number. A minus or plus sign, a currency, a percent sign and a word such as "million" are
-    part of the number. The caller must check whether the text after the number makes the number
-    part of something larger, such as a range."""
+    """The number at index `start` of a line of plain text, and the index after the number; None if
+    there is no number. A minus or plus sign, a currency, a percent sign and a word such as
+    "million" are part of the number. The caller must check whether the text after the number makes
+    the number part of something larger, such as a range."""
     match = _NUMBER.match(line, start)
     number = None if match is None else _number(match)
     if match is None or number is None:
@@ -198,7 +198,8 @@ def same_number(predicted: Number, gold: Number) -> bool:
 
 
 MIN_DECIMALS = 2
-"""Numbers are compared to at least this many decimals, even if they are written with fewer."""
+"""Numbers are compared with a precision of at least this many decimals, even if they are written
+with fewer."""
 FLOAT_DIGITS, PRINTED_FLOAT_DIGITS = 12, 15
 """A decimal with at least `PRINTED_FLOAT_DIGITS` digits is read as a printed float and rounded to
 `FLOAT_DIGITS` significant digits, so that 0.8333333333333334 equals 5/6."""

@@ -90,8 +90,8 @@ _NOT_AN_ARTICLE = re.compile(r" (?:because|since)\b")
 
 
 def names_option(line: str, choices: Sequence[str]) -> bool:
-    """Whether a plain line contains the letter of an option as a word, or begins with the text of
-    an option."""
+    """Whether a line of plain text contains the letter of an option as a word, or begins with the
+    text of an option."""
     last = chr(ord("a") + len(choices) - 1) if choices else "z"
     letter = re.search(rf"(?<![^\W_])[a-{last}](?![^\W_])", line, re.IGNORECASE)
     return letter is not None or any(_begins_with(line, choice) for choice in choices)

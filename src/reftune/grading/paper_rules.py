@@ -45,5 +45,5 @@ def _grade_string_paper(value: Any, gold: str) -> Graded:
 
 def paper_response(completion: str) -> str:
     """The part of a completion that the authors' code grades: the text after the last
-    `PAPER_HEADER`, which also stands in the prompt, or else the whole completion."""
+    `PAPER_HEADER`, which is also part of the prompt, or else the whole completion."""
     return (PAPER_HEADER + completion).split(PAPER_HEADER)[-1].strip()

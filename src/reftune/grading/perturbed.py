@@ -33,8 +33,8 @@ class Perturbed:
 
 def wrong_solutions(problem: Problem, target: str, decimal: str = ".") -> Iterator[Perturbed]:
     """Solutions that look like the gold solution `target` but state another answer, two answers or
-    none. Yields nothing if `target` is a solution in words and its answer cannot be found. Numbers
-    in words have the separator `decimal`."""
+    none. Yields nothing if `target` is a solution in words and its answer cannot be found. Outside
+    programs, numbers have the decimal separator `decimal`."""
     if found := _RETURN.search(target):
         yield from _wrong_programs(problem, target, found)
     else:
@@ -43,7 +43,7 @@ def wrong_solutions(problem: Problem, target: str, decimal: str = ".") -> Iterat
 
 def right_solutions(problem: Problem, target: str, decimal: str = ".") -> Iterator[Perturbed]:
     """Solutions with the same answer as the gold solution `target`, written slightly
-    differently. Numbers in words have the separator `decimal`."""
+    differently. Outside programs, numbers have the decimal separator `decimal`."""
     if found := _RETURN.search(target):
         yield from _right_programs(problem, target, found)
     else:
@@ -59,7 +59,7 @@ def other_answers(problem: Problem) -> dict[str, str]:
         return {"another option": chr(ord("a") + position)}
     if not isinstance(gold, Fraction) or abs(gold) >= MAX_SIZE:
         return {}
-    values = {"off by one": gold + 1, "another sign": -gold, "ten times": 10 * gold}
+    values = {"off by one": gold + 1, "opposite sign": -gold, "ten times": 10 * gold}
     return {
         kind: spell_decimal(value)
         for kind, value in values.items()
@@ -99,8 +99,8 @@ def _right_programs(problem: Problem, target: str, end: re.Match[str]) -> Iterat
 
 
 def _parts(target: str) -> tuple[str, str] | None:
-    """The answer of a solution in words and the text before it, in the order of the solution. None
-    if no answer can be found."""
+    """The text before the answer of a solution in words, and the answer; None if no answer can be
+    found."""
     tail = answer_text(target)
     found = _STATED.fullmatch(tail) if tail else None
     if tail is None or found is None or not target.endswith(tail):

@@ -145,8 +145,8 @@ def _assigned_values(line: str) -> Iterator[Fraction | None]:
 
 
 def _leading_number(line: str) -> Number | None:
-    """The number at the start of a plain line; None if there is no number, or if the text after the
-    number makes the number part of something larger, such as a range."""
+    """The number at the start of a line of plain text; None if there is no number, or if the text
+    after the number makes the number part of something larger, such as a range."""
     line = _IN_ANGLES.sub(r"\1\2", line, count=1)  # "<203>" is an answer, but "< 203" is not
     lead = _LEAD_IN.match(line)
     assert lead is not None  # pattern matches the empty string
@@ -173,9 +173,9 @@ _IN_ANGLES = re.compile(rf"^({_LEAD_IN.pattern})<([^ <>][^<>]*)>(?!\d)", re.IGNO
 
 
 def _only_number(line: str) -> Number | None:
-    """The only number in the first sentence of a plain line, if it follows plain words, as in "each
-    child gets 12 sweets". None if there is no such number, or if the words before it may change its
-    meaning, as in "at least 12"."""
+    """The only number in the first sentence of a line of plain text, if it follows words, as in
+    "each child gets 12 sweets". None if there is no such number, or if the words before it may
+    change its meaning, as in "at least 12"."""
     sentence = _SENTENCE_END.split(line, maxsplit=1)[0].lstrip(" :,*\"'")
     digit = _DIGIT.search(sentence)
     if digit is None:

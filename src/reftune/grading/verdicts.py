@@ -75,8 +75,8 @@ def grade_completion(completion: str, problem: Problem, reading: Reading = DEFAU
 
 def _in_boxes(completion: str, found: Sequence[Statement]) -> str | None:
     """The text of the last boxes and of what stands between them, such as "1 and 2" for
-    "\\boxed{1} and \\boxed{2}". None unless the last two statements or more are boxes of one item
-    each."""
+    "\\boxed{1} and \\boxed{2}". None unless at least the last two statements are boxes of one
+    item each."""
     text, after = found[-1].text or "", found[-1]
     for before in reversed(found[:-1]):
         is_item = before.is_closed and len(split_items(before.text or "")) == 1
@@ -170,7 +170,7 @@ def describe(value: Any) -> str:
     if isinstance(value, bool | float | None):
         return str(value)
     if isinstance(value, int):
-        return "an integer too long to be an answer"
+        return "an integer that is too long"
     return f"a value of type {type(value).__name__}"
 
 
@@ -187,7 +187,7 @@ def grade_answer(text: str, problem: Problem, reading: Reading = DEFAULT) -> Gra
         return no_answer("the answer is empty")
     kind, written = problem.answer.kind, text
     if kind == "number" and reading.decimal == ",":
-        text = with_decimal_points(text)  # in "(3,5)" too, which is no pair here
+        text = with_decimal_points(text)  # in "(3,5)" too, which is not a pair here
     elif kind in NUMERIC:
         text = with_points(text, reading)
     if kind in ("latex", "list", "set"):

@@ -68,7 +68,7 @@ _LISTS = (",", ";", "-", "--", "–", "—")
 _OPPOSITE = {"yes": "no", "no": "yes", "true": "false", "false": "true"}
 _TIME = re.compile(r"(?<=\d)(?::00)?([ap])\.?m\b")  # 7:00p.m
 _RATIO = re.compile(r"(?<=\d)to(?=\d)")  # 3to2
-_VULGAR = re.compile(r"(?<=\d)(?=[¼-¾⅐-⅞])")  # between 3 and ½, because NFKC makes 31/2 of 3½
+_VULGAR = re.compile(r"(?<=\d)(?=[¼-¾⅐-⅞])")  # between 3 and ½: NFKC would turn 3½ into 31/2
 _RAISED = re.compile(r"(?<=\d)(?=[⁻⁰¹²³⁴-⁹])")  # between 2 and ³
 _NOT_IN_DATES = re.compile(r"(?<=\d)(?:st|nd|rd|th)\b|\b(?:of|the)\b|[.,]|[ t]00:00(?::00)?$")
 _DATES = ("%d %B %Y", "%d %b %Y", "%B %d %Y", "%b %d %Y", "%Y-%m-%d")

@@ -149,7 +149,7 @@ def _paired(
     firsts = [name for name in tensors if _A.search(name)]
     strange = sorted(tensors.keys() - {*firsts, *(_A.sub("_B", name) for name in firsts)})
     if strange:
-        raise ValueError(f"{strange[0]} is not a matrix of LoRA; expected A and B only")
+        raise ValueError(f"{strange[0]} is not a LoRA matrix; expected A and B only")
     return {
         name: Adapter(tensors[name], tensors[_A.sub("_B", name)], scaling(name, len(tensors[name])))
         for name in firsts
@@ -176,13 +176,14 @@ def _require_base(folder: Path, base: str | None) -> None:
     if base and trained_on and Path(base).name != Path(trained_on).name:
         raise ModelError(
             f"{folder}: adapters of {trained_on}; expected those of model.path {base} (if both"
-            f" are the same model, set base_model_name_or_path in its {ADAPTER_CONFIG})"
+            f" are the same model, set base_model_name_or_path in the folder's {ADAPTER_CONFIG})"
         )
 
 
 def side_by_side(chain: Sequence[Adapters]) -> dict[str, Adapter]:
     """One set of adapters that is the sum of the sets in `chain`. All adapters in the sum have
-    scaling 1 and the same rank. If `chain` contains a single set, that set is returned unchanged.
+    scaling 1 and, padded with zeros, the same rank. If `chain` contains a single set, that set is
+    returned unchanged.
 
         Σ sᵢ Bᵢ Aᵢ = B A,    B = [s₁ B₁  s₂ B₂ …  0],    A = [A₁; A₂; …; 0]
     """

@@ -184,7 +184,8 @@ class Policy(nn.Module):
         Raises: ModelError if the policy uses LoRA."""
         if self.is_lora:
             raise ModelError(
-                "value_model: separate is trained in full; expected a recipe without model.lora"
+                "value_model: separate: the value model is trained in full; expected a recipe"
+                " without model.lora"
             )
         self.value_backbone = copy.deepcopy(self.base.base_model)
         if self.is_compiled:

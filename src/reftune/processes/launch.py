@@ -47,8 +47,8 @@ def processes(environment: Mapping[str, str] = os.environ) -> Iterator[None]:
         return
     import torch.distributed as dist
 
-    # with this setting, some versions of transformers leave the weights of all processes but one
-    # on each machine empty
+    # if this is true, some versions of transformers leave the weights empty in all processes but
+    # one on each machine
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     _choose_gpu(environment)
     heartbeat, stdout = None, sys.stdout
@@ -223,7 +223,7 @@ def _wanted_replicas(environment: Mapping[str, str]) -> int:
         asked = ", ".join(f"{axis.lower()}_size {size}" for axis, size in sizes.items())
         raise RecipeError(
             f"launcher: parallelism_config is {asked}; expected dp_shard_size above 1,"
-            " dp_replicate_size × dp_shard_size processes, and 1 for all others"
+            " dp_replicate_size × dp_shard_size processes, and all other sizes to be 1"
         )
     return replicas
 

@@ -187,8 +187,8 @@ def whole_tensor(tensor: Tensor) -> Tensor:
 
 
 def whole_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The main process, which saves the tensors, gets them whole. Tensors that were split are moved
-    to the CPU. The other processes get an empty dict."""
+    """In the main process, which saves the tensors: all of them, whole, and on the CPU if they were
+    split. In the other processes: an empty dict."""
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         value = whole_tensor(tensor).detach()

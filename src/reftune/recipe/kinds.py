@@ -182,7 +182,7 @@ def _wrap_function(spec: Mapping[str, Any], *, group: str) -> Any:
 
 
 def component_field(group: str, *, default: str | None = None) -> Any:
-    """The type of a recipe key whose value is a plug-in of `group`, of the kind `default` unless
-    the recipe names another."""
+    """The type of a recipe key whose value is a plug-in of `group`. The plug-in's kind is `default`
+    unless the recipe names another."""
     load = partial(load_component, group=group, default=default)
     return SerializeAsAny[Annotated[Component, BeforeValidator(load)]]

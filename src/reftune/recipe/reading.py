@@ -129,7 +129,7 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     for name in parents:
         own = table.get(name)
         own = {"kind": own} if isinstance(own, str) else own
-        # a copy, because YAML's aliases make one object of the tables of several stages
+        # a copy, because stages that use the same YAML alias share one table
         table[name] = dict(own) if isinstance(own, dict) else {}
         table = table[name]
     if value is None and isinstance(table.get(last), dict):
@@ -139,8 +139,8 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
 
 
 def _value(text: str) -> Any:
-    """The value of an override. It is read as YAML, except that `#` begins no comment and a mapping
-    needs braces, so that "Think: end with ####" is text."""
+    """The value of an override. It is read as YAML, except that `#` does not begin a comment
+    and a mapping needs braces, so that "Think: end with ####" is text."""
     is_enclosed = text.strip()[:1] + text.strip()[-1:] in ("{}", "[]", "''", '""')
     if not is_enclosed and re.search(r"(^|\s)#|:(\s|$)", text):
         return text

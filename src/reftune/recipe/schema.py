@@ -149,7 +149,7 @@ TrackerName = Literal["tensorboard", "wandb", "trackio"]
 
 
 DEFAULT: Any = Field(default_factory=dict, validate_default=True)
-"""The default of a key whose value is a plug-in of a default kind, without other keys."""
+"""The default of a key whose value is a plug-in: the default kind, with no other keys set."""
 
 
 class Recipe(Table):
@@ -198,8 +198,8 @@ class Recipe(Table):
         return (*self.stages[stage].produces, stage)
 
     def methods_of(self, stage: str) -> tuple[str, ...]:
-        """The names of a stage's methods, which are all models that the stage saves, except its
-        final model if its `is_method` is false."""
+        """The names of a stage's methods, which are all models that the stage saves, except the
+        final model if the stage's `is_method` is false."""
         saved = self.saved_by(stage)
         return saved if self.stages[stage].is_method else saved[:-1]
 
@@ -216,5 +216,5 @@ class Recipe(Table):
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The resolved recipe as YAML. From this text, `load_recipe` reads an equal recipe."""
+    """The resolved recipe as YAML, which `load_recipe` reads back as an equal recipe."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -36,7 +36,7 @@ LEARNING = (
     ),
     Metric(
         key="reward/correct",
-        title="Right while exploring",
+        title="Right answers in training",
         explain=(
             "Share of right answers among the solutions sampled in training. Reinforcement learning"
             " should raise this share."
@@ -58,8 +58,8 @@ CHARACTER = (
         key="policy/entropy",
         title="Entropy",
         explain=(
-            "How undecided the model is about the next token. If the entropy is near 0, all samples"
-            " of a problem are alike."
+            "How undecided the model is about the next token, in nats. If the entropy is near 0,"
+            " all samples of a problem are alike."
         ),
     ),
     Metric(
@@ -138,8 +138,8 @@ MACHINERY = (
         key="kl/mismatch",
         title="Sampling mismatch",
         explain=(
-            "How much log-probabilities recorded during sampling differ from log-probabilities of"
-            " the same tokens recomputed in training. The difference should be close to 0."
+            "How much the log-probabilities recorded during sampling differ from those recomputed"
+            " for the same tokens in training, in nats. The difference should be close to 0."
         ),
     ),
     Metric(
@@ -193,7 +193,7 @@ VOTING = {
     ),
     "rerank": (
         "Reranking",
-        "The reward model scores k samples. The answer of the highest-scored sample counts.",
+        "The reward model scores k samples. The answer of the highest-scoring sample counts.",
     ),
     "pass": (
         "Any right (pass@k)",

@@ -79,8 +79,8 @@ class StageResults:
 
     @property
     def is_method(self) -> bool:
-        """Whether the stage's model solves problems. If `stage.json` does not say so, which is the
-        case until the stage is done, all kinds except `reward_model` count as methods."""
+        """Whether the stage's model solves problems. Until the stage is done and `stage.json` says
+        whether it does, all kinds except `reward_model` count as methods."""
         return bool(self.info.get("is_method", self.kind != "reward_model"))
 
 
@@ -111,7 +111,7 @@ class RunResults:
     @property
     def settings(self) -> dict[str, Any]:
         """The recipe without the keys in which runs of one recipe may differ: name, seed, and the
-        keys that change no result or only rounding."""
+        keys that change results by rounding at most."""
         return without(self.recipe, {"name", "seed", *CHANGES_NO_RESULT, *CHANGES_ROUNDING})
 
     def whole_of(self, snapshot: StageResults) -> StageResults | None:
@@ -328,7 +328,7 @@ def _read_evals(path: Path, recipe: Mapping[str, Any]) -> tuple[EvalRow, ...]:
     grading = format.get("grading") if isinstance(format, Mapping) else None
     rows = tuple(_read_lines(path, partial(_eval_row, grading=grading)))
     if not rows:
-        raise DataError(f"{path}: no evaluated problem")
+        raise DataError(f"{path}: no evaluated problems")
     return rows
 
 

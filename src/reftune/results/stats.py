@@ -119,8 +119,9 @@ def mcnemar_exact(only_a: int, only_b: int) -> float:
 
         p = min(1, 2 Σ_{i ≤ min(only_a, only_b)} C(m, i) / 2^m),   m = only_a + only_b
 
-    `only_a` and `only_b` count the problems that only the first or only the second method solves.
-    The sum is computed in integers. Source: McNemar (1947), in the exact binomial form.
+    `only_a` counts the problems that only the first method solves, and `only_b` those that only the
+    second solves. The sum is computed in integers.
+    Source: McNemar (1947), in the exact binomial form.
     """
     m = only_a + only_b
     term = tail = 1

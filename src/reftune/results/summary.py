@@ -32,7 +32,7 @@ probability that at least one of k samples solves the problem."""
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Group:
-    """Runs whose recipes differ only in name, folder and seed."""
+    """Runs with the same `settings` and different seeds."""
 
     label: str
     runs: tuple[RunResults, ...]
@@ -143,8 +143,8 @@ class ScoreTable:
 
     @property
     def seeds_apart(self) -> dict[str, list[int]]:
-        """Each group's label → the group's seeds. Empty if the runs of any two groups can be paired
-        (see `_are_paired`)."""
+        """Each group's label → the group's seeds. Empty if every two groups can be paired (see
+        `_are_paired`)."""
         groups = {method.group.label: method.group for method in self.methods}
         is_whole = all(_are_paired(a, b) for a, b in combinations(groups.values(), 2))
         return {} if is_whole else {label: group.seeds for label, group in groups.items()}
@@ -266,8 +266,7 @@ def _same_problems(evals: Iterable[Sequence[EvalRow]]) -> bool:
 
 def score_table(groups: Sequence[Group], *, k: int | None = None) -> ScoreTable:
     """Scores and paired comparisons of all methods. Votes use the first `k` samples of each
-    problem. If `k` is None, it is the smallest number of samples that the method has for any
-    problem.
+    problem. If `k` is None, each method uses its smallest number of samples per problem.
 
     Raises: DataError if `k` is given and no method has samples, or if a method with samples has
     fewer than `k` samples for some problem.
@@ -362,8 +361,8 @@ def _are_one_model(a: MethodScore, b: MethodScore) -> bool:
 
 
 def _model_of(run: RunResults, method: str) -> str:
-    """The method whose model `method` has: its initial model if it never beat that model on dev,
-    the whole stage's if it is a snapshot taken at the stage's best step, and otherwise its own."""
+    """The method with which `method` shares its model: its `init` if it never beat that one on dev,
+    the stage if it is a snapshot of the stage's chosen step, and otherwise itself."""
     stage = run.stages.get(method)
     if stage is None:
         return method
@@ -417,7 +416,7 @@ def voting_curves(rows: Sequence[EvalRow], max_k: int) -> dict[str, NDArray[np.f
     every sample has a score, `weighted` and `rerank`.
 
     Each array has the shape (problems, max_k). Votes and reranking use a problem's first k samples.
-    pass@k is the exact mean over all subsets of k of the problem's samples. Raises: DataError if a
+    pass@k is the exact mean over all sets of k of the problem's samples. Raises: DataError if a
     problem has fewer than `max_k` samples.
     """
     voting.check_k(max_k, num_samples(rows))
@@ -459,8 +458,8 @@ class Handover:
     stage: str
     init: str
     rise: Rise
-    """The rise over four evaluations: the last four up to the step at which the stage's initial
-    model was saved."""
+    """The rise over the last four dev evaluations in the initial model's training; for a snapshot,
+    the last four up to its step."""
     accuracy: float
     """Dev accuracy at the last of the four evaluations."""
 
@@ -508,8 +507,8 @@ def last_rise(run: RunResults, method: str) -> tuple[Rise, float] | None:
 
 
 def _source(run: RunResults, method: str) -> tuple[StageResults, int | None] | None:
-    """The stage that trained `method`, and the step of a snapshot; None if the method is unknown or
-    not finished."""
+    """The stage that trained `method`, and the snapshot's step (None for a stage). None alone if
+    the method is unknown or not finished."""
     found = run.stages.get(method)
     if found is None or "chosen_step" not in found.info:
         return None
@@ -535,7 +534,7 @@ class Reranker:
     num_samples: int
     """Number of samples per problem."""
     accuracy: float
-    """Share of problems whose highest-scored sample is correct. Samples without an answer are left
+    """Share of problems whose highest-scoring sample is correct. Samples without an answer are left
     out."""
     chance: float
     """Expected accuracy of a random choice among a problem's samples, averaged over problems.

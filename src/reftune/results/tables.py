@@ -49,8 +49,8 @@ _LABELS = {
 
 
 def display(label: str) -> str:
-    """A label in the form that readers see. If the label contains a group or a decision rule, these
-    are kept: `run/reft maj@8` → `run: ReFT maj@8`."""
+    """A label in the form that readers see. A group and a decision rule in the label are kept:
+    `run/reft maj@8` → `run: ReFT maj@8`."""
     group, _, method = label.rpartition("/")
     name, _, rule = method.partition(" ")
     words = " ".join(part for part in (_LABELS.get(name, name.replace("_", " ")), rule) if part)
@@ -87,7 +87,7 @@ def headline(table: ScoreTable) -> Headline:
     if not table.methods:
         return Headline(
             title="Nothing evaluated yet",
-            text="The final evaluation comes after the last stage.",
+            text="The final evaluation of a method comes after its stage.",
             chosen="",
         )
     best, base, chosen = leader(table), table.method(table.baseline), _chosen_sentence(table)
@@ -266,7 +266,7 @@ def caption(table: ScoreTable) -> str:
         else "exact McNemar p ≥ 0.05, not corrected for several comparisons"
     )
     apart = "; ".join(f"{name} {', '.join(map(str, n))}" for name, n in table.seeds_apart.items())
-    unpaired = f" Groups with different seeds are not compared: {apart}." if apart else ""
+    unpaired = f" Groups with different seeds are not compared (seeds: {apart})." if apart else ""
     return (
         f"Accuracy in percent on {n:,} {table.split} problems{seeds}, 95% interval ({interval}); "
         f"differences paired by problem, bootstrap; {NOT_SIGNIFICANT}: {test}.{unpaired}"

@@ -44,8 +44,8 @@ def export_model(run_folder: Path, method: str, out: Path, *, adapter: bool = Fa
 
     Raises: CheckpointError if there is no such run; if the method is not finished, is a reward
     model or has weights that cannot be read; if `out` exists or cannot be written; or if `adapter`
-    is set but the method has no adapters. ModelError if adapters from which the method was trained
-    cannot be read.
+    is set but the method has no adapters. ModelError if the adapters from which the first stage
+    starts cannot be read.
     """
     run = RunFolder(run_folder)
     if not run.recipe.is_file():
@@ -138,7 +138,7 @@ class Serving:
     stored_dtype: str
     """The dtype of the saved weights."""
     dtype: str
-    """The dtype in which the run evaluated them."""
+    """The dtype in which the run evaluated the weights."""
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -200,7 +200,7 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 MADE_UP = Problem(
     id="made up", question="What is 1 + 1?", answer=Answer(kind="number", value=Fraction(2))
 )
-"""A problem whose prompt shows how a format puts its questions."""
+"""A problem for finding out how a format builds prompts. The model card does not show it."""
 
 
 def _serving(table: dict[str, Any], stage: Path) -> Serving | None:
@@ -219,7 +219,7 @@ def _serving(table: dict[str, Any], stage: Path) -> Serving | None:
         generation = GenerationConfig.from_pretrained(stage)
         problem = _example(table, stage)
         _ask_as_trained(tokenizer, format_.prompt(problem))
-    except Exception as error:  # noqa: BLE001  a user's format may expect more of a problem
+    except Exception as error:  # noqa: BLE001  a user's format may need fields that a problem lacks
         LOG.warning(
             "%s: exported without the recipe's length limit and prompt settings: %s",
             stage,
@@ -240,8 +240,8 @@ def _serving(table: dict[str, Any], stage: Path) -> Serving | None:
 
 
 def _example(table: dict[str, Any], stage: Path) -> Problem:
-    """A problem from the data of the recipe `table`. `MADE_UP` if the data can no longer be read,
-    of which a warning is logged."""
+    """A problem from the data of the recipe `table`. If the data can no longer be read, a warning
+    is logged, and the result is `MADE_UP`."""
     try:
         splits = load_splits(parse_recipe(table))
     except (ReftuneError, OSError, ValueError) as error:
@@ -255,9 +255,9 @@ def _example(table: dict[str, Any], stage: Path) -> Problem:
 
 
 def _ask_as_trained(tokenizer: PreTrainedTokenizerBase, prompt: str | Conversation) -> None:
-    """Change the tokenizer's defaults to what training used: no BOS before a `BareText`, nothing
-    after a text, and the recipe's arguments for the chat template. A client can override these
-    arguments."""
+    """Change the tokenizer's defaults to what training used: no BOS before a `BareText`, no end
+    token after a text, and the recipe's arguments for the chat template. A client can override
+    these arguments."""
     if isinstance(prompt, Conversation):
         defaults = "".join(
             f"{{%- if {name} is not defined -%}}{{%- set {name} = {value!r} -%}}{{%- endif -%}}"
@@ -272,7 +272,7 @@ def _ask_as_trained(tokenizer: PreTrainedTokenizerBase, prompt: str | Conversati
         return
     bos = [] if isinstance(prompt, BareText) else bos_of(tokenizer)
     if list(tokenizer.encode("a")) != [*bos, *tokenizer.encode("a", add_special_tokens=False)]:
-        # both rewrite the post-processor, whatever tokens it added before
+        # setting these rewrites the post-processor, whatever tokens it added before
         tokenizer.add_bos_token, tokenizer.add_eos_token = bool(bos), False
 
 
@@ -320,7 +320,7 @@ sandbox.{_contents(base)}
 
 def _contents(base: Base | None) -> str:
     if base is None:
-        return " `value_head/` holds the value head used in training; generation does not need it."
+        return " `value_head/`, if present, holds a value head, which generation does not need."
     bits = " in 4 bits (NF4)" if base.is_quantized else ""
     at = f" at revision `{base.revision}`" if base.revision else ""
     return f" This folder contains only adapters, for the base model{bits}, `{base.path}`{at}."

@@ -39,8 +39,8 @@ class Models:
     def __init__(self, recipe: Recipe, splits: Splits) -> None:
         self.recipe, self.splits = recipe, splits
         self.kept: dict[tuple[str, bool], Policy] = {}
-        """Contains at most one policy. The key consists of the model's name and of whether the
-        policy was built for training with adapters or gradient checkpointing."""
+        """Contains at most one policy. Its key is the model's name, and whether the policy was
+        built for training with adapters or gradient checkpointing."""
 
     def load(self, name: str, *, trained: bool = False) -> Policy:
         """The model `name` as a policy. With `trained`, the policy is built for training: if the

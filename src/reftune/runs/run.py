@@ -85,7 +85,7 @@ def evaluate_methods(
         if method not in recipe.methods_to_evaluate:
             known = ", ".join(recipe.methods_to_evaluate)
             raise RecipeError(
-                f"{recipe.name}: evaluates no method {method}; evaluate.stages allows {known}"
+                f"{recipe.name}: does not evaluate {method}; evaluate.stages allows {known}"
             )
     methods = methods or recipe.methods_to_evaluate
     rerank = recipe.evaluate.rerank

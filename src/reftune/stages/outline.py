@@ -1,6 +1,6 @@
 """Counts the bytes and operations that a model's forward and backward passes need, without
-allocating any tensor. Bytes are not counted with PyTorch's MemTracker (2.13), because it fails on
-parameters that are not trained."""
+allocating any tensor. PyTorch 2.13's MemTracker is not used, because it fails on parameters that
+are not trained."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""When a warm-up is finished: whether dev accuracy still rises, and the cooldown after it no longer
-does (docs/handover.md)."""
+"""Decides when a warm-up is finished: whether dev accuracy still rises, and how long the cooldown
+lasts after that (docs/handover.md)."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ class RewardModel(Schedule, Sampled):
     is_method: ClassVar[bool] = False
 
     def line(self) -> str:
-        sampled = f"{counted(self.samples, 'sample')} per problem by {self.sampler}"
+        sampled = f"{counted(self.samples, 'sample')} per problem from {self.sampler}"
         return f"{schedule_line(self, self.init)}, on {sampled}"
 
     def cost(self, *, num_train: int, num_dev: int) -> Cost:
@@ -342,7 +342,7 @@ def accumulate_loss(
 
 def dev_metrics(classifier: Classifier, drawn: Sequence[Samples]) -> dict[str, float]:
     """How well the classifier chooses one of the solutions to each problem. Solutions without an
-    answer cannot be chosen. `dev/accuracy` is the share of problems whose highest-scored solution
+    answer cannot be chosen. `dev/accuracy` is the share of problems whose highest-scoring solution
     is correct. `dev/chance` is the expected share if the solution is chosen at random.
     `dev/chance_margin` is half the width of the 95% interval of the difference between these
     shares, paired by problem."""
@@ -358,7 +358,7 @@ def dev_metrics(classifier: Classifier, drawn: Sequence[Samples]) -> dict[str, f
 
 
 def winners(classifier: Classifier, drawn: Sequence[Samples]) -> list[Graded | None]:
-    """For each problem, the grade of the highest-scored solution that has an answer; None if no
+    """For each problem, the grade of the highest-scoring solution that has an answer; None if no
     solution to the problem has an answer."""
     scores = iter(
         classifier.scores([(samples.problem, text) for samples in drawn for text in samples.texts])

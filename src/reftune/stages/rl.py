@@ -105,7 +105,7 @@ class Rl(TrainingTable, Stage):
     def line(self) -> str:
         return (
             f"{counted(self.steps, 'rollout')} of {self.prompts} ×"
-            f" {counted(self.samples, 'sample')} from {self.init} by {self.algorithm.kind},"
+            f" {counted(self.samples, 'sample')} from {self.init} with {self.algorithm.kind},"
             f" {counted(self.updates, 'update')} each, learning rate"
             f" {self.optimizer.learning_rate:g}"
         )
@@ -319,8 +319,8 @@ class Trainer:
         )
         fitted = fit_value_head(self.policy.value_head, pairs)
         explained = (
-            f"; a fit to all but the last explains {fitted:.0%} of the variance in the last one's"
-            " returns"
+            f"; fitted to all but the last, it explains {fitted:.0%} of the variance of the last"
+            " rollout's returns"
         )
         self.context.progress.note(
             f"{self.context.name}: rollouts to pre-fit the value head: {self.stage.value_prefit}"

@@ -82,9 +82,9 @@ class Collector:
                 if self.lengths.too_long == "refuse" and len(prompt) > limit:
                     raise DataError(
                         f"problem {problem.id}: prompt of {counted(len(prompt), 'token')}; at most"
-                        f" {limit:.0f} fit (lengths.max_prompt, and the model's context of"
-                        f" {policy.context} less {self.lengths.max_new} new tokens);"
-                        " lengths.too_long=drop leaves it out"
+                        f" {limit:.0f} fit (limits: lengths.max_prompt, and the model's context of"
+                        f" {policy.context} less {self.lengths.max_new} new tokens); to leave such"
+                        " problems out, set lengths.too_long=drop"
                     )
         return [encoded[problem.id] for problem in problems]
 
@@ -220,8 +220,8 @@ def _require_whole(
         if tokens == 0 or tokens != logprobs:
             raise EngineError(
                 f"engine {engine}: problem {problem.id}: {counted(tokens, 'token')} with {logprobs}"
-                " log-probabilities; expected at least one token (the eos) and as many"
-                " log-probabilities"
+                " log-probabilities; expected at least one token (the eos) and one"
+                " log-probability per token"
             )
 
 

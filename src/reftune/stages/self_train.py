@@ -79,8 +79,8 @@ class Sampled(Stage, ABC):
         rows = from_main(JsonLines(path).rows)
         if len(rows) < len(problems):
             context.progress.note(
-                f"{context.name}: {counted(num, 'sample')} of"
-                f" {counted(len(problems), 'problem')} by {self.sampler}"
+                f"{context.name}: drawing {counted(num, 'sample')} per problem from"
+                f" {self.sampler}, for {counted(len(problems), 'problem')}"
             )
             policy = context.load(self.sampler)
 
@@ -147,7 +147,7 @@ class SelfTrain(Sampled):
     """The keys of an `sft` stage, except `kind`, `init`, `snapshots` and `until`."""
 
     def line(self) -> str:
-        sampled = f"{counted(self.samples, 'sample')} per problem by {self.sampler}"
+        sampled = f"{counted(self.samples, 'sample')} per problem from {self.sampler}"
         return f"{schedule_line(self.sft, self.init)}, on {sampled}"
 
     def cost(self, *, num_train: int, num_dev: int) -> Cost:
@@ -231,7 +231,8 @@ def join_as_paper(correct: Sequence[str], gold: str | None, keep: int) -> list[s
     """The result of `join_once`, then the gold solution again.
 
     Source: ReFT's code (arXiv:2401.08967, §4.2). Differs: solutions keep their outer white space,
-    which programs need, and those that only write the answer differently count as repeats.
+    which programs need, and solutions that differ only in how they write the answer count as
+    repeats.
     """
     return [*join_once(correct, gold, keep), *_listed(gold)]
 

@@ -82,7 +82,9 @@ class Sft(Schedule, Stage):
         return tuple(self.snapshots)
 
     def line(self) -> str:
-        kept = "".join(f", {method} after {epoch:g}" for method, epoch in self.snapshots.items())
+        kept = "".join(
+            f", snapshot {method} at epoch {epoch:g}" for method, epoch in self.snapshots.items()
+        )
         return f"{schedule_line(self, self.init)}{kept}"
 
     def cost(self, *, num_train: int, num_dev: int) -> Cost:
@@ -101,10 +103,10 @@ class Sft(Schedule, Stage):
 
 
 def schedule_line(schedule: Schedule, init: str) -> str:
-    """A summary, such as `3 epochs of 32 from base, learning rate 0.001`."""
+    """A summary, such as `3 epochs from base, batch size 32, learning rate 0.001`."""
     rate = schedule.optimizer.learning_rate
     epochs = "1 epoch" if schedule.epochs == 1 else f"{schedule.epochs:g} epochs"
-    return f"{epochs} of {schedule.batch_size} from {init}, learning rate {rate:g}"
+    return f"{epochs} from {init}, batch size {schedule.batch_size}, learning rate {rate:g}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +199,8 @@ def train_in_epochs(
     until_plateau: bool = False,
 ) -> None:
     """Train on batches of shuffled examples for `schedule.epochs` epochs. `start` is the stage's
-    state before step 1, including the cost of creating the examples."""
+    state before step 1, including the cost of creating the examples. For `snapshots`, see `Sft`;
+    for `until_plateau`, see `Loop`."""
     steps_per_epoch = math.ceil(len(task) / schedule.batch_size)
 
     def steps(epochs: float) -> int:

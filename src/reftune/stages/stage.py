@@ -47,7 +47,7 @@ class Progress:
     them."""
 
     def stage(self, name: str, total_steps: int, done_steps: int = 0) -> None:
-        """A stage begins, resumes after `done_steps` steps, or gets another last step."""
+        """A stage begins, resumes after `done_steps` steps, or gets a new `total_steps`."""
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """A step is done; its metrics are named `group/name`."""
@@ -162,4 +162,4 @@ class Stage(Component, ABC):
     @abstractmethod
     def run(self, context: StageContext) -> None:
         """Train, then save the chosen model and `stage.json` in `context.folder`. `stage.json`
-        needs the keys in `FACTS` and, if `is_method` is false, must say so under this key."""
+        needs the keys in `FACTS` and, if the stage is not a method, `is_method: false`."""

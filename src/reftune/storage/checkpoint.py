@@ -69,10 +69,10 @@ def save_checkpoint(
     final = folder / f"step-{step:06d}"
     if not is_main():
         return final
-    for torn in folder.glob(".step-*.partial"):  # a kill interrupted the writing
+    for torn in folder.glob(".step-*.partial"):  # left by a process that was killed
         shutil.rmtree(torn, ignore_errors=True)
     replace_folder(final, fill)
-    # any checkpoints of later steps are damaged, because `load_latest` skipped them
+    # any checkpoints of later steps must be damaged: `load_latest` skipped them
     newest = [path for number, path in _found(folder) if number <= step][-keep:]
     for _, path in _found(folder):
         if path not in newest:

@@ -61,7 +61,7 @@ def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
             folder.parent.mkdir(parents=True, exist_ok=True)
             fill(partial)
             readable = partial.stat().st_mode & 0o444
-            for path in partial.rglob("*"):  # safetensors writes files that only their owner reads
+            for path in partial.rglob("*"):  # safetensors lets only the owner read its files
                 path.chmod(path.stat().st_mode | readable)
             sync_files(partial)
             if folder.exists():
@@ -75,8 +75,8 @@ def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
 
 
 def restore_folder(folder: Path) -> None:
-    """Clean up if a kill has interrupted `replace_folder`. If `folder` is missing, put the old
-    folder back. If `folder` exists, delete the old folder. Raises: CheckpointError for a disk
+    """Clean up if the process was killed during `replace_folder`. If `folder` is missing, put the
+    old folder back. If `folder` exists, delete the old folder. Raises: CheckpointError for a disk
     error."""
     old = _old(folder)
     if not (is_main() and old.exists()):
@@ -165,9 +165,9 @@ class JsonLines:
         self.truncate(sum(len(line) + 1 for line in self._lines()[:count]))
 
     def keep_of(self, is_own: Callable[[Mapping[str, Any]], bool], count: int) -> None:
-        """Keep only the first `count` of the lines that `is_own` accepts. All other lines stay,
-        even if they are damaged. An incomplete last line is dropped. Raises: CheckpointError for a
-        disk error."""
+        """Of the lines that `is_own` accepts, keep only the first `count`. Lines that it does not
+        accept stay, even if they are damaged. An incomplete last line is dropped. Raises:
+        CheckpointError for a disk error."""
         if not is_main():
             return
         lines = self._lines()

@@ -161,8 +161,8 @@ BEFORE_CLAIM = frozenset(
 ENVIRONMENT = ("reftune", "torch", "transformers", "accelerate", "peft", "pydantic-monty", "numpy")
 TRAINING = "training"
 TRAINING_KEYS = {"optimizer", "save_every_s", "keep"}
-"""A table that has all these keys sets how a stage trains. Below, `TRAINING` takes the place of its
-name, because it may be a stage or, in self-training, a stage's table `sft`."""
+"""A table with all these keys sets how a stage trains. The table is a stage or, in self-training, a
+stage's table `sft`. Below, `TRAINING` stands for either name."""
 CHANGES_NO_RESULT = (
     *("run_dir", "check", "trackers", "tracker_rollouts", "engine.server", "engine.weights_dir"),
     *(f"{TRAINING}.{key}" for key in ("save_every_s", "keep")),
@@ -183,7 +183,7 @@ LENGTHS = {"steps", "epochs"}
 def claimed(folder: RunFolder, recipe: Recipe, splits: Splits) -> Iterator[list[str]]:
     """Claim the folder for this run, and lock it inside the block. `recipe` replaces the folder's
     recipe. If `recipe` sets more steps or epochs for a stage, this stage is reopened, so that its
-    training continues. If `recipe` evaluates in another way, all evaluations are set aside. In both
+    training continues. If `recipe` evaluates differently, all evaluations are set aside. In both
     cases, and if other methods are to be evaluated, the old summary is deleted.
 
     Yields: notes for the user on changes that affect results. Raises: the errors of
@@ -330,7 +330,8 @@ def length_table(stage: dict[str, Any]) -> dict[str, Any]:
 
 def without(recipe: Mapping[str, Any], keys: Collection[str], where: str = "") -> dict[str, Any]:
     """A copy of a recipe without the keys and tables in `keys`, such as `engine.server`. `where` is
-    the place of the table `recipe`; `TRAINING` takes the place of names as described there."""
+    the path of the table `recipe`. In paths, `TRAINING` stands for some names (see
+    `TRAINING_KEYS`)."""
     kept = {}
     for name, value in recipe.items():
         place = f"{where}.{name}".lstrip(".")

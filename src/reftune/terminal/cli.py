@@ -296,8 +296,8 @@ def _ask(
     if sys.stdin.isatty():
         return str(typer.prompt(question, default=default, err=True, value_proc=accept))
     if default is None:
-        raise RecipeError(f"{flag} is missing, and there is no terminal to ask")
-    say(f"no terminal to ask: {flag.strip('-')} is {default}; {flag} chooses another")
+        raise RecipeError(f"{flag} is missing; it is required if stdin is not a terminal")
+    say(f"stdin is not a terminal, so the default is used: {flag} {default}")
     return default
 
 
@@ -352,7 +352,7 @@ def plan(
     memory: Annotated[float, typer.Option(min=1, help="Memory of each GPU, in GB.")] = 80,
     gpu: Annotated[
         Literal["a100", "h100", "h200"],
-        typer.Option(help="The kind of GPU, which sets the peak rates."),
+        typer.Option(help="The kind of GPU, which sets its peak FLOP/s and bandwidths."),
     ] = "h100",
     mfu: Annotated[
         float, typer.Option(min=0.01, max=1, help="Assumed share of the GPU's peak FLOP/s.")
@@ -367,7 +367,7 @@ def plan(
     stage: Annotated[
         str | None,
         typer.Option(
-            help="Plan only this stage. Default: all stages, and the largest memory among them."
+            help="Plan only this stage. Default: all, with the memory of the one that needs most."
         ),
     ] = None,
     as_json: AsJson = False,

@@ -213,7 +213,8 @@ def _lengths(
 
 
 def _most(sizes: Sequence[int]) -> int:
-    """The largest of the sorted `sizes` once the top share of `MAX_TOO_LONG` is left out."""
+    """The largest of the sorted `sizes` that remain without the largest ones, a share of
+    `MAX_TOO_LONG`."""
     return sizes[int((len(sizes) - 1) * (1 - MAX_TOO_LONG))]
 
 

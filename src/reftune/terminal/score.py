@@ -61,7 +61,7 @@ def score_as_recipe(file: Path, recipe: Recipe) -> Iterator[dict[str, Any]]:
 
 
 def _grader_of(recipe: Recipe) -> Format | Encoder:
-    """What grades a recipe's completions in training. In the style `chat`, this takes the
+    """The grader of a recipe's completions in training. With the style `chat`, grading needs the
     tokenizer, because the chat template may open a thought that the completion continues. If the
     tokenizer cannot be loaded, a warning is logged, and no thought is assumed."""
     format_: Format = recipe.format
@@ -86,7 +86,7 @@ def golds_of(dataset: object, format: Format) -> GoldReader:
 
 
 def _settings_of(dataset: object) -> GoldReader:
-    """A reader with the settings of a user's dataset that are named as those of `jsonl`."""
+    """A reader with the `answer_kind` and the `decimal` of a user's dataset, if it has these."""
     return GoldReader(
         kind=getattr(dataset, "answer_kind", "auto"), decimal=getattr(dataset, "decimal", ".")
     )
@@ -104,8 +104,8 @@ def score_lines(
     "verdict", "value", "reward", "reason"}` for each line.
 
     `where` is the file's name. `golds` reads the choices and gold answers; a line's `answer_kind`
-    replaces its kind. Raises: DataError, before anything is graded, if a line cannot be read. The
-    error names the file and the line.
+    replaces `golds.kind`. Raises: DataError, before anything is graded, if a line cannot be read.
+    The error names the file and the line.
     """
     rows = [_row(row, place, golds) for place, row in json_lines(where, lines)]
     if not rows:

@@ -361,7 +361,7 @@ def test_groups_with_different_seeds_are_not_compared_and_a_line_says_so(
     table = score_table(read_groups(folders))
     pairs = [(found.a.partition("/")[0], found.b.partition("/")[0]) for found in table.comparisons]
     assert pairs and set(pairs) == {("short", "short"), ("long", "long")}
-    line = "Groups with different seeds are not compared: short 0, 1; long 1, 2."
+    line = "Groups with different seeds are not compared (seeds: short 0, 1; long 1, 2)."
     assert line in render_table(table, "text")
     assert line in report_command(folders, folders[0] / "page.html").read_text(encoding="utf-8")
     # single runs are two models that answered the same problems

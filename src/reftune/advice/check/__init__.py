@@ -38,8 +38,8 @@ def check_recipe(recipe: Recipe) -> CheckReport:
     """Load the data and the model, run the checks, and sample a few solutions unless a check in
     `UNSAFE` fails. Nothing is written to the run folder.
 
-    Raises: ReftuneError if the data or the model cannot be loaded, or if the stage graph or a
-    waiver is wrong.
+    Raises: ReftuneError if the data or the model cannot be loaded, or if `stages`, `evaluate` or
+    `check.waive` contains a wrong name.
     """
     _refuse_unknown_waivers(recipe.check.waive)
     check_stage_graph(recipe)

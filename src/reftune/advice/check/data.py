@@ -141,11 +141,11 @@ def check_sandbox(subject: Subject) -> Finding:
         return ok(f"monty runs all gold programs ({len(sources)})")
     listed = ", ".join(f"{name} ({count})" for name, count in (gaps + packages).most_common())
     message = (
-        f"only the subprocess sandbox runs {gaps.total() + packages.total()} of"
-        f" {counted(len(sources), 'gold program')}: {listed}"
+        f"gold programs that only the subprocess sandbox runs: {gaps.total() + packages.total()} of"
+        f" {len(sources)}, because of {listed}"
     )
     if format.sandbox == "subprocess" or (format.sandbox == "auto" and not packages):
-        return ok(f"{message}; format.sandbox={format.sandbox} uses it")
+        return ok(f"{message}; format.sandbox={format.sandbox} uses this sandbox")
     return warn(message, f"set format.sandbox={'subprocess' if packages else 'auto'}")
 
 

@@ -85,7 +85,7 @@ def requests_at_once(recipe: Recipe, splits: Splits) -> int:
     table = recipe.evaluate
     evaluated = min(len(table.problems(splits)), PROBLEMS_AT_ONCE)
     costs = stage_costs(recipe, num_train=len(splits.train), num_dev=len(splits.dev)).values()
-    # a stage that samples in its steps does not draw more at once before its first step
+    # a stage with `sampled` draws no more than that at once before its first step
     sampled = [cost.sampled or min(cost.sampled_before, SAMPLES_AT_ONCE) for cost in costs]
     return max(len(splits.dev), evaluated * max(1, table.samples), *sampled)
 
@@ -166,7 +166,7 @@ def check_time(subject: Subject) -> Finding:
     """Estimate the run's time on this machine, from a short measurement."""
     rows = subject.fitting_rows[:NUM_TIMED]
     if not rows:
-        return ok("unknown, because no rationale fits")
+        return ok("unknown, because no row with a rationale is within the length limits")
     prompts, targets = [row.prompt_ids for row in rows], [row.target_ids for row in rows]
     speed = measure_speed(
         subject.policy,

@@ -48,11 +48,11 @@ def check_boundary(subject: Subject) -> Finding:
         if row.ids[: len(ids)] != ids and row.ids[len(bos) : len(bos) + len(ids)] != ids
     ]
     note = (
-        f"; {share(moved, rows)} of the rows would split differently if encoded jointly"
+        f"; {share(moved, rows)} of the rows would get different tokens if encoded jointly"
         if moved
         else ""
     )
-    message = f"prompt and target meet at the same token in every stage{note}"
+    message = f"every stage splits prompt and target at the same token{note}"
     if moved and not learns_from_rationales(subject):
         return warn(message, "no supervised stage teaches the model this split")
     return ok(message)

@@ -49,8 +49,8 @@ class Conversation:
         return "\n\n".join(turn.content for turn in self.before if turn.role != "system")
 
     def joined(self, above: Sequence[str], below: Sequence[str]) -> Conversation:
-        """The conversation with texts above and below the first turn that is not a system message.
-        There must be such a turn."""
+        """The conversation, with `above` and `below` added around the text of the first turn that
+        is not a system message. There must be such a turn."""
         place = next(i for i, turn in enumerate(self.before) if turn.role != "system")
         turn = self.before[place]
         turn = replace(turn, content="\n".join([*above, turn.content, *below]))
@@ -89,7 +89,7 @@ def _are_turns(value: object) -> TypeGuard[Sequence[Mapping[str, Any]]]:
 
 
 def is_answered(turns: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a conversation ends with a turn of the assistant."""
+    """Whether a conversation ends with the assistant's turn."""
     return _role(turns[-1]) == "assistant"
 
 
@@ -133,11 +133,13 @@ def _message(turn: Mapping[str, Any], where: str) -> Message:
     for key in ("tool_calls", "function_call"):
         if not is_empty(turn.get(key)):
             raise DataError(
-                f"{where}: a turn of {speaker} has {key}: {shown(turn[key])}; expected text only"
-                f" ({NO_TOOLS})"
+                f"{where}: a turn with role {speaker} has {key}: {shown(turn[key])}; expected text"
+                f" only ({NO_TOOLS})"
             )
     if content is None:
-        raise DataError(f"{where}: a turn of {speaker} has no text: {shown(turn)}; expected text")
+        raise DataError(
+            f"{where}: a turn with role {speaker} has no text: {shown(turn)}; expected text"
+        )
     return Message(role=role, content=content)
 
 

@@ -33,17 +33,17 @@ used. In a tie, the delimiter listed first here wins."""
 
 
 def ending(path: PurePath) -> str:
-    """The ending of a file name in lower case, ignoring `.gz`: `.csv` for `Data.CSV.gz`."""
+    """A file name's extension in lower case, ignoring `.gz`: `.csv` for `Data.CSV.gz`."""
     return PurePath(path.name.lower().removesuffix(".gz")).suffix
 
 
 def read_file(path: Path) -> Records:
-    """The records of a file. The file's ending indicates the format. Raises: DataError if the file
+    """The records of a file. The extension indicates the format. Raises: DataError if the file
     cannot be read. If possible, the message names the line."""
     reader = READERS.get(ending(path))
     if reader is None:
         raise DataError(
-            f"{path}: cannot read {ending(path) or 'a file without an ending'}; expected"
+            f"{path}: cannot read {ending(path) or 'a file without an extension'}; expected"
             f" {', '.join(READERS)}"
         )
     return reader(path)
@@ -225,8 +225,8 @@ def _csv_lines(path: Path, text: str, delimiter: str, first: int) -> Iterator[Li
             if delimiter == "\t" and len(joined) > 1 and _are_rows(joined, len(cells)):
                 raise DataError(
                     f"{path}:{line}: a quotation mark joins this line and the next ones, up to line"
-                    f" {first + reader.line_num - 1}; expected one row per line (double a mark that"
-                    " is text, and put the cell in quotation marks; or use JSONL)"
+                    f" {first + reader.line_num - 1}; expected one row per line (if the mark is"
+                    " text, double it and put the cell in quotation marks, or use JSONL)"
                 )
             yield f"{path}:{line}", cells
             line = first + reader.line_num
@@ -261,7 +261,7 @@ def _read_xlsx(path: Path) -> Records:
         SyntaxError,
     ) as error:
         raise DataError(f"{path}: not a readable Excel file ({first_line(error)})") from None
-    width = max(map(len, rows), default=0)  # a row may end at its last cell
+    width = max(map(len, rows), default=0)  # a row may lack empty cells at its end
     whole = ([*row, *[None] * (width - len(row))] for row in rows)
     return _table(path, ((f"{path}:{n}", row) for n, row in enumerate(whole, start=1)))
 
@@ -325,8 +325,8 @@ def _read_parquet(path: Path) -> Records:
 
 
 def as_written(records: Iterable[dict[str, Any]], schema: Any) -> Iterator[dict[str, Any]]:
-    """The records of an Arrow table, with numbers of 16 and 32 bits as they were written. 0.1 in 32
-    bits is 0.10000000149011612 in 64 bits."""
+    """The records of an Arrow table, with 16-bit and 32-bit floats as they were written: 0.1, not
+    0.10000000149011612."""
     fields = [field for field in schema if "float" in str(field.type)]
     for record in records:
         yield {**record, **_as_written(record, fields)}

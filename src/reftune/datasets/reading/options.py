@@ -94,7 +94,7 @@ def has_options(row: Row, columns: str | Sequence[str] | None) -> bool:
 
 
 def is_empty(cell: object) -> bool:
-    """Whether a cell for a list is empty, or is a mapping that contains only empty cells."""
+    """Whether a cell is null, blank, an empty list, or a mapping of only empty cells."""
     if isinstance(cell, Mapping):
         return all(map(is_empty, cell.values()))
     return cell is None or cell == [] or (isinstance(cell, str) and cell.strip() in ("", "[]"))

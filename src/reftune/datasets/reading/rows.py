@@ -32,8 +32,8 @@ SPLIT_NAMES: Mapping[str, tuple[str, ...]] = {
     "dev": ("dev", "validation", "valid", "val"),
     "test": ("test",),
 }
-"""Split → possible names of the split's file in a folder, without the ending. They are tried in
-this order. On the Hub, the dev split is called `validation`."""
+"""Split → possible names of the split's file in a folder, without the extension. They are tried
+in this order. On the Hub, the dev split is called `validation`."""
 MISSING = object()
 
 
@@ -118,13 +118,13 @@ def read_rows(
 
     `source` is one of these:
 
-    - a file with an ending in `READERS`
+    - a file whose extension is in `READERS`
     - a folder of such files, or of Parquet shards
     - a Hub id, `owner/name[:config[:split]]`, which is read at `revision`
 
     The files in a folder are named after their splits. If the folder contains a file with one of
     the names in `names`, that file is read instead. Files other than Parquet may be gzipped.
-    Raises: DataError if the source cannot be read or has no rows of the split.
+    Raises: DataError if the source cannot be read or has no rows in the split.
     """
     path = _path(source)
     if path.is_dir():
@@ -205,7 +205,7 @@ def _files_of_split(folder: Path, split: str, names: Sequence[str]) -> list[Path
     there = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
     wanted = ", ".join([*names[:2], *(f"{stem}.jsonl" for stem in stems)])
     raise DataError(
-        f"{folder}: no file of the {split} split, found {there}; expected one like {wanted}"
+        f"{folder}: no file for the {split} split, found {there}; expected one like {wanted}"
     )
 
 

@@ -47,8 +47,8 @@ class Columns(Table):
     as keyword arguments."""
 
     question: str | list[str] = "question"
-    """The question or conversation. Several columns are joined by line breaks; text beside a
-    conversation becomes part of its first question."""
+    """The question or conversation. Several columns are joined by line breaks. If one of them is a
+    conversation, the others become part of its first question."""
     answer: str = "answer"
     """The gold answer, or a worked solution that contains it."""
     rationale: str | None = "rationale"
@@ -112,13 +112,13 @@ def recognise(
 
 
 class _Found:
-    """The columns of the first rows, whose values are examined, and of `later` rows, both by
-    lower-case name."""
+    """Lower-case name → column: `by_lower` for the first rows, whose values are examined, and
+    `later` for columns that only later rows have."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self.rows = rows[:NUM_LOOKED_AT]
         self.by_lower = {str(name).lower(): str(name) for row in self.rows for name in row.columns}
-        if any(row.get("input") is not None for row in rows):  # often empty, and then left out
+        if any(row.get("input") is not None for row in rows):  # rows without an input often omit it
             self.by_lower.setdefault("input", "input")
         later = {str(name).lower(): str(name) for row in rows for name in row.columns}
         self.later = {name: column for name, column in later.items() if name not in self.by_lower}

@@ -22,8 +22,8 @@ Key = Callable[[Problem], str]
 
 LARGEST_DEFAULT_DEV = 500
 FACTORIAL = r"!+(?=\s*[-+*/^=<>×÷·−)\]}\\]|[?.;:$])"
-"""Matches exclamation marks before another mark, or before an operator or a closing bracket, also
-after a space."""
+"""Matches the exclamation marks of a factorial: directly before another mark, or before an operator
+or a closing bracket, with or without a space between."""
 TOKEN = re.compile(
     rf"(?:(?<![\w.])\.)?\d+(?:[.,]\d+)*(?:{FACTORIAL}|!+(?=\s*\d))?|(?<![\w'])[^\W\d_]{FACTORIAL}"
     r"|\)!+|[^\W\d_]'+(?=\()|[^\W\d_]+|[^\w\s]|_"
@@ -45,12 +45,12 @@ class Splits:
     counts: Mapping[str, int] = field(default_factory=dict)
     """How many rows were dropped, by reason: `duplicate`, `program_disagrees`, …"""
     notes: tuple[str, ...] = ()
-    """What the user should know about the data: for each note, one line with the remedy after a
+    """What the user should know about the data. Each note is one line, with the remedy after a
     semicolon."""
 
 
 class Asked(NamedTuple):
-    """A problem, and what its question is compared by."""
+    """A problem, and the key by which its question is compared."""
 
     key: str
     problem: Problem

@@ -27,7 +27,7 @@ def unused_columns(splits: Mapping[Split, Sequence[Problem]], question: Sequence
     if not found:
         return ""
     everyone = [problem for problems in splits.values() for problem in problems]
-    # dev and test need only the first column
+    # every row needs text in the first column of the question
     first = [name for name in found if not any(_is_blank(each, name) for each in everyone)]
     joined = [*first, *question, *(name for name in found if name not in first)]
     flags = shlex.join(word for name in joined for word in ("--question", name))

@@ -62,7 +62,7 @@ class Nl(Prompted):
         rationale = gold_rationale(problem)
         if DEFINITION.search(rationale):
             raise DataError(
-                f"problem {problem.id}: its rationale is a program; expected words, or"
+                f"problem {problem.id}: its rationale is a program; expected natural language, or"
                 " format.kind=program"
             )
         if "paper" in (self.style, self.grading):
@@ -79,7 +79,7 @@ class Nl(Prompted):
         return f"{rationale}\n{phrase} {self._spelled(problem.answer)}"
 
     def _spelled(self, gold: Answer, spell: Callable[[Answer], str] = str) -> str:
-        """The gold answer with the decimal separator of targets."""
+        """The gold answer as `spell` writes it, with the decimal separator of targets."""
         if self.gold_decimal == "." or gold.kind not in NUMERIC:
             return spell(gold)
         text = "; ".join(gold.items) if gold.kind in ("list", "set") else spell(gold)

@@ -4,9 +4,9 @@ A completion either continues `def solution():` or contains a whole program. The
 text search, because only the sandbox parses or runs a model's code. Only text after the last
 `</think>` counts. If the completion ends inside `<think>`, there is no program. If the model asks
 itself another question after its program, this question and everything after it are ignored. Such a
-question begins with a line such as "Question: …" or, after an indented body that continues
-`def solution():`, it is followed by another `solution`. In the remaining text, the program is the
-first of the following that exists:
+question begins with a line such as "Question: …". If an indented body with a `return` continues
+`def solution():` and unfenced text after the body defines `solution` again, that text is ignored
+too. In the remaining text, the program is the first of the following that exists:
 
 - the last fenced block that defines `solution`
 - the whole text, if it defines `solution`

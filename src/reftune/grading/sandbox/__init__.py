@@ -160,7 +160,7 @@ class _MontyFirst:
         fallback = self._fallback()
         if fallback is not None:
             return fallback.execute(source)
-        return failure(f"{result.reason} (monty lacks {missing}, and {self._refused})")
+        return failure(f"{result.reason} (monty lacks {missing}; {self._refused})")
 
     def close(self) -> None:
         self._monty.close()

@@ -223,12 +223,12 @@ def fence_in(readable: list[str]) -> str:
         files = only_read(libc, readable)
         calls = only_call(libc, ALLOWED_CALLS.get(os.uname().machine))
     except (OSError, AttributeError) as error:
-        return f"the system's C library ({error})"
+        return f"a usable C library ({error})"
     needed = {
         "Landlock, to fence off files": files,
         "seccomp or namespaces, to cut off the network": namespaces or calls,
     }
-    return " and ".join(name for name, there in needed.items() if not there)
+    return ", and ".join(name for name, there in needed.items() if not there)
 
 
 def only_read(libc: ctypes.CDLL, paths: list[str]) -> bool:

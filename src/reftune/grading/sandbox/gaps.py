@@ -87,11 +87,11 @@ _GAPS: dict[str, str | Callable[[re.Match[str]], str | None]] = {
     r"NameError: name '(\w+)' is not defined": _builtin,
     r"TypeError: 'list' object is not an iterator": "a generator's next",
     r"TypeError: '[<>]=?' not supported between instances": "ordering of objects",
-    r"TypeError: 'typing\.\w+' object is not subscriptable": "types of typing",
+    r"TypeError: 'typing\.\w+' object is not subscriptable": "generic types from typing",
     r"TypeError: cannot create 'object' instances": "object()",
-    r"TypeError: cannot convert '\w+' object to bytes": "bytes of a list",
-    r"ValueError: pow\(\) 2nd argument cannot be negative": "inverses by pow",
-    r"ValueError: time data .* does not match format": "formats of strptime",
+    r"TypeError: cannot convert '\w+' object to bytes": "bytes from a list",
+    r"ValueError: pow\(\) 2nd argument cannot be negative": "modular inverses with pow",
+    r"ValueError: time data .* does not match format": "strptime formats",
     r"TypeError: object of type '\w+' has no len\(\)": "__len__",
 }
 """Pattern of the error that ends a program → the part of Python that the program needed, or a

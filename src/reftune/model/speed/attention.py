@@ -38,8 +38,8 @@ sequence, and can therefore read sequences without padding."""
 
 
 def attend_our_way(model: PreTrainedModel) -> None:
-    """If `model` is a CodeGen model or uses SDPA, make it accept `packing` and compute attention in
-    fp32 on a CPU. Any other model stays unchanged."""
+    """If `model` is a CodeGen model or uses SDPA, make it accept `packing` and, on a CPU, compute
+    attention in fp32. Any other model stays unchanged."""
     if type(model).__name__ == "CodeGenForCausalLM":
         for module in model.modules():
             if hasattr(module, "_attn"):

@@ -21,8 +21,8 @@ SAMPLES_BYTES = 2_000_000
 MAX_PROBLEMS = 2_000
 MAX_SAMPLES = 1_200
 EXTREMES = 12
-"""How many of a stage's longest samples are chosen before all others, and also how many of the
-samples whose programs ran longest."""
+"""Number of a stage's longest samples that are chosen before all others. As many are chosen of
+the samples whose programs ran longest."""
 
 Json = dict[str, Any]
 
@@ -49,7 +49,7 @@ def problems(methods: Sequence[MethodScore]) -> Json:
 
 
 def samples(groups: Sequence[Group]) -> Json:
-    """Solutions sampled in training, listed in rounds: in each round, every stage of every run
+    """Solutions sampled in training, chosen in rounds: in each round, every stage of every run
     adds one solution. A stage first adds its longest solutions and those whose programs ran
     longest, then others that are spread evenly over its steps."""
     stages = entries(groups)

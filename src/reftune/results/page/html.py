@@ -217,8 +217,8 @@ class _Scale:
 
 
 def _scale(bounds: Iterable[float]) -> _Scale:
-    """An axis for accuracies or differences in accuracy. Its ticks are round numbers, of which the
-    first and the last enclose `bounds`."""
+    """An axis for accuracies or differences in accuracy. Its ticks are round numbers, and the first
+    and the last of them enclose `bounds`."""
     known = [*bounds] or [0.0, 1.0]
     spread = max(known) - min(known)
     step = next((step for step in (0.01, 0.02, 0.05, 0.1, 0.2) if spread / step <= 7), 0.25)

@@ -1,4 +1,5 @@
-"""Detects reward hacking on multiple choice: right letters that do not follow from the reasoning.
+"""Detects reward hacking on multiple-choice questions: right letters that do not follow from the
+reasoning.
 
 Greedy answers can show four warning signs: the reasoning derives a value other than the chosen
 option's, the choice changes when the options trade places, accuracy is hardly above chance, and the
@@ -75,7 +76,7 @@ class ChoiceRow:
 
 
 def unlisted(problem: Problem) -> Problem:
-    """The problem without the options that its question, and the last message, may list."""
+    """The problem without any options that its question or its last message lists."""
     last = [
         replace(turn, content=stem(turn.content, problem.choices)) for turn in problem.messages[-1:]
     ]
