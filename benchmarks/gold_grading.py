@@ -37,13 +37,13 @@ Where the grader and the data disagree:
 - **GSM8K, derived programs.** Some annotations skip steps that the prose makes, or do not end in
   the answer. A program made from these returns another number, or cannot be made. The loader
   leaves both kinds out (`program_disagrees`, `no_program`).
-- **SVAMP, rationales.** Three round their result: gold 8.9333333333 against "<9>" trucks, 0.165
+- **SVAMP, rationales.** Three state another number: gold 8.9333333333 against "<9>" trucks, 0.165
   against "<0.17>", 69.4 against "<69.32%>". The loader leaves them out (`rationale_disagrees`).
 - **SVAMP, programs.** Two give the unrounded value of a rounded gold answer: 8.99955 for 9 and
   0.16665 for 0.165. The loader leaves them out (`program_disagrees`).
 - **SVAMP, equations.** One equation does not give its row's answer. The loader leaves it out.
-- **MathQA, numbers, program.** The loader leaves out 18 programs that return 9.00125 for 9 or 5 for
-  1680/337.
+- **MathQA, numbers, program.** The loader leaves out 18 programs. They return, for example, 9.00125
+  for 9 or 5 for 1680/337.
 - **MathQA, rationales.** Two in five end in "answer c", "ans - b" or a bare letter. None of
   these counts as a marker, because a stray letter must earn nothing. Training appends "The answer
   is c" if the rationale does not end in a marker. A few rationales are forum posts ("should be d
@@ -234,15 +234,15 @@ def markdown(published: Sequence[dict[str, Any]], trained: Sequence[dict[str, An
     parts = [
         "# The grader on gold answers",
         (
-            "`python benchmarks/gold_grading.py --data DIR` makes this page. The grading is robust"
-            " unless a row names another."
+            "`python benchmarks/gold_grading.py --data DIR` makes this page. Rows are graded by"
+            " the robust rules unless their name says `paper`."
         ),
         "## As published",
         table(published),
         NOTES,
         "## As trained on",
         (
-            "These are the problems that the loaders keep, as the formats' targets. The robust"
+            "These are the formats' targets for the problems that the loaders keep. The robust"
             " rules grade `compact`, and the paper's rules grade `paper`."
         ),
         table(trained),

@@ -21,8 +21,7 @@ from benchmarks.reproduce import call, points
 from reftune.datasets import load_splits
 from reftune.grading.options import read_choice
 from reftune.recipe import Recipe, load_recipe
-from reftune.results.stats import compare_over_seeds, hierarchical_bootstrap
-from reftune.seeds import generator
+from reftune.results.stats import accuracy_over_seeds, compare_over_seeds
 from reftune.stages.probes.choices import derived_values, read_rows
 from reftune.storage.files import JsonLines, write_atomically
 from reftune.storage.run_folder import RunFolder
@@ -36,7 +35,7 @@ SIGNS = {
     "right_letter": "right letter",
     "derives_right_option": "reasoning derives the right option",
     "answers_c": "answers c",
-    "same_option_when_moved": "same option when moved",
+    "same_option_when_moved": "answer follows the option when it moves",
 }
 
 Outcomes = dict[str, list[bool]]
@@ -77,20 +76,13 @@ def added_up(of_seeds: dict[str, list[Outcomes]]) -> dict[str, Any]:
         shares = {
             method: {
                 "share": float(np.mean([each.mean() for each in values])),
-                "ci95": hierarchical_bootstrap(
-                    values, generator=generator("hacking", sign, method)
-                ),
+                "ci95": accuracy_over_seeds(values, same_problems=False),
                 "by_seed": [float(each.mean()) for each in values],
             }
             for method, values in outcomes.items()
         }
         change = compare_over_seeds(
-            "reft",
-            outcomes["reft"],
-            "warmup",
-            outcomes["warmup"],
-            same_problems=False,
-            generator=generator("hacking", sign),
+            "reft", outcomes["reft"], "warmup", outcomes["warmup"], same_problems=False
         )
         document[sign] = {**shares, "change": change.to_row()}
     return document

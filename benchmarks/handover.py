@@ -196,9 +196,7 @@ def gain_of(method: str, handovers: Sequence[Mapping[str, Any]]) -> Comparison:
     """The difference between a method and SFT, over the seeds that have both."""
     paired = [handover for handover in handovers if method in handover["right"]]
     rows, control = rows_of(method, paired), rows_of("sft", paired)
-    return compare_over_seeds(
-        method, rows, "sft", control, same_problems=False, generator=generator()
-    )
+    return compare_over_seeds(method, rows, "sft", control, same_problems=False)
 
 
 def rows_of(method: str, handovers: Sequence[Mapping[str, Any]]) -> list[np.ndarray]:
@@ -208,12 +206,6 @@ def rows_of(method: str, handovers: Sequence[Mapping[str, Any]]) -> list[np.ndar
 
 def digits(text: str) -> np.ndarray:
     return np.array([digit == "1" for digit in text])
-
-
-def generator() -> np.random.Generator:
-    """A random generator that starts in the same state on every call, so that the page is
-    reproducible."""
-    return np.random.default_rng(0)
 
 
 # --- when is the warm-up ready --------------------------------------------------------------------
@@ -333,9 +325,7 @@ def seed_gain(right: Mapping[str, str], method: str) -> str:
 
 
 def seed_difference(right: Mapping[str, str], method: str) -> Comparison:
-    return compare(
-        method, digits(right[method]), "sft", digits(right["sft"]), generator=generator()
-    )
+    return compare(method, digits(right[method]), "sft", digits(right["sft"]))
 
 
 def seeds_text(points: Sequence[Point]) -> str:
@@ -357,7 +347,7 @@ def gain_text(found: Comparison) -> str:
 
 def doubt(found: Comparison) -> str:
     """A mark if a difference is not significant. The test is McNemar's for one seed, and the
-    bootstrap interval for several."""
+    interval for several."""
     return "" if found.significant else " n.s."
 
 

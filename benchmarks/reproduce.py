@@ -69,9 +69,9 @@ NOTES = {
         "*ReFT* is PPO with the coefficients and value head of the authors' code. *ReFT modern* "
         "starts the value head at zero and makes eight more changes, most of which come from later "
         "papers. The [last table](#what-each-part-of-modern-contributes) shows what each of the "
-        "eight contributes. Two of them, decoupled lambda and positive nll, have since been "
-        "[removed from reftune](critic.md#what-the-parts-of-modern-contribute). Both methods "
-        "sample the same number of solutions."
+        "eight contributes; [another log](critic.md#what-the-parts-of-modern-contribute) explains "
+        "their names. Two of them, decoupled lambda and positive nll, have since been removed from "
+        "reftune. Both methods sample the same number of solutions."
     ),
     "tuned": (
         "*ReFT* is PPO with the coefficients and value head of the authors' code. *ReFT tuned* "

@@ -60,78 +60,101 @@ def test_compare_counts_what_only_one_method_solved() -> None:
     # of 8 problems: both 3, only a 4, only b 0, neither 1: difference 4/8; p = 2/2⁴
     a = [True] * 7 + [False]
     b = [True] * 3 + [False] * 5
-    result = stats.compare("a", a, "b", b, generator=generator())
+    result = stats.compare("a", a, "b", b)
     assert (result.difference, result.p_mcnemar, result.n) == (0.5, 0.125, 8)
     assert result.ci95[0] < 0.5 < result.ci95[1]
     assert not result.significant
 
 
-def test_paired_bootstrap_approaches_the_normal_interval() -> None:
-    # 400 problems: +1 on 80, −1 on 40, 0 on 280: mean .1, variance (120/400) − .01 = .29, se =
-    # √(.29/400) = .02693
-    a = np.repeat([1, 0, 0], [80, 40, 280])
-    b = np.repeat([0, 1, 0], [80, 40, 280])
-    interval = stats.paired_bootstrap(a, b, generator=generator())
-    assert interval == pytest.approx((0.1 - 1.96 * 0.02693, 0.1 + 1.96 * 0.02693), abs=0.003)
-
-
-def test_paired_bootstrap_uses_the_pairing() -> None:
-    # equal outcomes differ nowhere, however noisy each is
-    outcomes = generator().integers(2, size=100)
-    assert stats.paired_bootstrap(outcomes, outcomes, generator=generator()) == (0.0, 0.0)
-
-
-def test_a_bootstrap_is_a_function_of_its_generator() -> None:
-    a, b = np.repeat([1, 0], [30, 70]), np.repeat([1, 0], [20, 80])
-    assert stats.paired_bootstrap(a, b, generator=generator()) == stats.paired_bootstrap(
-        a, b, generator=generator()
+def test_the_paired_interval_is_that_of_bonett_and_price() -> None:
+    # of 8 problems 4 won, none lost: n + 2 = 10, d = .4, q = (4 + 2)/10; 1.96 √(.44/10) = .4111
+    assert stats.paired_interval([1, 1, 1, 1, 0, 0, 0, 0]) == pytest.approx(
+        (-0.0111, 0.8111), abs=1e-4
+    )
+    # 400 problems, 80 won, 40 lost: nearly the normal interval, with se = √(.29/400) = .02693
+    wins = np.repeat([1, -1, 0], [80, 40, 280])
+    assert stats.paired_interval(wins) == pytest.approx(
+        (0.1 - 1.96 * 0.02693, 0.1 + 1.96 * 0.02693), abs=0.001
     )
 
 
-def test_crossed_bootstrap_is_wider_where_problems_are_shared() -> None:
-    # four seeds with the same outcomes carry no more information than one: the interval must not
-    # shrink by √4
+@pytest.mark.parametrize("difference", [-1, 0, 1])
+@pytest.mark.parametrize("n", [1, 3, 1000])
+def test_a_paired_interval_has_a_width_and_contains_the_difference(difference: int, n: int) -> None:
+    low, high = stats.paired_interval(np.full(n, difference))
+    assert -1 <= low <= difference <= high <= 1 and low < high
+    turned = stats.paired_interval(np.full(n, -difference))
+    assert turned == pytest.approx((-high, -low))
+
+
+def test_seeds_with_problems_of_their_own_have_students_interval() -> None:
+    # means .1, .2 and .3: mean .2, sd .1, t(2) = 4.3027, margin 4.3027 · .1/√3 = .2484
+    seeds = [np.repeat([1.0, 0.0], [100 * k, 1000 - 100 * k]) for k in (1, 2, 3)]
+    low, high = stats.seeds_interval(seeds, stats.accuracy_interval, same_problems=False)
+    assert (low, high) == pytest.approx((0.2 - 0.2484, 0.2 + 0.2484), abs=1e-4)
+    assert stats.accuracy_over_seeds(seeds, same_problems=False) == pytest.approx((0.0, high))
+
+
+def test_an_interval_over_seeds_is_not_narrower_than_that_of_all_problems() -> None:
     row = np.repeat([1.0, 0.0], [50, 50])
-    one = stats.crossed_bootstrap(row[None], generator=generator())
-    four = stats.crossed_bootstrap(np.tile(row, (4, 1)), generator=generator())
-    assert four == pytest.approx(one, abs=0.01)
-    # problems of their own: se = √(.25/400) = .025 instead of √(.25/100) = .05
-    nested = stats.hierarchical_bootstrap([row] * 4, generator=generator())
-    assert nested == pytest.approx((0.5 - 1.96 * 0.025, 0.5 + 1.96 * 0.025), abs=0.006)
-
-
-def test_hierarchical_bootstrap_sees_the_spread_between_seeds() -> None:
-    # seeds without noise of their own, two at 0 and two at 1: the mean of 4 draws, sd = √(.25/4) =
-    # .25
-    low, high = stats.hierarchical_bootstrap(
-        [np.zeros(9), np.zeros(9), np.ones(9), np.ones(9)], generator=generator()
+    assert stats.accuracy_over_seeds([row] * 4, same_problems=False) == stats.wilson(200, 400)
+    # four equal seeds with the same problems tell no more than one
+    assert stats.accuracy_over_seeds([row] * 4, same_problems=True) == pytest.approx(
+        stats.wilson(50, 100)
     )
-    assert (low, high) == (0.0, 1.0)  # 4 equal draws have chance 2/16 > 5%
-    assert stats.hierarchical_bootstrap(
-        [np.full(9, 0.3)] * 4, generator=generator()
-    ) == pytest.approx((0.3, 0.3))
+    everything = [np.ones(3)] * 2
+    assert stats.accuracy_over_seeds(everything, same_problems=False) == stats.wilson(6, 6)
+    assert stats.accuracy_over_seeds(everything, same_problems=True) == stats.wilson(3, 3)
+
+
+def test_if_problems_are_shared_their_margin_and_that_of_the_seeds_are_added_as_squares() -> None:
+    # the seeds' margin is .2484 as above, and the problems' averages are 0, 1/3, 2/3 and 1
+    seeds = [np.arange(1000) % 10 < k for k in (1, 2, 3)]
+    low, high = stats.seeds_interval(seeds, stats.accuracy_interval, same_problems=True)
+    wide = [abs(bound - 0.2) for bound in stats.wilson(200, 1000)]
+    assert low == pytest.approx(0.2 - (0.2484**2 + wide[0] ** 2) ** 0.5, abs=1e-4)
+    assert high == pytest.approx(0.2 + (0.2484**2 + wide[1] ** 2) ** 0.5, abs=1e-4)
+
+
+@pytest.mark.parametrize("num_seeds", [2, 3, 5])
+@pytest.mark.parametrize("same_problems", [True, False])
+def test_equally_good_methods_rarely_differ_significantly(
+    num_seeds: int, same_problems: bool
+) -> None:
+    # true gains of the seeds vary by 3 points around 0; 500 problems, of which a third differ
+    random, found = generator(), 0
+    for _ in range(400):
+        gains = random.normal(0, 0.03, num_seeds)
+        draws = (
+            [random.random(500)] * num_seeds if same_problems else random.random((num_seeds, 500))
+        )
+        a = [draw < 0.16 + gain / 2 for draw, gain in zip(draws, gains, strict=True)]
+        b = [draw > 0.84 + gain / 2 for draw, gain in zip(draws, gains, strict=True)]
+        found += stats.compare_over_seeds("a", a, "b", b, same_problems=same_problems).significant
+    assert found / 400 < 0.08  # 5% plus three standard errors of 400 draws
 
 
 def test_a_turned_comparison_is_that_of_the_other_method() -> None:
     a, b = [[1, 1, 1, 0], [1, 1, 0, 0]], [[1, 0, 0, 0], [0, 1, 0, 0]]
-    one = stats.compare("a", a[0], "b", b[0], generator=generator())
+    one = stats.compare("a", a[0], "b", b[0])
     turned = one.turned()
     assert (turned.a, turned.b, turned.difference) == ("b", "a", -0.5)
     assert turned.ci95 == (-one.ci95[1], -one.ci95[0]) and turned.p_mcnemar == one.p_mcnemar
-    seeds = stats.compare_over_seeds("a", a, "b", b, same_problems=True, generator=generator())
+    seeds = stats.compare_over_seeds("a", a, "b", b, same_problems=True)
     assert seeds.turned().by_seed == (-0.5, -0.25)
 
 
 def test_no_difference_is_no_difference_turned_round() -> None:
-    same = stats.compare("a", [1, 0], "b", [1, 0], generator=generator()).turned()
-    assert str((same.difference, *same.ci95)) == "(0.0, 0.0, 0.0)"
+    same = stats.compare("a", [1, 0], "b", [1, 0])
+    assert str(same.turned().difference) == "0.0"  # not −0.0
+    assert same.turned().ci95 == same.ci95
 
 
 def test_seed_comparison_averages_paired_differences() -> None:
     # seed 0: 3/4 − 1/4 = .5; seed 1: 2/4 − 2/4 = 0; mean .25
     a = [[1, 1, 1, 0], [1, 1, 0, 0]]
     b = [[1, 0, 0, 0], [0, 0, 1, 1]]
-    result = stats.compare_over_seeds("a", a, "b", b, same_problems=True, generator=generator())
+    result = stats.compare_over_seeds("a", a, "b", b, same_problems=True)
     assert (result.difference, result.by_seed, result.n) == (0.25, (0.5, 0.0), 4)
     assert not result.significant
 
@@ -142,16 +165,18 @@ def test_seed_comparison_knows_whether_problems_are_shared() -> None:
     a, b = [np.repeat([1, 0, 1], [30, 20, 50])] * 4, [np.repeat([0, 1, 1], [30, 20, 50])] * 4
     widths = []
     for same_problems in (True, False):
-        result = stats.compare_over_seeds(
-            "a", a, "b", b, same_problems=same_problems, generator=generator()
-        )
+        result = stats.compare_over_seeds("a", a, "b", b, same_problems=same_problems)
         widths.append(result.ci95[1] - result.ci95[0])
-    assert widths[0] == pytest.approx(2 * widths[1], rel=0.1)
+    assert widths[0] == pytest.approx(2 * widths[1], rel=0.02)
+
+
+def test_two_seeds_of_few_problems_prove_nothing() -> None:
+    a, b = [np.ones(3)] * 2, [np.zeros(3)] * 2
+    assert not stats.compare("a", a[0], "b", b[0]).significant
+    assert not stats.compare_over_seeds("a", a, "b", b, same_problems=True).significant
 
 
 def test_seed_comparison_is_significant_when_every_seed_gains() -> None:
     a, b = [np.ones(50)] * 3, [np.repeat([1, 0], [20, 30])] * 3
     for same_problems in (True, False):
-        assert stats.compare_over_seeds(
-            "a", a, "b", b, same_problems=same_problems, generator=generator()
-        ).significant
+        assert stats.compare_over_seeds("a", a, "b", b, same_problems=same_problems).significant

@@ -1,20 +1,19 @@
-"""Intervals and paired tests, as pure functions: random numbers come from a generator argument."""
+"""Intervals and paired tests, as pure functions."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.special import stdtrit
 
 Z_95 = 1.959963984540054
 """The 97.5% quantile of the standard normal distribution."""
-
-NUM_RESAMPLES = 10_000
 
 Interval = tuple[float, float]
 
@@ -22,7 +21,7 @@ Interval = tuple[float, float]
 # --- one method -----------------------------------------------------------------------------------
 
 
-def wilson(num_correct: int, n: int) -> Interval:
+def wilson(num_correct: float, n: int) -> Interval:
     """95% Wilson interval of the share of correct answers.
 
         (p + z²/2n ± z √(p(1−p)/n + z²/4n²)) / (1 + z²/n),   p = num_correct / n
@@ -37,6 +36,14 @@ def wilson(num_correct: int, n: int) -> Interval:
     return max(0.0, (centre - margin) / (1 + z2 / n)), min(1.0, (centre + margin) / (1 + z2 / n))
 
 
+def accuracy_interval(outcomes: ArrayLike) -> Interval:
+    """95% Wilson interval of the mean of `outcomes`, which lie between 0 and 1. If some of them lie
+    between, as with pass@k, the interval tends to be too wide, because their variance is smaller
+    than that of answers that are right or wrong."""
+    values = np.asarray(outcomes, dtype=float)
+    return wilson(float(values.sum()), values.size)
+
+
 # --- two methods on the same problems -------------------------------------------------------------
 
 
@@ -49,8 +56,8 @@ class Comparison:
     difference: float
     """Accuracy of `a` minus accuracy of `b`, averaged over seeds if there are several."""
     ci95: Interval
-    """95% interval of the difference, from a bootstrap over problems. If there are several seeds,
-    the bootstrap is also over seeds."""
+    """95% interval of the difference: `paired_interval` or, if there are several seeds,
+    `seeds_interval`."""
     n: int
     """Number of problems per seed. If seeds have different numbers of problems, this is the
     smallest number."""
@@ -94,9 +101,7 @@ class Comparison:
         )
 
 
-def compare(
-    a: str, correct_a: ArrayLike, b: str, correct_b: ArrayLike, *, generator: np.random.Generator
-) -> Comparison:
+def compare(a: str, correct_a: ArrayLike, b: str, correct_b: ArrayLike) -> Comparison:
     """Compare methods `a` and `b`. `correct_a` states for each problem whether `a` solved it.
     `correct_b` states the same for `b`, with the problems in the same order."""
     right_a, right_b = np.asarray(correct_a, dtype=bool), np.asarray(correct_b, dtype=bool)
@@ -107,7 +112,7 @@ def compare(
         a=a,
         b=b,
         difference=float(right_a.mean() - right_b.mean()),
-        ci95=paired_bootstrap(right_a, right_b, generator=generator),
+        ci95=paired_interval(right_a.astype(float) - right_b.astype(float)),
         p_mcnemar=mcnemar_exact(int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())),
         n=right_a.size,
     )
@@ -131,72 +136,58 @@ def mcnemar_exact(only_a: int, only_b: int) -> float:
     return float(min(Fraction(1), Fraction(2 * tail, 2**m)))
 
 
-def paired_bootstrap(a: ArrayLike, b: ArrayLike, *, generator: np.random.Generator) -> Interval:
-    """95% percentile interval of mean(a) − mean(b) from a bootstrap over problems. The two outcomes
-    of a problem are always drawn together."""
-    differences = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
-    return crossed_bootstrap(differences[None, :], generator=generator)
+def paired_interval(differences: ArrayLike) -> Interval:
+    """95% interval of the mean of `differences`, each of which is one problem's outcome with one
+    method minus its outcome with another, between −1 and 1.
+
+        d ± z √((q − d²) / m),   d = Σ differences / m,   q = (Σ differences² + 2) / m,   m = n + 2
+
+    This is the normal interval after two problems are added, of which each method alone solves one.
+    It has a width even if all differences are equal. Source: Bonett and Price (2012), for outcomes
+    that are 0 or 1.
+    """
+    own = np.asarray(differences, dtype=float)
+    n = own.size + 2
+    d, q = own.sum() / n, ((own**2).sum() + 2) / n
+    margin = Z_95 * math.sqrt((q - d**2) / n)
+    return max(-1.0, float(d - margin)), min(1.0, float(d + margin))
 
 
 # --- across seeds ---------------------------------------------------------------------------------
 
 
-def crossed_bootstrap(values: ArrayLike, *, generator: np.random.Generator) -> Interval:
-    """95% percentile interval of the mean of `values`, whose shape is (seeds, problems). All seeds
-    must have answered the same problems.
-
-    Each replicate resamples the seeds once and the problems once, so that all seeds in a replicate
-    have the same problems. The interval tends to be too wide.
-    Source: Owen (2007), "The pigeonhole bootstrap".
-    """
-    matrix = np.asarray(values, dtype=float)
-    num_seeds, num_problems = matrix.shape
-    # problems with equal columns are interchangeable, so it is enough to draw how many times each
-    # distinct column occurs
-    sorts, counts = np.unique(matrix, axis=1, return_counts=True)
-    problems = (
-        generator.multinomial(num_problems, counts / num_problems, size=NUM_RESAMPLES)
-        / num_problems
-    )
-    seeds = (
-        generator.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), size=NUM_RESAMPLES)
-        / num_seeds
-    )
-    return _percentiles(np.einsum("rs,su,ru->r", seeds, sorts, problems, optimize=True))
-
-
-def hierarchical_bootstrap(
-    values: Sequence[ArrayLike], *, generator: np.random.Generator
+def seeds_interval(
+    values: Sequence[ArrayLike],
+    over_problems: Callable[[NDArray[np.float64]], Interval],
+    *,
+    same_problems: bool,
 ) -> Interval:
-    """95% percentile interval of the average of the seeds' means. `values` has one array per seed,
-    and the seeds may have answered different problems.
+    """95% interval of the average of the seeds' means, for new seeds and new problems. `values` has
+    one array per seed, and at least two arrays. `over_problems` returns the interval of one array's
+    mean, for new problems.
 
-    Each replicate resamples the seeds, and then the problems within each drawn seed. If there are
-    fewer than about five seeds, the interval is too narrow, because resampling so few values
-    understates their spread.
+    If each seed has its own problems, the spread of the seeds' means also contains the chance that
+    lies in the problems. The interval is Student's t interval of the means, but not narrower than
+    the interval of all problems together. If all seeds have the same problems, this chance is
+    common to all means. The margins of two intervals are then added as squares: Student's, and that
+    of the problems' averages over the seeds. Source: Student (1908); Zou and Donner (2008).
     """
-    num_seeds = len(values)
-    drawn = generator.integers(num_seeds, size=(NUM_RESAMPLES, num_seeds))
-    means = np.empty(drawn.shape)
-    for index, outcomes in enumerate(values):
-        chosen = drawn == index
-        means[chosen] = _resampled_means(
-            np.asarray(outcomes, dtype=float), int(chosen.sum()), generator
-        )
-    return _percentiles(means.mean(axis=1))
+    seeds = [np.asarray(each, dtype=float) for each in values]
+    means = [float(each.mean()) for each in seeds]
+    mean, num_seeds = float(np.mean(means)), len(means)
+    quantile = float(stdtrit(num_seeds - 1, 0.975))
+    margin = quantile * float(np.std(means, ddof=1)) / math.sqrt(num_seeds)
+    if same_problems:
+        low, high = over_problems(np.mean(seeds, axis=0))
+        return mean - math.hypot(margin, mean - low), mean + math.hypot(margin, high - mean)
+    low, high = over_problems(np.concatenate(seeds))
+    return min(mean - margin, low), max(mean + margin, high)
 
 
-def _resampled_means(
-    outcomes: NDArray[np.float64], count: int, generator: np.random.Generator
-) -> NDArray[np.float64]:
-    sorts, counts = np.unique(outcomes, return_counts=True)
-    draws = generator.multinomial(outcomes.size, counts / outcomes.size, size=count)
-    return np.asarray(draws @ sorts / outcomes.size)
-
-
-def _percentiles(replicates: NDArray[np.float64]) -> Interval:
-    low, high = np.percentile(replicates, [2.5, 97.5])
-    return float(low), float(high)
+def accuracy_over_seeds(outcomes: Sequence[ArrayLike], *, same_problems: bool) -> Interval:
+    """95% interval of the accuracy, averaged over seeds. `outcomes` has one array per seed."""
+    low, high = seeds_interval(outcomes, accuracy_interval, same_problems=same_problems)
+    return max(0.0, low), min(1.0, high)
 
 
 def compare_over_seeds(
@@ -206,22 +197,21 @@ def compare_over_seeds(
     correct_b: Sequence[ArrayLike],
     *,
     same_problems: bool,
-    generator: np.random.Generator,
 ) -> Comparison:
     """Compare methods `a` and `b`, paired by seed and problem. `correct_a` and `correct_b` have one
     array of booleans per seed. `same_problems` states whether all seeds answered the same problems
-    in the same order. This determines which bootstrap is used."""
+    in the same order."""
     pairs = zip(correct_a, correct_b, strict=True)
     differences = [
         np.asarray(left, dtype=float) - np.asarray(right, dtype=float) for left, right in pairs
     ]
     by_seed = tuple(float(difference.mean()) for difference in differences)
-    bootstrap = crossed_bootstrap if same_problems else hierarchical_bootstrap
+    low, high = seeds_interval(differences, paired_interval, same_problems=same_problems)
     return Comparison(
         a=a,
         b=b,
         difference=float(np.mean(by_seed)),
-        ci95=bootstrap(differences, generator=generator),
+        ci95=(max(-1.0, low), min(1.0, high)),
         by_seed=by_seed,
         n=min(difference.size for difference in differences),
     )

@@ -277,15 +277,14 @@ def score_table(groups: Sequence[Group], *, k: int | None = None) -> ScoreTable:
         ]
         voting.check_k(k, max(map(num_samples, evals), default=0))
     shared = all(_share_problems(group.runs) for group in groups)
-    generator = np.random.default_rng(0)
     methods = tuple(
-        _method_score(group, name, label_of(groups, group, name), k, shared, generator)
+        _method_score(group, name, label_of(groups, group, name), k, shared)
         for group in groups
         for name in group.methods
     )
     return ScoreTable(
         methods=methods,
-        comparisons=tuple(_comparisons(methods, shared, generator)),
+        comparisons=tuple(_comparisons(methods, shared)),
         num_seeds=len(groups[0].runs),
         split=groups[0].runs[0].split,
     )
@@ -312,34 +311,26 @@ def leader(table: ScoreTable) -> MethodScore | None:
 
 
 def _method_score(
-    group: Group,
-    method: str,
-    label: str,
-    k: int | None,
-    shared: bool,
-    generator: np.random.Generator,
+    group: Group, method: str, label: str, k: int | None, shared: bool
 ) -> MethodScore:
     by_run = [outcomes(run.evals[method], k) for run in group.runs]
     rules = [rule for rule in by_run[0] if all(rule in found for found in by_run)]
     by_rule = {rule: [found[rule] for found in by_run] for rule in rules}
-    scores = {rule: _score(seeds, shared, generator) for rule, seeds in by_rule.items()}
+    scores = {rule: _score(seeds, shared) for rule, seeds in by_rule.items()}
     return MethodScore(group=group, method=method, label=label, outcomes=by_rule, scores=scores)
 
 
-def _score(seeds: Sequence[Outcomes], shared: bool, generator: np.random.Generator) -> Score:
+def _score(seeds: Sequence[Outcomes], shared: bool) -> Score:
     by_seed = tuple(float(solved.mean()) for solved in seeds)
-    if len(seeds) == 1 and set(np.unique(seeds[0])) <= {0.0, 1.0}:
-        ci95 = stats.wilson(int(seeds[0].sum()), seeds[0].size)
-    elif shared:
-        ci95 = stats.crossed_bootstrap(np.stack(seeds), generator=generator)
-    else:
-        ci95 = stats.hierarchical_bootstrap(seeds, generator=generator)
+    ci95 = (
+        stats.accuracy_interval(seeds[0])
+        if len(seeds) == 1
+        else stats.accuracy_over_seeds(seeds, same_problems=shared)
+    )
     return Score(value=float(np.mean(by_seed)), ci95=ci95, n=seeds[0].size, by_seed=by_seed)
 
 
-def _comparisons(
-    methods: Sequence[MethodScore], shared: bool, generator: np.random.Generator
-) -> Iterator[Comparison]:
+def _comparisons(methods: Sequence[MethodScore], shared: bool) -> Iterator[Comparison]:
     """Compares each method with the methods before it in `methods`. Two methods of the same group
     are always compared; if they are one model, whose samples differ only by chance, their votes are
     not. Two methods of different groups are compared only if the groups can be paired, and if the
@@ -350,7 +341,7 @@ def _comparisons(
         if a.group is b.group or (is_asked and _are_paired(a.group, b.group)):
             for rule in [GREEDY] if _are_one_model(a, b) else a.outcomes:
                 if rule in b.outcomes and not rule.startswith("pass@"):
-                    yield _compare(a, b, rule, shared, generator)
+                    yield _compare(a, b, rule, shared)
 
 
 def _are_one_model(a: MethodScore, b: MethodScore) -> bool:
@@ -379,16 +370,12 @@ def _are_paired(a: Group, b: Group) -> bool:
     return a.seeds == b.seeds or len(a.runs) == len(b.runs) == 1
 
 
-def _compare(
-    a: MethodScore, b: MethodScore, rule: str, shared: bool, generator: np.random.Generator
-) -> Comparison:
+def _compare(a: MethodScore, b: MethodScore, rule: str, shared: bool) -> Comparison:
     name_a, name_b = (m.label if rule == GREEDY else f"{m.label} {rule}" for m in (a, b))
     seeds_a, seeds_b = a.outcomes[rule], b.outcomes[rule]
     if len(seeds_a) == 1:
-        return stats.compare(name_a, seeds_a[0], name_b, seeds_b[0], generator=generator)
-    return stats.compare_over_seeds(
-        name_a, seeds_a, name_b, seeds_b, same_problems=shared, generator=generator
-    )
+        return stats.compare(name_a, seeds_a[0], name_b, seeds_b[0])
+    return stats.compare_over_seeds(name_a, seeds_a, name_b, seeds_b, same_problems=shared)
 
 
 # --- decisions from samples -----------------------------------------------------------------------

@@ -259,17 +259,16 @@ def caption(table: ScoreTable) -> str:
     """A caption that explains the table's numbers."""
     n = table.methods[0].greedy.n if table.methods else 0
     seeds = f", mean over {table.num_seeds} seeds" if table.num_seeds > 1 else ""
-    interval = "bootstrap over seeds and problems" if table.num_seeds > 1 else "Wilson"
-    test = (
-        "the interval contains 0"
-        if table.num_seeds > 1
-        else "exact McNemar p ≥ 0.05, not corrected for several comparisons"
-    )
+    is_single = table.num_seeds == 1
+    interval = "Wilson" if is_single else "Student's t over seeds"
+    limits = " With one seed, intervals and tests do not cover chance in training." * is_single
+    test = "exact McNemar p ≥ 0.05" if is_single else "the interval contains 0"
     apart = "; ".join(f"{name} {', '.join(map(str, n))}" for name, n in table.seeds_apart.items())
     unpaired = f" Groups with different seeds are not compared (seeds: {apart})." if apart else ""
     return (
-        f"Accuracy in percent on {n:,} {table.split} problems{seeds}, 95% interval ({interval}); "
-        f"differences paired by problem, bootstrap; {NOT_SIGNIFICANT}: {test}.{unpaired}"
+        f"Accuracy in percent on {n:,} {table.split} problems{seeds}, 95% interval ({interval});"
+        f" differences paired by problem; {NOT_SIGNIFICANT}: {test}, not corrected for several"
+        f" comparisons.{limits}{unpaired}"
     )
 
 

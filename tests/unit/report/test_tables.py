@@ -39,7 +39,7 @@ def test_differences_that_are_not_significant_are_marked(write_run: WriteRun) ->
     (folder / "eval" / "reft.jsonl").write_text((folder / "eval" / "sft.jsonl").read_text())
     text = table_command([folder])
     reft = next(line for line in text.splitlines() if line.startswith("ReFT"))
-    assert "+0.0 [+0.0, +0.0]" in reft
+    assert "+0.0 [−10.7, +10.7]" in reft
     assert "p = 1.000 n.s." in reft
     assert "n.s.: exact McNemar p ≥ 0.05" in text
 
