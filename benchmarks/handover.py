@@ -352,7 +352,7 @@ def doubt(found: Comparison) -> str:
 
 
 def signed(value: float) -> str:
-    return f"{value:+.1f}".replace("-", "−")
+    return f"{round(value, 1) + 0.0:+.1f}".replace("-", "−")
 
 
 # --- the picture ----------------------------------------------------------------------------------

@@ -62,8 +62,8 @@ NOTES = {
         "model rarely samples. "
         "[Our reward model](algorithms.md#loss) adds the solution's likelihood to the classifier's "
         "output. In [five other runs](experiments/reranking.md#five-seeds-on-test), reranking "
-        "SFT's samples with our reward model beats greedy decoding by 10.5 points [6.1, 14.9] and "
-        "voting by 6.1 points [2.4, 10.1]; for ReFT, neither difference is significant."
+        "SFT's samples with our reward model beats greedy decoding by 10.5 points [5.1, 15.9] and "
+        "voting by 6.1 points [1.4, 10.8]; for ReFT, neither difference is significant."
     ),
     "modern": (
         "*ReFT* is PPO with the coefficients and value head of the authors' code. *ReFT modern* "
@@ -94,29 +94,29 @@ NOTES = {
         "less. When training started from an [unfinished "
         "warm-up](experiments/handover.md#first-attempts), no method beat SFT.\n\n"
         "In [five other runs](experiments/reranking.md#five-seeds-on-test-in-words), reranking "
-        "with our reward model beats greedy decoding by 8.8 points [6.2, 11.5] for SFT. For ReFT, "
+        "with our reward model beats greedy decoding by 8.8 points [5.6, 12.0] for SFT. For ReFT, "
         "the gain is not significant, and with this reranking, ReFT is not better than SFT. In the "
         "same runs, reranking with the paper's classifier is worse than greedy decoding, by 11.5 "
-        "points [7.5, 15.8] for SFT and by 25.1 points [21.9, 28.5] for ReFT."
+        "points [5.9, 17.0] for SFT and by 25.1 points [21.2, 29.1] for ReFT."
     ),
 }
 """Recipe → text above its table."""
 OPEN = [
     "**Only one pretrained model** finished RL with several seeds: SmolLM2-135M-Instruct, on "
     "generated questions. On questions that need one arithmetic step (three seeds), GRPO gains 9.9 "
-    "points [6.2, 13.4] over a short warm-up, but further SFT with as many gradient passes is 12.1 "
-    "points [8.6, 16.1] better than GRPO (not paired). From a longer warm-up, GRPO gains 1.7 "
-    "points [−0.9, 5.0], n.s. On questions that need two steps (five seeds), where half of the "
+    "points [3.6, 16.2] over a short warm-up, but further SFT with as many gradient passes is 12.1 "
+    "points [5.7, 18.5] better than GRPO (not paired). From a longer warm-up, GRPO gains 1.7 "
+    "points [−4.8, 8.1], n.s. On questions that need two steps (five seeds), where half of the "
     "training solutions omit the working, GRPO after a longer SFT stage is 14.6 points "
-    "[10.1, 18.9] better than further SFT from the same model "
+    "[9.4, 19.8] better than further SFT from the same model "
     "([log](experiments/smollm2-instruct.md)).",
     "**On real data** (SVAMP programs, SmolLM2-135M, one seed), ReFT shows no gain: after a "
     "finished warm-up, ReFT − SFT is −1.3 points [−3.8, +1.2], n.s. ReFT had little to learn from, "
     "because 90% of the warm-up's samples for training questions were already correct "
     "([log](experiments/smollm2-svamp.md)).",
     "**With solutions of 66 tokens on average**, the value head explains hardly any of the "
-    "reward's variance. Over five seeds, after finished warm-ups, RLOO is 1.1 points [0.1, 2.3] "
-    "better than PPO, and no method differs significantly from further SFT. We tried four changes "
+    "reward's variance. Over five seeds, after finished warm-ups, no method differs significantly "
+    "from another or from further SFT (RLOO − PPO: +1.1 points [−0.1, 2.4]). We tried four changes "
     "to how PPO fits the value head or computes advantages. We also started samples from prefixes "
     "of the gold solution. None of this made a significant difference "
     "([log](experiments/critic.md)).",
@@ -351,6 +351,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--publish", action="store_true", help="write to docs/, not runs/reproduce")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="set recipe keys")
     options = parser.parse_args(arguments)
+    if not (options.seeds or options.page):
+        parser.error("expected seeds, or --page")
     is_published = options.page or options.publish
     results, out, modern_out = (
         (RESULTS, PAGE, MODERN_PAGE)

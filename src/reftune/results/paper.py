@@ -155,9 +155,15 @@ def _column(cell: Cell) -> str:
 
 
 def _sizes(found: Sequence[Cell], fmt: str) -> str:
-    columns = {_column(cell): cell["problems"] for cell in found}
+    columns = list(dict.fromkeys(map(_column, found)))
     body = [
-        [f"{split} questions", *(_size(sizes, split, name) for name, sizes in columns.items())]
+        [
+            f"{split} questions",
+            *(
+                _size([c["problems"] for c in found if _column(c) == name], split, name)
+                for name in columns
+            ),
+        ]
         for split in ("train", "dev", "test")
     ]
     return grid(
@@ -165,9 +171,12 @@ def _sizes(found: Sequence[Cell], fmt: str) -> str:
     )
 
 
-def _size(sizes: Mapping[str, int], split: str, column: str) -> str:
-    ours, paper = sizes.get(split), _paper_sizes(column).get(split)
-    return ("–" if ours is None else f"{ours:,}") + ("" if paper is None else f" [{paper:,}]")
+def _size(problems: Sequence[Mapping[str, int]], split: str, column: str) -> str:
+    """The number of questions of a split, or its range if the models of a column differ in it."""
+    sizes = [each[split] for each in problems if split in each]
+    ours = "–".join(f"{size:,}" for size in sorted({min(sizes), max(sizes)})) if sizes else "–"
+    paper = _paper_sizes(column).get(split)
+    return ours + ("" if paper is None else f" [{paper:,}]")
 
 
 def _accuracies(

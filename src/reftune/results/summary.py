@@ -3,6 +3,7 @@ whether a warm-up was finished when RL began, and whether a reward model beats a
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -172,6 +173,7 @@ def summarize(group: Group) -> dict[str, Any]:
     table = score_table([group])
     return {
         "name": run.name,
+        "split": run.split,
         "methods": {method.method: _method_json(method) for method in table.methods},
         "comparisons": [found.to_row() for found in table.comparisons],
         "handovers": [found.to_row() for found in handovers(run)],
@@ -251,8 +253,10 @@ def group_runs(runs: Sequence[RunResults]) -> list[Group]:
 
 
 def _group_label(runs: Sequence[RunResults]) -> str:
-    name = runs[0].name
-    return name if len(runs) == 1 else re.sub(r"[-_.]?(s|seed)?[-_]?\d+$", "", name) or name
+    """The name of the runs. If their names end with their seeds, it is what comes before them."""
+    bases = {re.sub(rf"[-_.]?(s|seed)?[-_]?{run.seed}$", "", run.name) for run in runs}
+    is_numbered = len({run.name for run in runs}) > 1 == len(bases)
+    return (is_numbered and bases.pop()) or runs[0].name
 
 
 def _share_problems(runs: Sequence[RunResults]) -> bool:
@@ -421,7 +425,7 @@ def _row_curves(row: EvalRow, max_k: int, is_scored: bool) -> dict[str, list[flo
     vote = partial(voting.majority_curve, graded, valid=valid, same=voting.equality(row.grading))
     winners = {"maj": vote()}
     if is_scored:
-        scores = [sample.score or 0.0 for sample in samples]
+        scores = [s.score if s.score and math.isfinite(s.score) else 0.0 for s in samples]
         texts = [sample.completion for sample in samples]
         winners["weighted"] = vote(weights=scores)
         winners["rerank"] = voting.rerank_curve(graded, texts, scores, valid=valid)
@@ -452,8 +456,10 @@ class Handover:
 
     @property
     def is_ready(self) -> bool:
-        """Whether dev accuracy no longer rose and was at least `NEEDED_ACCURACY`."""
-        return not self.rise.is_beyond_chance and self.accuracy >= NEEDED_ACCURACY
+        """Whether dev accuracy was at least `NEEDED_ACCURACY` and no longer rose, as far as dev can
+        tell."""
+        is_flat = not (self.rise.is_beyond_chance or self.rise.is_uncertain)
+        return is_flat and self.accuracy >= NEEDED_ACCURACY
 
     def to_row(self) -> dict[str, Any]:
         return {

@@ -27,6 +27,7 @@ from reftune.stages.plateau import LOOKS, NEEDED_ACCURACY, Rise
 Row = list[str]
 
 NOT_SIGNIFICANT = "n.s."
+NEEDED = f"RL needs about {NEEDED_ACCURACY:.0%}"
 
 
 # --- sentences ------------------------------------------------------------------------------------
@@ -68,8 +69,10 @@ def points(difference: float) -> str:
 
 
 def p_text(p: float) -> str:
-    """A p-value as text: `p = 0.031` or `p < 0.001`."""
-    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+    """A p-value as text: `p = 0.031` or `p < 0.001`. A value that would be rounded to 0.050 has
+    more digits, to show on which side of 0.05 it is."""
+    text = f"{p:.3f}"
+    return "p < 0.001" if p < 0.001 else f"p = {text if text != '0.050' else f'{p:.5f}'}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,14 +150,20 @@ def _chosen_sentence(table: ScoreTable) -> str:
     return f"Models were chosen by dev accuracy (dev evaluations: {', '.join(looks)}){scored}."
 
 
-def rise_line(rise: Rise) -> str:
-    """A line that states whether RL or more SFT should follow."""
-    if not rise.is_beyond_chance:
-        return f"dev accuracy is no longer rising ({_rise_text(rise)}): RL can take over"
-    return (
-        f"dev accuracy is still rising by {100 * rise.value / LOOKS:.1f} points per evaluation"
-        f" ({_rise_text(rise)}): more SFT may teach more than RL"
-    )
+def rise_line(rise: Rise, accuracy: float) -> str:
+    """A line that states whether RL or more SFT should follow. `accuracy` is that after the
+    rise."""
+    text = _rise_text(rise)
+    if rise.is_beyond_chance:
+        return (
+            f"dev accuracy is still rising by {100 * rise.value / LOOKS:.1f} points per evaluation"
+            f" ({text}): more SFT may teach more than RL"
+        )
+    if accuracy < NEEDED_ACCURACY:
+        return f"dev accuracy is flat at {percent(accuracy)} ({text}): {NEEDED}"
+    if rise.is_uncertain:
+        return f"dev has too few problems to tell whether dev accuracy is still rising ({text})"
+    return f"dev accuracy is no longer rising ({text}): RL can take over"
 
 
 def _rise_text(rise: Rise) -> str:
@@ -186,19 +195,24 @@ def same_models(run: RunResults) -> list[str]:
 def sentence(handover: Handover) -> str:
     """A line that states whether the warm-up was finished when the RL stage began."""
     rise = _rise_text(handover.rise)
-    if handover.is_ready:
+    if handover.rise.is_beyond_chance:
         return (
-            f"{handover.init} was finished when {handover.stage} began: dev accuracy had changed"
-            f" by {rise}"
+            f"{handover.init} was not finished when {handover.stage} began: dev accuracy was still"
+            f" rising ({rise}); more SFT may teach more than RL"
         )
-    if not handover.rise.is_beyond_chance:
+    if handover.accuracy < NEEDED_ACCURACY:
         return (
-            f"{handover.init} was flat at {handover.accuracy:.0%} on dev when {handover.stage}"
-            f" began ({rise}): RL needs about {NEEDED_ACCURACY:.0%}"
+            f"{handover.init} was flat at {percent(handover.accuracy)} on dev when"
+            f" {handover.stage} began ({rise}): {NEEDED}"
+        )
+    if handover.rise.is_uncertain:
+        return (
+            f"dev has too few problems to tell whether {handover.init} was finished when"
+            f" {handover.stage} began ({rise})"
         )
     return (
-        f"{handover.init} was not finished when {handover.stage} began: dev accuracy was still"
-        f" rising ({rise}); more SFT may teach more than RL"
+        f"{handover.init} was finished when {handover.stage} began: dev accuracy had changed"
+        f" by {rise}"
     )
 
 
@@ -257,7 +271,8 @@ def _gain_cells(method: MethodScore, table: ScoreTable) -> Row:
 
 def caption(table: ScoreTable) -> str:
     """A caption that explains the table's numbers."""
-    n = table.methods[0].greedy.n if table.methods else 0
+    sizes = [solved.size for method in table.methods[:1] for solved in method.outcomes[GREEDY]]
+    n = "–".join(f"{size:,}" for size in sorted({min(sizes, default=0), max(sizes, default=0)}))
     seeds = f", mean over {table.num_seeds} seeds" if table.num_seeds > 1 else ""
     is_single = table.num_seeds == 1
     interval = "Wilson" if is_single else "Student's t over seeds"
@@ -266,7 +281,7 @@ def caption(table: ScoreTable) -> str:
     apart = "; ".join(f"{name} {', '.join(map(str, n))}" for name, n in table.seeds_apart.items())
     unpaired = f" Groups with different seeds are not compared (seeds: {apart})." if apart else ""
     return (
-        f"Accuracy in percent on {n:,} {table.split} problems{seeds}, 95% interval ({interval});"
+        f"Accuracy in percent on {n} {table.split} problems{seeds}, 95% interval ({interval});"
         f" differences paired by problem; {NOT_SIGNIFICANT}: {test}, not corrected for several"
         f" comparisons.{limits}{unpaired}"
     )
@@ -293,6 +308,7 @@ def render_table(table: ScoreTable, fmt: str) -> str:
     document = {
         "split": table.split,
         "seeds": table.num_seeds,
+        "seeds_apart": table.seeds_apart,
         "baseline": table.baseline,
         "methods": methods,
         "comparisons": [found.to_row() for found in table.comparisons],

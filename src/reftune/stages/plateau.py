@@ -13,6 +13,9 @@ little or nothing in our measurements (docs/handover.md)."""
 LOOKS = 4
 """Number of dev evaluations over which a rise is measured. docs/experiments/handover.md compares
 the values 2 to 5."""
+LARGE_MARGIN = 0.1
+"""Margins beyond this, as with fewer than about 100 dev problems, do not show whether a warm-up is
+finished."""
 Z95 = 1.959964
 COOLDOWN = 10
 """Ratio of the number of steps before a cooldown to the number of steps in the cooldown."""
@@ -30,6 +33,11 @@ class Rise:
     @property
     def is_beyond_chance(self) -> bool:
         return self.value > self.margin
+
+    @property
+    def is_uncertain(self) -> bool:
+        """Whether the interval is so wide that accuracy may have changed by much unnoticed."""
+        return self.margin > LARGE_MARGIN
 
 
 def rise(before: Sequence[bool], after: Sequence[bool]) -> Rise:

@@ -9,7 +9,8 @@ import pytest
 
 from reftune.results.records import MetricRow, RunResults, StageResults
 from reftune.results.summary import handovers
-from reftune.results.tables import sentence
+from reftune.results.tables import rise_line, sentence
+from reftune.stages.plateau import Rise
 
 
 def rows(*values: dict[str, float]) -> tuple[MetricRow, ...]:
@@ -77,9 +78,32 @@ def test_a_warm_up_that_is_flat_before_it_can_be_rewarded_was_not_finished() -> 
     assert not found.rise.is_beyond_chance and not found.is_ready
     assert found.to_row()["ready"] is False
     assert sentence(found) == (
-        "sft was flat at 12% on dev when reft began (+1.0 ± 4.0 points over 4 evaluations):"
+        "sft was flat at 12.0% on dev when reft began (+1.0 ± 4.0 points over 4 evaluations):"
         " RL needs about 20%"
     )
+
+
+def test_few_dev_problems_do_not_tell_whether_a_warm_up_was_finished() -> None:
+    # 20 dev problems, of which 5 were won and 1 was lost: +20 ± 22 points
+    looks = rows({"dev/accuracy": 0.5, "dev/rise": 0.2, "dev/rise_margin": 0.223})
+    (found,) = handovers(run(stage("sft", looks, chosen_step=1), stage("reft", RL, init="sft")))
+    assert not found.is_ready
+    assert sentence(found).startswith("dev has too few problems to tell whether sft was finished")
+
+
+@pytest.mark.parametrize(
+    ("rise", "accuracy", "line"),
+    [
+        (Rise(value=0.12, margin=0.05), 0.1, "is still rising by 3.0 points per evaluation"),
+        (Rise(value=0.0, margin=0.0), 0.0, "is flat at 0.0%"),
+        (Rise(value=0.0, margin=0.05), 0.197, "is flat at 19.7%"),
+        (Rise(value=0.0, margin=0.05), 0.2, "is no longer rising"),
+        (Rise(value=0.05, margin=0.15), 0.5, "too few problems to tell"),
+    ],
+)
+def test_the_line_before_rl_says_what_should_follow(rise: Rise, accuracy: float, line: str) -> None:
+    assert line in rise_line(rise, accuracy)
+    assert ("RL can take over" in rise_line(rise, accuracy)) == (line == "is no longer rising")
 
 
 @pytest.mark.parametrize(

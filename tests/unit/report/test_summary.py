@@ -25,7 +25,7 @@ from reftune.results.summary import (
     summarize,
     voting_curves,
 )
-from reftune.results.tables import display, headline, points, render_table
+from reftune.results.tables import caption, display, headline, points, render_table
 
 WriteRun = Callable[..., Path]
 
@@ -261,6 +261,44 @@ def test_a_repeated_seed_is_another_run_not_another_seed(write_run: WriteRun) ->
     folders = [write_run("a", seed=0), write_run("b", seed=1), write_run("c", seed=1)]
     groups = group_runs([read_run(folder) for folder in folders])
     assert [[run.name for run in group.runs] for group in groups] == [["a", "b"], ["c"]]
+
+
+@pytest.mark.parametrize(
+    ("names", "label"),
+    [
+        (("exp-seed0", "exp-seed1"), "exp"),
+        (("run_s0", "run_s1"), "run"),
+        (("smollm2-135", "smollm2-135"), "smollm2-135"),  # the number is no seed
+        (("tests1", "tests1"), "tests1"),
+        (("a", "b"), "a"),
+        (("0", "1"), "0"),
+    ],
+)
+def test_a_group_is_called_like_its_runs_without_their_seeds(
+    names: tuple[str, str], label: str, write_run: WriteRun
+) -> None:
+    folders = [write_run(f"folder-{seed}", seed=seed) for seed in range(2)]
+    for folder, name in zip(folders, names, strict=True):
+        changed = (
+            (folder / "recipe.yaml").read_text().replace(f"name: {folder.name}", f"name: {name!r}")
+        )
+        (folder / "recipe.yaml").write_text(changed)
+    (group,) = read_groups(folders)
+    assert group.label == label
+
+
+def test_a_summary_names_the_split(write_run: WriteRun) -> None:
+    assert summary_of(write_run())["split"] == "test"
+
+
+def test_a_caption_names_the_numbers_of_problems_of_all_seeds(write_run: WriteRun) -> None:
+    folders = [
+        write_run(f"r{seed}", seed=seed, num_problems=n, problem_seed=seed)
+        for seed, n in enumerate((24, 9))
+    ]
+    recipe = folders[1] / "recipe.yaml"  # as if some questions of the second seed had been dropped
+    recipe.write_text(recipe.read_text().replace("test: 9", "test: 24"))
+    assert "on 9–24 test problems" in caption(score_table(read_groups(folders)))
 
 
 def test_groups_of_one_name_are_told_apart_by_folder(write_run: WriteRun, tmp_path: Path) -> None:

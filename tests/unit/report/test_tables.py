@@ -11,6 +11,7 @@ import pytest
 
 from reftune.errors import DataError
 from reftune.results import table_command
+from reftune.results.tables import p_text
 
 WriteRun = Callable[..., Path]
 ROOT = Path(__file__).parents[3]
@@ -42,6 +43,20 @@ def test_differences_that_are_not_significant_are_marked(write_run: WriteRun) ->
     assert "+0.0 [−10.7, +10.7]" in reft
     assert "p = 1.000 n.s." in reft
     assert "n.s.: exact McNemar p ≥ 0.05" in text
+
+
+@pytest.mark.parametrize(
+    ("p", "text"),
+    [
+        (0.0004, "p < 0.001"),
+        (0.0312, "p = 0.031"),
+        (0.0497, "p = 0.04970"),
+        (0.0503, "p = 0.05030"),
+        (1.0, "p = 1.000"),
+    ],
+)
+def test_a_rounded_p_value_stays_on_its_side_of_the_limit(p: float, text: str) -> None:
+    assert p_text(p) == text
 
 
 def test_markdown_is_a_pipe_table(write_run: WriteRun) -> None:

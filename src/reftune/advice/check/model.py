@@ -121,28 +121,28 @@ def check_accuracy(subject: Subject) -> Finding:
     )
     last = _last_rise(subject)
     if last is not None:
-        message += f"; {rise_line(last)}"
+        message += f"; {rise_line(*last)}"
     has_supervised = learns_from_rationales(subject) and "base" not in rl_inits(subject.recipe)
     is_trained_first = subject.method == "base" and has_supervised
     if high < NEEDED_ACCURACY and not is_trained_first:
         finding = warn(message, "start RL from a warm-up, a stronger model or easier questions")
-    elif last is not None and last.is_beyond_chance:
+    elif last is not None and last[0].is_beyond_chance:
         finding = warn(message, "train the warm-up further: until=plateau ends it automatically")
     else:
         finding = ok(f"{message}; a warm-up comes first" if is_trained_first else message)
     return replace(finding, samples=tuple(rows[:NUM_SHOWN]))
 
 
-def _last_rise(subject: Subject) -> Rise | None:
-    """The last rise in dev accuracy of the stage before RL; None if it was not recorded."""
+def _last_rise(subject: Subject) -> tuple[Rise, float] | None:
+    """The last rise in dev accuracy of the stage before RL, and the accuracy after it; None if it
+    was not recorded."""
     if subject.method == "base":
         return None
     stage = stage_folder(subject.recipe, subject.method)
     try:
-        found = last_rise(read_run(stage.run.path), stage.path.name)
+        return last_rise(read_run(stage.run.path), stage.path.name)
     except DataError:  # a model that was not saved by a run of reftune
         return None
-    return None if found is None else found[0]
 
 
 def check_logprobs(subject: Subject) -> Finding:

@@ -80,6 +80,7 @@ def render_report(groups: Sequence[Group]) -> str:
         recipe_differences=_recipe_differences(groups),
         group_labels=[group.label for group in groups],
         num_seeds=table.num_seeds,
+        split=table.split,
     )
 
 
