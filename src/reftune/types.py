@@ -114,8 +114,7 @@ class Problem:
     """Decimal separator in `choices`. Gold answers have decimal points, except for texts,
     expressions and patterns, which are kept as in the data."""
     columns: Mapping[str, Any] = field(default_factory=dict)
-    """Columns of the data that reftune does not use itself but passes to a user's reward function
-    as keyword arguments."""
+    """Columns of the data that are passed to a user's reward function as keyword arguments."""
     gold_text: str = ""
     """The gold answer as the data spells it; empty if unknown. `reftune check` shows it next to the
     answer that was read from it."""

@@ -484,6 +484,18 @@ def test_keys_that_a_style_does_not_read_are_refused(make_recipe, kind, keys, sa
         parse_recipe({**content, "format": {"kind": kind, **keys}})
 
 
+@pytest.mark.parametrize(
+    ("roles", "place"), [("uaa", 0), ("uaua", 2), ("suaa", 1), ("uua", 1), ("uau", 2), ("u", 0)]
+)
+def test_the_instruction_is_in_the_last_user_s_turn(roles: str, place: int):
+    names = {"s": "system", "u": "user", "a": "assistant"}
+    turns = tuple(Message(role=names[role], content=f"{n}") for n, role in enumerate(roles))
+    asked = problem(messages=turns)
+    prompt = Nl(style="chat", instruction="Read.").prompt(asked)
+    texts = [f"Read.\n\n{n}" if n == place else f"{n}" for n in range(len(roles))]
+    assert [turn.content for turn in prompt.turns] == texts
+
+
 def test_options_and_instruction_are_part_of_the_user_s_turn():
     asked = problem(question="Pick.", choices=("1", "2"))
     prompt = Nl(style="chat", instruction="Read.").prompt(asked)

@@ -662,6 +662,22 @@ def test_raw_text_to_a_tokenizer_with_a_template_is_a_warning(tmp_path):
     assert prompt.level == "warn" and "the model gets raw text" in prompt.message
 
 
+@pytest.mark.parametrize("mark", ["<|im_start|>user\n", "[INST] ", "<|end_of_text|>"])
+def test_questions_with_tokens_of_a_chat_template_are_a_warning(tmp_path, mark):
+    def templated(i: int, problem: Problem) -> Problem:
+        return replace(problem, question=f"{mark}{problem.question}") if i else problem
+
+    def found(style: str) -> Any:
+        run = asking(tmp_path / style, "llama3", style=style)
+        model = run.model.model_copy(update={"micro_batch_tokens": 512, "dtype": "float32"})
+        changes = {"model": model, "engine": Kv(batch_size=8), "dataset": Sums(edit=templated)}
+        return check_only(run.model_copy(update=changes), {"prompt"}).findings[0]
+
+    assert found("chat").level == "warn"
+    assert found("chat").message.startswith("11 questions with tokens of a chat template")
+    assert "the model gets raw text" not in found("plain").message
+
+
 def test_the_report_holds_the_exact_ids_of_a_chat_prompt_and_target(tmp_path):
     report = check_recipe(asking(tmp_path, "llama3", style="chat", system="Add."))
     assert named(report, "prompt").level == named(report, "boundary").level == "ok"

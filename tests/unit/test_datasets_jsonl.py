@@ -139,7 +139,7 @@ def test_columns_may_have_other_names_and_the_rest_is_kept(tmp_path: Path) -> No
     (problem,) = load(tmp_path, row, columns=columns).train
     assert (problem.id, problem.question, problem.rationale) == ("17", "q", "so")
     assert problem.answer.value == 1234
-    assert problem.columns == {"level": 3, "tags": ["a"]}
+    assert problem.columns == row
 
 
 def test_rationales_and_ids_may_be_missing(tmp_path: Path) -> None:

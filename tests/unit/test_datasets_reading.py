@@ -138,6 +138,50 @@ def test_a_folder_may_hold_parquet_shards(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        (["train-00000-of-00004"], "1 of 4"),
+        (["train-00000-of-00003", "train-00002-of-00003"], "2 of 3"),
+        (["train-1-of-2"], "1 of 2"),
+        (["train-00001-of-00002-ab12cd"], "1 of 2"),
+        (["train-00000-of-00001", "train-00000-of-00002"], "1 of 2"),
+    ],
+)
+@pytest.mark.parametrize("folder", [".", "data"])
+def test_a_folder_in_which_shards_are_missing_is_refused(
+    tmp_path: Path, names: list[str], found: str, folder: str
+) -> None:
+    (tmp_path / folder).mkdir(exist_ok=True)
+    for name in names:
+        (tmp_path / folder / f"{name}.parquet").touch()
+    with pytest.raises(DataError, match=f"{found} files like train-"):
+        read_rows(str(tmp_path), "train")
+
+
+@pytest.mark.parametrize(
+    "names", [["train-1-of-2", "train-2-of-2"], ["train-a", "train-b"], ["train-0-of-1-ab"]]
+)
+def test_shards_may_be_counted_from_one_or_not_at_all(tmp_path: Path, names: list[str]) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    for name in names:
+        parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / f"{name}.parquet")
+    assert columns(read_rows(str(tmp_path), "train")) == ROWS * len(names)
+
+
+@pytest.mark.parametrize("name", ["dataset_dict.json", "data-00000-of-00001.arrow"])
+def test_a_folder_of_save_to_disk_is_named_with_the_remedy(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(DataError, match=r"instead of save_to_disk, use to_parquet\('dev.parquet'"):
+        read_rows(str(tmp_path), "dev")
+    (tmp_path / name).rename(tmp_path / "other.txt")
+    with pytest.raises(DataError) as error:
+        read_rows(str(tmp_path), "dev")
+    assert "to_parquet" not in str(error.value)
+
+
+@pytest.mark.parametrize(
     ("name", "text", "message"),
     [
         (

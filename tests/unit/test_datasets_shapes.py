@@ -245,7 +245,7 @@ def test_columns_that_are_named_come_before_recognised_ones(tmp_path: Path) -> N
     row = {"instruction": "q", "input": "", "output": "positive", "score": 7}
     (problem,) = load(tmp_path, row, columns={"answer": "score", "rationale": None})
     assert (problem.answer.value, problem.rationale) == (7, None)
-    assert problem.columns == {"output": "positive"}, "the rest is for a reward function"
+    assert problem.columns == row, "for a reward function"
 
 
 STATED = ["3 + 10 = 13. The answer is 13.", "3 + 10 = 13.", "3 + 10 = 13. The answer is 20."]
@@ -418,7 +418,7 @@ def test_two_columns_of_numbers_with_numbers_as_golds_are_operands(
 ) -> None:
     (problem,) = load(tmp_path, {"question": "3 + 4?", "a": 3, "b": "4", "answer": answer})
     assert (problem.answer.kind, problem.choices) == ("number", ())
-    assert problem.columns == {"a": 3, "b": "4"}
+    assert {name: problem.columns[name] for name in "ab"} == {"a": 3, "b": "4"}
 
 
 @pytest.mark.parametrize("row", [{"a": 3, "b": 4, "answer": "B"}, {"A": "x", "B": 4, "answer": 4}])
@@ -501,6 +501,246 @@ def test_rationales_are_read_with_the_decimal_separator_of_the_golds(tmp_path: P
     row = {"question": "q", "answer": "1.250", "rationale": "So it is. The answer is 1.250."}
     (problem,) = load(tmp_path, row, decimal=",")
     assert problem.rationale == row["rationale"]
+
+
+@pytest.mark.parametrize(
+    ("written", "kind", "value"),
+    [
+        ('["3"]', "number", 3),
+        ("['3']", "number", 3),
+        ('[ "1,250" ]', "number", 1250),
+        ('So it is.\n#### ["3"]', "number", 3),
+        (r'["\\frac{1}{2}"]', "number", Fraction(1, 2)),
+        (r'["\frac{1}{2}"]', "number", Fraction(1, 2)),
+        (r'["\nu + \theta"]', "latex", r"\nu + \theta"),
+        ('["(1, 2)"]', "latex", "(1, 2)"),
+        ('["Paris"]', "text", "Paris"),
+        (r'["caf\u00e9"]', "text", "café"),
+        ('["red", "blue"]', "list", "red, blue"),
+        ('["1", "2", "3"]', "list", "1, 2, 3"),
+        ("[1, 2]", "latex", "[1, 2]"),
+        ("[12]", "number", 12),
+        ("[5'6\"]", "text", "[5'6\"]"),
+        ("[red]", "text", "[red]"),
+    ],
+)
+def test_a_written_list_of_one_quoted_item_is_that_item(
+    tmp_path: Path, written: str, kind: str, value: object
+) -> None:
+    (problem,) = load(tmp_path, {"question": "q", "answer": written})
+    assert (problem.answer.kind, problem.answer.value) == (kind, value)
+    if kind not in ("list", "number"):
+        assert problem.gold_text == value, "rewards and checks see the item, too"
+
+
+@pytest.mark.parametrize("written", ['["3", "7"]', "['3', 7]", r'["\\sqrt{2}", "\\pi", "1"]'])
+def test_a_written_list_of_several_items_is_refused_as_a_list_is(
+    tmp_path: Path, written: str
+) -> None:
+    with pytest.raises(DataError, match=r":1: answer is \[.*\], a list; .* answer_kind: any_of"):
+        load(tmp_path, {"question": "q", "answer": written})
+    (problem,) = load(tmp_path, {"question": "q", "answer": written}, answer_kind="set")
+    assert problem.answer.kind == "set"
+
+
+def test_a_written_list_stays_as_it_is_if_options_or_the_answer_kind_say_so(tmp_path: Path) -> None:
+    (option,) = load(tmp_path, {"question": "q", "choices": ['["3"]', "4"], "answer": '["3"]'})
+    assert option.answer == Answer(kind="choice", value="a")
+    (text,) = load(tmp_path, {"question": "q", "answer": '["3"]'}, answer_kind="text")
+    assert text.answer == Answer(kind="text", value='["3"]')
+
+
+@pytest.mark.parametrize(
+    ("row", "answer"),
+    [
+        ({"prompt": "q", "completion": "So 13. The answer is 13.", "label": True}, 13),  # TRL's KTO
+        ({"problem": "q", "response": "So $\\boxed{13}$.", "correct": True}, 13),
+        ({"problem": "q", "output": "#### 13", "Correct": "true"}, 13),
+        ({"messages": [USER, REPLY], "label": True}, 13),
+        ({"question": "q", "answer": "13", "correct": False}, 13),
+        ({"question": "q", "label": True}, "True"),
+        ({"question": "q", "answer": False, "solution": "It is odd."}, "False"),
+        ({"messages": [USER], "label": True}, "True"),
+        ({"question": "q", "label": True, "response": None}, "True"),
+        ({"question": "q", "label": "13", "response": "It is 13."}, 13),
+    ],
+    ids=str,
+)
+def test_truth_values_that_may_judge_a_completion_come_after_other_answers(
+    tmp_path: Path, row: dict[str, Any], answer: object
+) -> None:
+    (problem,) = load(tmp_path, row)
+    assert problem.answer.value == answer
+
+
+@pytest.mark.parametrize(
+    ("name", "truths"), [("label", [True, False]), ("correct", ["True", "false"])]
+)
+def test_a_completion_that_is_judged_to_be_wrong_is_no_gold_answer(
+    tmp_path: Path, name: str, truths: list[object]
+) -> None:
+    rows = [
+        {"prompt": f"q{n}", "completion": f"#### {n}", name: truth}
+        for n, truth in enumerate(truths)
+    ]
+    with pytest.raises(DataError, match=rf":2: {name} is .*, which may mean that completion is w"):
+        load(tmp_path, *rows)
+    named = load(tmp_path, *rows, columns={"answer": "completion"})
+    assert [problem.answer.value for problem in named] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "empty", [{"cot": None}, {"explanation": ""}, {"reasoning": " ", "id": ""}, {"CoT": "nan"}]
+)
+def test_an_empty_column_does_not_hide_the_solutions_in_another(
+    tmp_path: Path, empty: dict[str, object]
+) -> None:
+    row = {"question": "3 + 10?", "answer": "It is 13.\n#### 13", **empty}
+    (problem,) = load(tmp_path, row)
+    assert (problem.rationale, problem.id) == ("It is 13.", "data-1")
+
+
+def test_solutions_may_begin_after_many_bare_answers(tmp_path: Path) -> None:
+    bare = [{"question": f"q{n}", "answer": str(n)} for n in range(30)]
+    worked = {"question": "q", "answer": "It is 13.\n#### 13"}
+    assert [problem.rationale for problem in load(tmp_path, *bare, worked)[-2:]] == [
+        None,
+        "It is 13.",
+    ]
+
+
+@pytest.mark.parametrize("missing", ["nan", "NaN", "#N/A", " "])
+def test_what_programs_write_for_a_missing_rationale_is_none(tmp_path: Path, missing: str) -> None:
+    rows = [{"question": f"q{n}", "answer": n, "rationale": missing} for n in range(2)]
+    worked = {"question": "q", "answer": 13, "rationale": "nan is no number."}
+    rationales = [problem.rationale for problem in load(tmp_path, *rows, worked)]
+    assert rationales == [None, None, "nan is no number."]
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_thoughts_outside_the_text_are_refused(tmp_path: Path, key: str) -> None:
+    with pytest.raises(DataError, match=rf"assistant has {key}: 'Hm.'; expected .* <think>…</th"):
+        load(tmp_path, {"messages": [USER, {**REPLY, key: "Hm."}]})
+    for empty in (None, "", " ", False):
+        (problem,) = load(tmp_path, {"messages": [USER, {**REPLY, key: empty}]})
+        assert problem.rationale == REPLY["content"]
+
+
+@pytest.mark.parametrize(
+    ("row", "column"),
+    [
+        ({"prompt": [{"role": "user", "content": "q \ud83d"}], "answer": 1}, "prompt"),
+        ({"messages": [USER, {"role": "assistant", "content": "\udc00 #### 13"}]}, "messages"),
+        ({"question": "q", "answer": "cat \ud83d"}, "answer"),
+        ({"question": "q", "options": ["cat \ud83d", "dog"], "answer": "A"}, "options"),
+        (
+            {
+                "question": "q",
+                "choices": {"text": ["\udfff", "d"], "label": ["A", "B"]},
+                "answer": "A",
+            },
+            "choices",
+        ),
+        ({"question": "q", "a": "x", "b": "\ud83d", "answer": "A"}, "b"),
+        (
+            {"question": "q", "reward_model": {"ground_truth": "\ud83d"}},
+            "reward_model.ground_truth",
+        ),
+    ],
+    ids=ascii,
+)
+def test_half_a_surrogate_pair_is_refused_wherever_it_is(
+    tmp_path: Path, row: dict[str, Any], column: str
+) -> None:
+    with pytest.raises(DataError, match=rf":1: {column} is .*half a surrogate pair; expected text"):
+        load(tmp_path, row)
+
+
+def test_whole_surrogate_pairs_and_halves_in_unused_columns_are_accepted(tmp_path: Path) -> None:
+    rows = [{"question": "q 😀", "answer": 1, "note": "\ud83d"}]
+    assert load(tmp_path, *rows)[0].question == "q 😀"
+
+
+@pytest.mark.parametrize("prompt", ["prompt", "Prompt", "context_messages"])
+def test_a_prompt_that_ends_with_a_prefill_is_refused(tmp_path: Path, prompt: str) -> None:
+    row = {prompt: [USER, {"role": "assistant", "content": "Let me see."}], "answer": 13}
+    with pytest.raises(
+        DataError,
+        match=rf":1: {prompt} ends with the assistant's turn 'Let me see.'; .*rationale={prompt}",
+    ):
+        load(tmp_path, row)
+    with pytest.raises(DataError, match="ends with the assistant's turn"):
+        load(tmp_path, {**row, "rationale": "So it is 13."})
+    (problem,) = load(tmp_path, row, columns={"rationale": prompt})
+    assert problem.rationale == "Let me see."
+    (whole,) = load(tmp_path, {prompt: [USER, REPLY]})
+    assert (whole.answer.value, whole.rationale) == (13, REPLY["content"])
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "The median of 1, 9 and 40?", "a": 1, "b": 9, "c": 40, "answer": 9},
+        {"question": "3 * x^2 + 4 * x + 0 = 7?", "a": "3", "b": "4", "c": "0", "answer": "1"},
+        {"question": "1, 2, 3, 4: sum?", "A": 1, "B": 2, "C": 3, "D": 4, "answer": 10},
+    ],
+)
+def test_more_columns_of_numbers_may_be_operands(tmp_path: Path, row: dict[str, Any]) -> None:
+    (problem,) = load(tmp_path, row)
+    assert (problem.answer.kind, problem.choices) == ("number", ())
+
+
+def test_columns_of_numbers_are_options_if_a_gold_is_a_letter(tmp_path: Path) -> None:
+    row = {"question": "Which of 1, 9, 40 is even?", "a": 1, "b": 9, "c": 40, "answer": "C"}
+    assert load(tmp_path, row)[0].answer == Answer(kind="choice", value="c")
+
+
+@pytest.mark.parametrize("key", ["", " ", {"$oid": "5"}, [1], None], ids=str)
+def test_ids_that_nobody_named_are_ignored_if_they_are_no_ids(tmp_path: Path, key: object) -> None:
+    rows = [{"id": id_, "question": f"q{n}", "answer": n} for n, id_ in enumerate(["x", 7, key])]
+    assert [problem.id for problem in load(tmp_path, *rows)] == ["x", "7", "data-3"]
+    if key is not None:
+        with pytest.raises(DataError, match=r":3: id is .*; expected text"):
+            load(tmp_path, *rows, columns={"id": "id"})
+
+
+@pytest.mark.parametrize("name", ["expected_answer", "correct_answer", "ground_truth_answer"])
+@pytest.mark.parametrize("key", ["uuid", "unique_id", "problem_id", "question_id"])
+def test_more_names_of_answers_and_ids_are_recognised(tmp_path: Path, name: str, key: str) -> None:
+    row = {"problem": "q", "generated_solution": "So $\\boxed{13}$.", name: "13", key: "x"}
+    (problem,) = load(tmp_path, row)
+    assert (problem.answer.value, problem.rationale, problem.id) == (
+        13,
+        row["generated_solution"],
+        "x",
+    )
+
+
+def test_options_written_as_text_are_named_with_both_remedies(tmp_path: Path) -> None:
+    row = {"question": "Which is odd?", "options": "A) 1\nB) 2", "answer": "A"}
+    remedy = r"choices=null; to show this text, set dataset.columns.question=\[question,options\]\)"
+    with pytest.raises(DataError, match=remedy):
+        load(tmp_path, row)
+    (problem,) = load(tmp_path, row, columns={"question": ["question", "options"]})
+    assert problem.question == "Which is odd?\nA) 1\nB) 2"
+    assert problem.answer == Answer(kind="text", value="A")
+    with pytest.raises(DataError) as error:
+        load(tmp_path, {**row, "options": {"text": "1"}})
+    assert "to show" not in str(error.value)
+
+
+@pytest.mark.parametrize("empty", [[], None], ids=str)
+def test_an_empty_first_conversation_is_named(tmp_path: Path, empty: object) -> None:
+    with pytest.raises(DataError, match=rf":1: messages is {re.escape(repr(empty))}; expected t"):
+        load(tmp_path, {"messages": empty}, {"messages": [USER, REPLY]})
+
+
+def test_columns_as_pandas_writes_them_are_named_with_the_remedy(tmp_path: Path) -> None:
+    columns = {"question": {"0": "1 + 1?", "1": "1 + 2?"}, "answer": {"0": 2, "1": 3}}
+    with pytest.raises(DataError, match=r"expected text .*to_json with orient='records'"):
+        load(tmp_path, columns)
+    (problem,) = load(tmp_path, {"messages": [USER, REPLY], "tools": "null"})
+    assert problem.answer.value == 13
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,40 @@ def test_other_columns_are_not_named(tmp_path: Path, columns: dict[str, Any]) ->
     assert load(tmp_path, rows).notes == ()
 
 
+@pytest.mark.parametrize(
+    "column",
+    [
+        {"history": [[["What is 6 + 6?", "12"]], [], [], []]},
+        {"context": ["This is the first of two long passages on sums."]},
+        {"images": ["x.png"], "question": [f"<image>What is x + {n}?" for n in range(4)]},
+    ],
+    ids=str,
+)
+def test_lists_on_which_the_question_may_depend_are_named(
+    tmp_path: Path, column: dict[str, Any]
+) -> None:
+    name = next(iter(column))
+    rows = [row | {name: column[name]} for row in SUMS]
+    if name != "context":
+        rows = each(rows, **{key: x for key, x in column.items() if key == "question"})
+    (note,) = load(tmp_path, rows).notes
+    assert f"the lists in column {name} are not used; if they belong to the question, " in note
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        {"history": []},
+        {"tags": ["number theory", "a b c"]},
+        {"images": ["x.png"]},
+        {"numbers": [1, 2, 3, 4, 5, 6, 7, 8, 9]},
+    ],
+    ids=str,
+)
+def test_other_lists_are_not_named(tmp_path: Path, column: dict[str, Any]) -> None:
+    assert load(tmp_path, [row | column for row in SUMS]).notes == ()
+
+
 def test_text_beside_a_conversation_becomes_part_of_its_first_question(tmp_path: Path) -> None:
     turns = [("system", "Think."), ("user", "1 + 1?"), ("assistant", "2"), ("user", "And 1?")]
     messages = [{"role": role, "content": text} for role, text in turns]

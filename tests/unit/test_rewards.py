@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import pickle
 import signal
@@ -124,6 +125,34 @@ def test_gold_answers_have_the_spelling_of_the_data_and_ours(tmp_path: Path) -> 
         "\n    assert sorted(golds) == ['1250', 'b']\n    return [1.0] * len(completions)\n"
     )
     assert paid(reward_from(tmp_path, source), *splits.train) == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("row", "source"),
+    [
+        (
+            {"prompt": "1 + 4?", "ground_truth": "5"},
+            "def score(completions, ground_truth, **_):\n    return [float(ground_truth[0])]\n",
+        ),
+        (
+            {"problem": "1 + 4?", "solution": "So $\\boxed{5}$.", "level": 2},
+            "def score(solution, problem, level):\n    assert problem == ['1 + 4?']\n"
+            "    return [5.0 * ('boxed{5}' in solution[0])]\n",
+        ),
+        (
+            {"question": "1 + 4?", "answer": "So it is.\n#### 5", "id": "x"},
+            "def score(answer, question, id):\n    assert id == ['x']\n"
+            "    return [float(answer[0])]\n",
+        ),
+    ],
+)
+def test_columns_that_are_read_are_passed_too_except_under_our_names(
+    tmp_path: Path, row: dict[str, object], source: str
+) -> None:
+    (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
+    dataset = {"kind": "jsonl", "train": str(tmp_path / "train.jsonl"), "dev_size": 0}
+    (read,) = load_component(dataset, group="datasets").load(seed=0).train
+    assert paid(reward_from(tmp_path, source), read) == [5.0]
 
 
 def test_a_function_may_be_async(tmp_path: Path) -> None:

@@ -11,14 +11,15 @@ from typing import Any, ClassVar, Literal
 from reftune.datasets import FileDataset, Splits
 from reftune.datasets.reading.conversations import read_conversation
 from reftune.datasets.reading.file_dataset import Split
-from reftune.datasets.reading.golds import GoldReader, marked_text, worked_solution
+from reftune.datasets.reading.golds import GoldReader, is_missing, marked_text, worked_solution
 from reftune.datasets.reading.options import Options
 from reftune.datasets.reading.rationales import drop_contradictions
 from reftune.datasets.reading.rows import Row, refuse_type_changes
-from reftune.datasets.reading.shapes import Columns, recognise
+from reftune.datasets.reading.shapes import Columns, is_prompt, recognise
 from reftune.datasets.reading.splits import question_key, same_gold
-from reftune.datasets.reading.unused import unused_columns
+from reftune.datasets.reading.unused import unused_columns, unused_lists
 from reftune.errors import DataError
+from reftune.grading.rewards.function import ARGUMENTS
 from reftune.text import shown
 from reftune.types import Answer, AnswerKind, Message, Problem
 
@@ -58,9 +59,9 @@ class Jsonl(FileDataset):
     def notes(
         self, rows: Mapping[Split, Sequence[Row]], problems: Mapping[Split, Sequence[Problem]]
     ) -> tuple[str, ...]:
-        asked = self._columns(rows["train"], is_train=True).question
-        note = unused_columns(problems, [asked] if isinstance(asked, str) else asked)
-        return (note,) if note else ()
+        columns = self._columns(rows["train"], is_train=True)
+        notes = unused_columns(problems, columns), unused_lists(problems["train"], columns)
+        return tuple(filter(None, notes))
 
     def trainable(self, splits: Splits) -> Splits:
         """`splits` without the training rows whose rationale contradicts the gold answer. Numbers
@@ -83,7 +84,7 @@ class Jsonl(FileDataset):
 
     def _read(self, rows: Sequence[Row], *, is_train: bool) -> list[_Read]:
         columns = self._columns(rows, is_train=is_train)
-        refuse_type_changes(rows, columns.names)
+        refuse_type_changes(rows, [name for name in columns.names if name != columns.id])
         read = [self._read_row(row, columns) for row in rows]
         if self.positions_from is not None and all(each.options is None for each in read):
             raise DataError(
@@ -119,7 +120,7 @@ class Jsonl(FileDataset):
         try:
             options = self.golds.options(row, columns.choices)
         except DataError as error:
-            raise DataError(f"{error}{self._hint(columns)}") from None
+            raise DataError(f"{error}{self._hint(row, columns)}") from None
         if options is None and self.answer_kind == "choice":
             raise DataError(
                 f"{row.where}: no options; answer_kind: choice expects a column of options"
@@ -127,32 +128,50 @@ class Jsonl(FileDataset):
             )
         return options
 
-    def _hint(self, columns: Columns) -> str:
+    def _hint(self, row: Row, columns: Columns) -> str:
         """The remedy if columns such as `a` and `b` were recognised as options but are not. Empty
         if the user's settings say that there are options."""
-        named = self.columns is not None and "choices" in self.columns.model_fields_set
-        if named or self._says_options:
+        if self._names("choices") or self._says_options:
             return ""
-        which = f"column {columns.choices}"
+        which, shows = f"column {columns.choices}", ""
         if isinstance(columns.choices, list):
             which = f"columns {columns.choices[0]} to {columns.choices[-1]}"
-        return f"; {which}: read as options (if that is wrong, set dataset.columns.choices=null)"
+        elif isinstance(row.get(str(columns.choices)), str):  # such as "A) 1, B) 2"
+            asked = ",".join([*columns.asked, str(columns.choices)])
+            shows = f"; to show this text, set dataset.columns.question=[{asked}]"
+        wrong = f"if that is wrong, set dataset.columns.choices=null{shows}"
+        return f"; {which}: read as options ({wrong})"
+
+    def _names(self, field: str) -> bool:
+        """Whether the user named the column of a field."""
+        return self.columns is not None and field in self.columns.model_fields_set
+
+    def _id(self, row: Row, column: str | None) -> str:
+        """The row's id. A column that the user did not name is ignored if it contains no id."""
+        value = None if column is None else row.get(column)
+        if column is None or value is None:
+            return row.id
+        if isinstance(value, int | float):
+            return str(value)
+        is_text = isinstance(value, str) and value.strip() != ""
+        return row.text(column) if is_text or self._names("id") else row.id
 
     def _read_row(self, row: Row, columns: Columns) -> _Read:
         options = self._options(row, columns)
-        question, messages = _question(row, columns.question)
+        row.refuse_half_pairs(*columns.names)
+        question, messages = _question(row, columns)
         cell = marked_text(row, columns.answer)
         try:
             answer, stated = self.golds.gold(cell, options)
         except DataError as error:
-            hint = "" if options is None else self._hint(columns)
+            hint = "" if options is None else self._hint(row, columns)
             raise DataError(f"{row.where}: {columns.answer} is {error}{hint}") from None
         if columns.rationale == columns.answer:
             rationale = worked_solution(cell) if isinstance(cell, str) else None
         else:
             rationale = _rationale(row, columns.rationale)
         problem = Problem(
-            id=_id(row, columns.id),
+            id=self._id(row, columns.id),
             question=question,
             messages=messages,
             answer=answer,
@@ -160,7 +179,7 @@ class Jsonl(FileDataset):
             rationale=rationale,
             choices=() if options is None else options.texts,
             decimal=self.decimal,
-            columns=row.others(*columns.names),
+            columns=row.others(*ARGUMENTS.intersection(columns.names)),
         )
         gold = self.golds.spelled(stated)
         return _Read(problem=problem, gold=gold, options=options, where=row.where)
@@ -221,14 +240,22 @@ def _system(problem: Problem) -> str:
     return "\n\n".join(turn.content for turn in problem.messages if turn.role == "system")
 
 
-def _question(row: Row, column: str | list[str]) -> tuple[str, tuple[Message, ...]]:
+def _question(row: Row, columns: Columns) -> tuple[str, tuple[Message, ...]]:
     """The question as one string and, if a cell is a conversation, the turns before the answer.
-    The text of other columns becomes part of the conversation's first question."""
-    names = [column] if isinstance(column, str) else column
+    The text of other columns becomes part of the conversation's first question. Raises: DataError
+    if a cell contains no question, or if a prompt contains the beginning of the reply."""
+    names = columns.asked
     for place, name in enumerate(names):
         if (conversation := read_conversation(row, name)) is not None:
             if not conversation.question:
                 raise DataError(f"{row.where}: {name} has no question; expected a user's turn")
+            is_read = name in (columns.answer, columns.rationale)
+            if is_prompt(name) and conversation.reply is not None and not is_read:
+                raise DataError(
+                    f"{row.where}: {name} ends with the assistant's turn"
+                    f" {shown(conversation.reply)}; expected the user's turn last, or"
+                    f" dataset.columns.rationale={name} if this turn is a worked solution"
+                )
             above, below = _texts(row, names[:place]), _texts(row, names[place + 1 :])
             conversation = conversation.joined(above, below)
             return conversation.question, conversation.before
@@ -243,11 +270,6 @@ def _rationale(row: Row, column: str | None) -> str | None:
     if column is None:
         return None
     conversation = read_conversation(row, column)
-    return row.optional_text(column) if conversation is None else conversation.reply
-
-
-def _id(row: Row, column: str | None) -> str:
-    value = None if column is None else row.get(column)
-    if column is None or value is None:
-        return row.id
-    return str(value) if isinstance(value, int | float) else row.text(column)
+    if conversation is not None:
+        return conversation.reply
+    return None if is_missing(row.get(column)) else row.text(column)

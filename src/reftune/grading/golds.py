@@ -131,6 +131,26 @@ def stated_gold(raw: object, reading: Reading = DEFAULT) -> object:
     return said[-1] if said else answer.strip()
 
 
+def listed_item(stated: object, reading: Reading = DEFAULT) -> object:
+    """The item of a list that is written as text and has one item, in quotes: `3` for '["3"]'. Any
+    other answer is returned unchanged. Raises: DataError if the list has several items, unless
+    `worded_gold` reads it as the list of these items."""
+    text = stated.strip() if isinstance(stated, str) else ""
+    if not (text.startswith("[") and re.search("[\"']", text)):
+        return stated
+    items = literal(_LONE_BACKSLASH.sub(lambda match: match[0] if match[1] else r"\\", text))
+    if not isinstance(items, list):
+        return stated
+    if len(items) > 1 and worded_gold(text, reading).items != tuple(items):
+        _refuse_other_types(items)
+    return items[0] if len(items) == 1 and isinstance(items[0], str) else stated
+
+
+_LONE_BACKSLASH = re.compile(r"\\([\\\"']|u[0-9a-fA-F]{4})?")
+"""Matches an escape sequence with group 1 or, without it, a lone backslash, as in "\\frac". Python
+would read the lone backslash and the letter f as a form feed."""
+
+
 def _stated(text: str, reading: Reading) -> list[str]:
     """The last marked answer, any marked answers side by side with it, and an unmarked number after
     "or", in order of appearance. Two answers are side by side if hardly anything stands between

@@ -12,6 +12,8 @@ from reftune.model.encoder import bos_of
 from reftune.text import counted
 from reftune.types import Conversation
 
+TEMPLATE_MARKS = ("<|im_start|>", "<|start_header_id|>", "<start_of_turn>", "[INST]")
+"""Strings with which the chat templates of common models begin a turn."""
 MAX_LONG_TARGETS = 0.1
 """The check fails if the targets of more than this share of training rows are too long."""
 
@@ -74,7 +76,17 @@ def check_prompt(subject: Subject) -> Finding:
     prompt, bos = format_.prompt(problem), bos_of(tokenizer)
     ids = subject.prompts["train"][problem.id]
     is_chat = isinstance(prompt, Conversation)
-    if tokenizer.chat_template and not is_chat:
+    marks = {*TEMPLATE_MARKS, *tokenizer.all_special_tokens}
+    marked = [each.id for each in subject.problems if any(mark in each.question for mark in marks)]
+    if is_chat and marked:
+        return warn(
+            f"{counted(len(marked), 'question')} with tokens of a chat template, which adds them"
+            " again",
+            "use data without them; or, if all questions are whole prompts, format.style=plain with"
+            " template: '{question}'",
+            marked,
+        )
+    if tokenizer.chat_template and not is_chat and not marked:
         return warn(
             "the tokenizer has a chat template, but the model gets raw text",
             "set format.style=chat if this is an instruct model",

@@ -31,6 +31,8 @@ WRITTEN = re.compile(
     re.DOTALL | re.IGNORECASE,
 )
 """Matches a conversation that is written as text."""
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+"""Keys under which other tools keep a turn's thoughts."""
 NO_TOOLS = "tools are not supported; leave out the rows that use them"
 
 
@@ -135,6 +137,12 @@ def _message(turn: Mapping[str, Any], where: str) -> Message:
             raise DataError(
                 f"{where}: a turn with role {speaker} has {key}: {shown(turn[key])}; expected text"
                 f" only ({NO_TOOLS})"
+            )
+    for key in THOUGHTS:
+        if isinstance(thought := turn.get(key), str) and thought.strip():
+            raise DataError(
+                f"{where}: a turn with role {speaker} has {key}: {shown(thought)}; expected the"
+                " thoughts in its text, as <think>…</think>, or none"
             )
     if content is None:
         raise DataError(

@@ -12,13 +12,14 @@ from reftune.datasets.reading.conversations import read_conversation
 from reftune.datasets.reading.options import Options, has_options, read_options
 from reftune.datasets.reading.rows import Row
 from reftune.errors import DataError
-from reftune.grading.golds import GoldKind, read_gold, stated_gold, with_points
+from reftune.grading.golds import GoldKind, listed_item, read_gold, stated_gold, with_points
 from reftune.grading.markers import Reading, reasoning_text, statements
 from reftune.text import shown
 from reftune.types import Answer
 
-_MISSING = re.compile(r"nan|#(?:div/0!|n/a|name\?|null!|num!|ref!|value!)", re.IGNORECASE)
-"""Matches what pandas writes for a missing cell, and what Excel writes for a failed formula."""
+_MISSING = re.compile(r"|nan|#(?:div/0!|n/a|name\?|null!|num!|ref!|value!)", re.IGNORECASE)
+"""Matches no text, what pandas writes for a missing cell, and what Excel writes for a failed
+formula."""
 MOST_WORDS = 30
 """Maximum number of words in a gold text if the answer kind is `auto`. A longer text is rejected,
 because it is probably a solution rather than an answer."""
@@ -54,8 +55,10 @@ class GoldReader:
         stated = stated_gold(cell, self.reading)
         if options is not None:
             return self._choice(stated, options), stated
+        if kind in ("auto", "number"):
+            stated = listed_item(stated, self.reading)
         answer = read_gold(stated, kind, reading=self.reading)
-        if kind == "auto" and _MISSING.fullmatch(str(answer)):
+        if kind == "auto" and is_missing(str(answer)):
             raise DataError(
                 f"{shown(cell)}; expected an answer (if this is one, set answer_kind: text)"
             )
@@ -90,6 +93,11 @@ class GoldReader:
         except DataError as error:
             position = " (if this is a position, set dataset.positions_from)" * is_digits
             raise DataError(f"{error}{position}") from None
+
+
+def is_missing(cell: object) -> bool:
+    """Whether a cell is null, blank, or text that a program writes for a missing cell."""
+    return cell is None or (isinstance(cell, str) and bool(_MISSING.fullmatch(cell.strip())))
 
 
 def worked_solution(text: str) -> str | None:

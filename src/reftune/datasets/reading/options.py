@@ -94,10 +94,13 @@ def has_options(row: Row, columns: str | Sequence[str] | None) -> bool:
 
 
 def is_empty(cell: object) -> bool:
-    """Whether a cell is null, blank, an empty list, or a mapping of only empty cells."""
+    """Whether a cell is null, blank, an empty list, or a mapping of only empty cells. Null and the
+    empty list may be written as text."""
     if isinstance(cell, Mapping):
         return all(map(is_empty, cell.values()))
-    return cell is None or cell == [] or (isinstance(cell, str) and cell.strip() in ("", "[]"))
+    if isinstance(cell, str):
+        return cell.strip() in ("", "[]", "null")
+    return cell is None or cell == []
 
 
 def _in_columns(row: Row, columns: Sequence[str]) -> Mapping[str, Any] | list[Any]:

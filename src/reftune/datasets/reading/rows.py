@@ -7,7 +7,8 @@ Every row records its location, such as `file:line`, for error messages.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -35,6 +36,10 @@ SPLIT_NAMES: Mapping[str, tuple[str, ...]] = {
 """Split → possible names of the split's file in a folder, without the extension. They are tried
 in this order. On the Hub, the dev split is called `validation`."""
 MISSING = object()
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
+"""Matches half a surrogate pair. JSON writes some characters as a pair of them."""
+_SHARD = re.compile(r"-(\d+)-of-(\d+)\b")
+"""Matches the end of a shard's name: its number, and the number of shards."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,13 +58,22 @@ class Row:
         """The column's text. Raises: DataError if the value is missing, empty or not text."""
         value = self.value(column)
         if not isinstance(value, str) or not value.strip():
-            raise DataError(f"{self.where}: {column} is {shown(value)}; expected text")
-        if any("\ud800" <= char <= "\udfff" for char in value):
-            raise DataError(
-                f"{self.where}: {column} is {shown(value)}, which contains half a surrogate pair;"
-                " expected text"
-            )
+            is_column = isinstance(value, Mapping) and "0" in value
+            hint = " (in pandas, write to_json with orient='records')" * is_column
+            raise DataError(f"{self.where}: {column} is {shown(value)}; expected text{hint}")
+        self.refuse_half_pairs(column)
         return value.strip()
+
+    def refuse_half_pairs(self, *columns: str) -> None:
+        """Raises: DataError if text in one of the columns contains half a surrogate pair, which
+        neither a tokenizer nor a file accepts."""
+        for column in columns:
+            value = self.get(column)
+            if any(_HALF_PAIR.search(text) for text in _texts(value)):
+                raise DataError(
+                    f"{self.where}: {column} is {shown(value)}, which contains half a surrogate"
+                    " pair; expected text"
+                )
 
     def optional_text(self, column: str) -> str | None:
         """Like `text`, but None if the column is missing, null or blank."""
@@ -109,6 +123,15 @@ class Row:
                 return MISSING
             value = value[name]
         return value
+
+
+def _texts(value: object) -> Iterator[str]:
+    """All texts in a cell, however nested."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | Sequence):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(part)
 
 
 def read_rows(
@@ -201,12 +224,26 @@ def _files_of_split(folder: Path, split: str, names: Sequence[str]) -> list[Path
     for place, stem in product(("", "data/"), stems):
         shards = sorted(folder.glob(f"{place}{stem}-*.parquet"))
         if shards:
+            _refuse_missing(folder, shards)
             return shards
     there = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
     wanted = ", ".join([*names[:2], *(f"{stem}.jsonl" for stem in stems)])
+    is_saved = any(folder.glob("*.arrow")) or (folder / "dataset_dict.json").is_file()
+    hint = f" (instead of save_to_disk, use to_parquet('{stems[0]}.parquet'))" * is_saved
     raise DataError(
-        f"{folder}: no file for the {split} split, found {there}; expected one like {wanted}"
+        f"{folder}: no file for the {split} split, found {there}; expected one like {wanted}{hint}"
     )
+
+
+def _refuse_missing(folder: Path, shards: Sequence[Path]) -> None:
+    """Raises: DataError if shards are missing, such as the second of `train-00000-of-00002`."""
+    found = [match for path in shards if (match := _SHARD.search(path.stem)) is not None]
+    for total, count in Counter(int(match[2]) for match in found).items():
+        if count < total:
+            raise DataError(
+                f"{folder}: {count} of {total} files like {shards[0].name}; expected all of them,"
+                " or the name of one file instead of the folder"
+            )
 
 
 def _hub_parts(source: str) -> tuple[str, str, str]:

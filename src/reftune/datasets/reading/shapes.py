@@ -10,11 +10,12 @@ from typing import Any
 from pydantic import SerializerFunctionWrapHandler, model_serializer
 
 from reftune.datasets.reading.conversations import is_answered, turns_in
-from reftune.datasets.reading.golds import worked_solution
+from reftune.datasets.reading.golds import is_missing, worked_solution
 from reftune.datasets.reading.rows import Row
 from reftune.errors import DataError
 from reftune.grading.golds import read_gold
 from reftune.recipe import Table
+from reftune.text import shown
 
 NUM_LOOKED_AT = 20
 """Number of rows whose values are examined to recognise the columns."""
@@ -24,27 +25,28 @@ NAMES: Mapping[str, tuple[str, ...]] = {
         *("conversations", "conversation", "instruction", "input", "question.stem"),
     ),
     "answer": (
-        *("answer", "gold", "final_answer", "answer_value", "reward_model.ground_truth"),
-        *("ground_truth", "answerkey", "correct", "label", "target", "output", "response"),
-        *("completion", "result", "solution"),
+        *("answer", "gold", "final_answer", "answer_value", "expected_answer", "correct_answer"),
+        *("ground_truth_answer", "reward_model.ground_truth", "ground_truth", "answerkey"),
+        *("correct", "label", "target", "output", "response", "completion", "result", "solution"),
     ),
     "rationale": (
         *("rationale", "solution", "reasoning", "explanation", "worked", "cot", "answer_cot"),
-        "program",
+        *("generated_solution", "program"),
     ),
     "choices": ("choices", "options", "question.choices"),
-    "id": ("id", "item_id", "key"),
+    "id": ("id", "item_id", "key", "uuid", "unique_id", "problem_id", "question_id"),
 }
 """Field → common names of the field's column. They are tried in this order, and case is
 ignored."""
+JUDGING = ("correct", "label")
+"""Names of columns that may contain the gold answer, or whether a completion is right."""
 LABELLED = ("{}", "option_{}", "option {}", "option{}", "op{}", "choice_{}")
 """Names of columns that contain one option each. `{}` stands for the option's letter or number."""
 
 
 class Columns(Table):
     """The names of the data's columns. The name of a nested column is a dotted path, such as
-    `reward_model.ground_truth`. Columns that are not listed here are passed to reward functions
-    as keyword arguments."""
+    `reward_model.ground_truth`."""
 
     question: str | list[str] = "question"
     """The question or conversation. Several columns are joined by line breaks. If one of them is a
@@ -57,6 +59,11 @@ class Columns(Table):
     """The problem's id. Without such a column, the id is the file's name and the row's number."""
     choices: str | list[str] | None = "choices"
     """One column with all options of a multiple-choice question, or one column per option."""
+
+    @property
+    def asked(self) -> list[str]:
+        """The names of the question's columns."""
+        return [self.question] if isinstance(self.question, str) else self.question
 
     @property
     def names(self) -> list[str]:
@@ -93,35 +100,73 @@ def recognise(
     asked = columns["question"]
     parts = [asked] if isinstance(asked, str) else asked
     used = set(parts)
-    chat = next((name for name in parts if turns_in(first, name) is not None), None)
-    columns.setdefault("answer", found.first("answer", used) or chat)
+    chat = next(filter(found.any_turns, parts), None)
+    if "answer" not in columns:
+        columns["answer"] = found.answer(used, chat)
     answer = columns["answer"]
     if answer is None:
         raise _nowhere(first, "answer", found)
     if "rationale" not in columns:
-        rationale = found.first("rationale", {*used, answer})
+        rationale = found.filled("rationale", {*used, answer})
         if rationale is None and (answer in used or found.any_worked(answer)):
             rationale = answer
         elif rationale is None:
-            rationale = next(filter(found.any_replied, parts), None)
+            replied = (part for part in parts if not is_prompt(part) and found.any_replied(part))
+            rationale = next(replied, None)
         columns["rationale"] = rationale or found.late("rationale")
     choices = found.choices(parts, answer, has_options) or found.late("choices")
     columns.setdefault("choices", choices)
-    columns.setdefault("id", found.first("id", {*used, answer}))
+    columns.setdefault("id", found.filled("id", {*used, answer}))
     return Columns.model_validate(columns)
 
 
 class _Found:
-    """Lower-case name → column: `by_lower` for the first rows, whose values are examined, and
-    `later` for columns that only later rows have."""
+    """Lower-case name → column: `by_lower` for the first rows, most of whose values are examined,
+    and `later` for columns that only later rows have."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
-        self.rows = rows[:NUM_LOOKED_AT]
+        self.all_rows, self.rows = rows, rows[:NUM_LOOKED_AT]
         self.by_lower = {str(name).lower(): str(name) for row in self.rows for name in row.columns}
         if any(row.get("input") is not None for row in rows):  # rows without an input often omit it
             self.by_lower.setdefault("input", "input")
         later = {str(name).lower(): str(name) for row in rows for name in row.columns}
         self.later = {name: column for name, column in later.items() if name not in self.by_lower}
+
+    def answer(self, used: set[str], chat: str | None) -> str | None:
+        """The column of the gold answer; None if no column is found. Truth values in a column such
+        as `label` may judge a completion, so other filled columns and the conversation's reply come
+        first. Raises: DataError if they do and one of them judges the answer to be wrong."""
+        judging = {name for name in self.by_lower.values() if self._judges(name)}
+        first = self.first("answer", used) or chat
+        if first not in judging:
+            return first
+        answer = self.filled("answer", {*used, *judging})
+        if answer is None and (chat is None or not self.any_replied(chat)):
+            return first
+        for row in self.all_rows:
+            if _truth(row.get(first)) is False:
+                raise DataError(
+                    f"{row.where}: {first} is {shown(row.get(first))}, which may mean that"
+                    f" {answer or chat} is wrong; expected only rows where it is true, or"
+                    " --answer COLUMN (in a recipe, dataset.columns.answer)"
+                )
+        return answer or chat
+
+    def _judges(self, column: str) -> bool:
+        """Whether a column whose name may stand for a judgement contains only truth values."""
+        cells = [row.get(column) for row in self.rows if not row.is_blank(column)]
+        return column.lower() in JUDGING and None not in map(_truth, cells) and bool(cells)
+
+    def filled(self, field: str, used: set[str]) -> str | None:
+        """Like `first`, but without columns that contain no value, or only mappings, in any row."""
+        names = (self.by_lower.get(name, name) for name in NAMES[field])
+        free = (name for name in names if name not in used and name not in self.later)
+
+        def has_value(name: str) -> bool:
+            cells = (row.get(name) for row in self.all_rows)
+            return any(not isinstance(cell, Mapping) and not is_missing(cell) for cell in cells)
+
+        return next(filter(has_value, free), None)
 
     def first(self, field: str, used: set[str]) -> str | None:
         """The first column that `NAMES` lists for a field and that is not in `used`. Columns with
@@ -151,11 +196,11 @@ class _Found:
         self, question: Sequence[str], answer: str, has_options: bool
     ) -> str | list[str] | None:
         """One column with all options, or one column per option; None if no column is found. Unless
-        `has_options` is true, two columns `a` and `b` may also be operands."""
+        `has_options` is true, columns `a`, `b`, … may also be operands."""
         for pattern, labels in product(LABELLED, (ascii_lowercase, tuple(map(str, range(1, 27))))):
             names = map(pattern.format, labels)
             columns = [self.by_lower[name] for name in takewhile(self.by_lower.__contains__, names)]
-            may_be_operands = not has_options and [name.lower() for name in columns] == ["a", "b"]
+            may_be_operands = not has_options and pattern == "{}" and labels == ascii_lowercase
             if may_be_operands and self.are_operands(columns, question, answer):
                 continue
             if len(columns) >= 2:
@@ -177,13 +222,28 @@ class _Found:
         return any(
             turns_in(row, column) is not None
             or (isinstance(cell := row.get(column), str) and worked_solution(cell) is not None)
-            for row in self.rows
+            for row in self.all_rows
         )
+
+    def any_turns(self, column: str) -> bool:
+        """Whether any cell of the column is a conversation."""
+        return any(turns_in(row, column) is not None for row in self.rows)
 
     def any_replied(self, column: str) -> bool:
         """Whether any cell of the column is a conversation that ends with the assistant's turn."""
         found = [turns_in(row, column) for row in self.rows]
         return any(turns is not None and is_answered(turns) for turns in found)
+
+
+def is_prompt(column: str) -> bool:
+    """Whether a conversation in this column is only a prompt. If it ends with the assistant's turn,
+    this turn is the beginning of a reply."""
+    return column.rpartition(".")[2].lower() in ("prompt", "context_messages")
+
+
+def _truth(cell: object) -> bool | None:
+    """The truth value in a cell, possibly written as text; None for any other cell."""
+    return {"true": True, "false": False}.get(str(cell).strip().lower())
 
 
 def _is_number(cell: object) -> bool:

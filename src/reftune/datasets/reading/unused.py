@@ -9,33 +9,64 @@ from itertools import islice
 from string import punctuation
 
 from reftune.datasets.reading.file_dataset import Split
-from reftune.datasets.reading.shapes import NAMES
+from reftune.datasets.reading.shapes import NAMES, Columns
 from reftune.types import Problem
 
 NUM_LOOKED_AT = 100
 """Number of filled cells that are examined to tell whether a column contains text."""
+LEAST_IN_LIST = 8
+"""Minimum number of words in an item of a list that counts as long. Tags usually have fewer."""
 LEAST_WORDS = 3
 """Minimum number of words in a cell of text. Names and categories usually have fewer words."""
 
 
-def unused_columns(splits: Mapping[Split, Sequence[Problem]], question: Sequence[str]) -> str:
+def unused_columns(splits: Mapping[Split, Sequence[Problem]], used: Columns) -> str:
     """One line on the unused columns of train that contain text, with the setting that would make
-    them part of the question; empty if there are none. `question` lists the question's columns."""
+    them part of the question; empty if there are none."""
     train = splits["train"]
     columns = dict.fromkeys(name for problem in train for name in problem.columns)
-    found = [name for name in columns if _is_text(name, train)]
+    found = [name for name in columns if name not in used.names and _is_text(name, train)]
     if not found:
         return ""
     everyone = [problem for problems in splits.values() for problem in problems]
     # every row needs text in the first column of the question
     first = [name for name in found if not any(_is_blank(each, name) for each in everyone)]
-    joined = [*first, *question, *(name for name in found if name not in first)]
+    joined = [*first, *used.asked, *(name for name in found if name not in first)]
     flags = shlex.join(word for name in joined for word in ("--question", name))
     return (
         f"the text in column{'s' * (len(found) > 1)} {', '.join(found)} is not used; if it belongs"
         f" to the question, set dataset.columns.question=[{','.join(joined)}] (in `reftune init`:"
         f" {flags})"
     )
+
+
+def unused_lists(train: Sequence[Problem], used: Columns) -> str:
+    """One line on the unused columns of `train` that contain lists on which questions may depend:
+    earlier turns, long texts or, if the question has a place for them, images. Empty if there are
+    none."""
+    columns = dict.fromkeys(name for problem in train for name in problem.columns)
+    found = [
+        name
+        for name in columns
+        if name not in used.names and any(_adds_list(name, problem) for problem in train)
+    ]
+    if not found:
+        return ""
+    return (
+        f"the lists in column{'s' * (len(found) > 1)} {', '.join(found)} are not used; if they"
+        " belong to the question, write them as text, or as turns of a conversation (images are not"
+        " supported)"
+    )
+
+
+def _adds_list(column: str, problem: Problem) -> bool:
+    cell = problem.columns.get(column)
+    if not isinstance(cell, Sequence) or isinstance(cell, str) or not cell:
+        return False
+    if column.lower() in ("image", "images"):
+        return "<image>" in problem.question
+    is_long = (isinstance(item, str) and len(item.split()) >= LEAST_IN_LIST for item in cell)
+    return column.lower() == "history" or (any(is_long) and problem.question not in cell)
 
 
 def _is_text(column: str, problems: Sequence[Problem]) -> bool:

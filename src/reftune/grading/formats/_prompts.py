@@ -81,10 +81,12 @@ class Prompted(Component):
         turns = [turn for turn in problem.messages if turn.role != "system"]
         systems = [turn.content for turn in problem.messages if turn.role == "system"]
         turns = turns or [Message(role="user", content=problem.question)]
-        asked = with_options(turns[-1].content, problem)
+        users = [place for place, turn in enumerate(turns) if turn.role == "user"]
+        last = users[-1] if users else -1
+        asked = with_options(turns[last].content, problem)
         if self.instruction is not None:
             asked = f"{self.instruction}\n\n{asked}"
-        turns = [*turns[:-1], replace(turns[-1], content=asked)]
+        turns[last] = replace(turns[last], content=asked)
         if self.system is not None and not systems:
             systems = [self.system]
         opening = (Message(role="system", content=text) for text in systems)

@@ -9,9 +9,10 @@ arguments. These are the arguments:
 - `answer`: the gold answers as the data spells them, such as `1,250 apples`
 - `golds`: the gold answers as reftune reads them, such as `1250`
 - `verdicts`, `values` and `reasons`: the grades
-- each column of the data that reftune does not use, under its own name
+- each column of the data, under its own name
 
-A column named `answer`, `golds`, `verdicts`, `values` or `reasons` replaces the list of that name.
+A column named `answer`, `golds`, `verdicts`, `values` or `reasons` replaces the list of that name,
+unless reftune reads the question, answer, rationale, id or options from this column.
 
 The function receives the arguments that its signature names, or all of them if it takes `**kwargs`.
 It may be async. If the function fails on a batch, it is called again with one sample at a time, to
@@ -44,6 +45,14 @@ from reftune.grading.rewards import Sample, SumOfParts, blame, ids
 from reftune.recipe import Component, component_class, refusal
 from reftune.text import counted
 from reftune.types import Completion, Graded, Problem
+
+ARGUMENTS = frozenset(
+    {
+        *("prompts", "completions", "completion_ids"),
+        *("answer", "golds", "verdicts", "values", "reasons"),
+    }
+)
+"""Names of the arguments that are not columns of the data."""
 
 
 class FunctionReward(Component):
