@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from reftune.datasets import Splits
 from reftune.datasets.jsonl import Jsonl
 from reftune.errors import DataError
 from reftune.recipe import load_recipe
+from reftune.stages.plateau import LOOKS
 from reftune.terminal.cli import find_recipe, main
 from reftune.terminal.init import Wishes, default_out, guess_columns, guess_format
 
@@ -95,6 +97,28 @@ def test_without_rationales_there_is_no_warm_up(here: Path, make_policy):
     recipe = load_recipe("mine.yaml")
     assert {name: stage.init for name, stage in recipe.stages.items()} == {"reft": "base"}
     assert recipe.model.path == str(here / "model")
+    assert recipe.evaluate.split == "dev"
+    assert recipe.methods_to_evaluate == ["base", "reft"], "the report shows what RL has gained"
+
+
+@pytest.mark.parametrize("num_rows", [5, 13, 144, 160, 200, 7000])  # of rationales
+@pytest.mark.parametrize("model", ["scratch", "model"])
+def test_the_warm_up_has_enough_dev_evaluations_to_be_judged(
+    here: Path, make_policy, model: str, num_rows: int
+):
+    policy = make_policy("llama")
+    policy.model.save_pretrained(here / "model")
+    policy.tokenizer.save_pretrained(here / "model")
+    write_csv(here / "mine.csv", ["question", "answer", "rationale"])
+    assert status("init", "--data", "mine.csv", "--model", model) == 0
+    recipe = load_recipe("mine.yaml")
+    sft = recipe.stages["sft"]
+    assert recipe.stages["reft"].init == "warmup"
+    assert recipe.evaluate.stages is None
+    # the rule of `train_in_epochs`; five evaluations need five steps
+    steps_per_epoch = max(5, math.ceil(num_rows / sft.batch_size))
+    warmup, every = (round(e * steps_per_epoch) for e in (sft.snapshots["warmup"], sft.eval_every))
+    assert warmup // max(1, every) >= LOOKS + 1
 
 
 @pytest.mark.parametrize(("kind", "said"), [("nl", "The answer is"), ("program", "solution()")])

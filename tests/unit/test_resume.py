@@ -461,6 +461,46 @@ def test_a_stopped_evaluation_with_other_settings_keeps_no_row(make_recipe):
         assert not path.exists() and not run.folder.summary.exists()
 
 
+def test_the_evaluation_of_a_stage_that_gets_more_steps_is_kept(make_recipe):
+    run_all(make_recipe())
+    files = make_recipe().folder
+    own, other = ((files / "eval" / f"{name}.jsonl").read_bytes() for name in ("reft", "sft"))
+    (files / "eval" / "choices").mkdir()
+    (files / "eval" / "choices" / "reft.jsonl").write_text("{}\n")
+    for number, steps in ((1, 5), (2, 6)):
+        progress = Noting()
+        run_all(make_recipe(stages={"reft": {"steps": steps}}), progress)
+        aside = files / f"eval.{number}"
+        note = f"reft: trained further; its old evaluation is now in {aside}"
+        assert [line for line in progress.notes if "old evaluation" in line] == [note]
+    assert (files / "eval.1" / "reft.jsonl").read_bytes() == own
+    assert (files / "eval.1" / "choices" / "reft.jsonl").read_text() == "{}\n"
+    assert [path.name for path in (files / "eval.2").iterdir()] == ["reft.jsonl"]
+    assert (files / "eval" / "sft.jsonl").read_bytes() == other, "only reft was trained further"
+
+
+def test_a_stage_that_was_never_evaluated_gets_more_steps_without_a_note(make_recipe):
+    with open_run(make_recipe(), Progress()) as run:
+        run.train("sft")
+    progress = Noting()
+    with open_run(make_recipe(stages={"sft": {"epochs": 3}}), progress) as run:
+        assert not any(run.folder.path.glob("eval.*"))
+    assert progress.notes == []
+
+
+def test_a_stage_that_gets_more_steps_and_another_evaluation_keeps_both_old_ones(make_recipe):
+    run_all(make_recipe())
+    changed = make_recipe(stages={"reft": {"steps": 5}}, evaluate={"samples": 3})
+    with open_run(changed, Progress()) as run:
+        kept = {
+            path: sorted(p.name for p in path.iterdir()) for path in run.folder.path.glob("eval.*")
+        }
+    assert kept == {
+        changed.folder / "eval.1": ["reft.jsonl"],
+        changed.folder / "eval.2": ["sft.jsonl"],
+    }
+
+
 def test_a_stage_that_has_not_begun_may_be_lengthened(make_recipe):
     with open_run(make_recipe(), Progress()):
         pass

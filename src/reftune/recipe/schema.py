@@ -112,7 +112,8 @@ class EvaluateTable(Table):
     rerank: str | None = None
     """Reward model that scores the samples: a stage's name, or another run's stage folder."""
     stages: list[str] | None = None
-    """Methods to evaluate. Default: all."""
+    """Methods to evaluate. May include `base`, the model before training, if it is pretrained.
+    Default: all methods except `base`."""
     limit: int | None = Field(None, gt=0)
     """Evaluate only the first `limit` problems of the split."""
 
@@ -210,9 +211,12 @@ class Recipe(Table):
 
     @property
     def methods_to_evaluate(self) -> list[str]:
-        """The names of the methods to evaluate, in training order."""
+        """The names of the methods to evaluate, in training order. `base` comes first, if it is to
+        be evaluated."""
         wanted = self.evaluate.stages
-        return [method for method in self.methods if wanted is None or method in wanted]
+        if wanted is None:
+            return self.methods
+        return [method for method in ("base", *self.methods) if method in wanted]
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -84,6 +84,12 @@ class StageResults:
         return bool(self.info.get("is_method", self.kind != "reward_model"))
 
 
+BASE = StageResults(
+    name="base", kind="", init="base", num_samples=1, metrics=(), samples=(), info={}
+)
+"""Stands for the stage of the method `base`, which no stage has trained."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunResults:
     """The results, recipe and environment of a run, whether it is finished or not."""
@@ -113,6 +119,10 @@ class RunResults:
         """The recipe without the keys in which runs of one recipe may differ: name, seed, and the
         keys that change results by rounding at most."""
         return without(self.recipe, {"name", "seed", *CHANGES_NO_RESULT, *CHANGES_ROUNDING})
+
+    def stage(self, method: str) -> StageResults:
+        """The stage or snapshot whose model is `method`."""
+        return BASE if method == "base" else self.stages[method]
 
     def whole_of(self, snapshot: StageResults) -> StageResults | None:
         """The stage that saved a snapshot, if the snapshot's model is also the stage's; otherwise
@@ -219,7 +229,7 @@ def _with_snapshots(
 def _evaluated_methods(recipe: Mapping[str, Any], stages: Mapping[str, StageResults]) -> list[str]:
     chosen = (recipe.get("evaluate") or {}).get("stages")
     answering = [name for name, stage in stages.items() if stage.is_method]
-    return answering if chosen is None else [name for name in answering if name in chosen]
+    return answering if chosen is None else [m for m in ("base", *answering) if m in chosen]
 
 
 def _num_problems(recipe: Mapping[str, Any], data: Mapping[str, Any]) -> int:

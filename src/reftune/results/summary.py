@@ -93,12 +93,12 @@ class MethodScore:
 
     @property
     def init(self) -> str:
-        return self.group.runs[0].stages[self.method].init
+        return self.group.runs[0].stage(self.method).init
 
     @property
     def is_snapshot(self) -> bool:
         """Whether the model is that of a given step, and was not chosen on dev."""
-        return bool(self.group.runs[0].stages[self.method].info.get("snapshot_of"))
+        return bool(self.group.runs[0].stage(self.method).info.get("snapshot_of"))
 
     @property
     def looks(self) -> float | None:
@@ -115,7 +115,7 @@ class MethodScore:
     def mean(self, key: str) -> float | None:
         """The mean over seeds of the number that `stage.json` contains under `key`, or None if no
         run has this key."""
-        infos = [run.stages[self.method].info for run in self.group.runs]
+        infos = [run.stage(self.method).info for run in self.group.runs]
         values = [info[key] for info in infos if info.get(key) is not None]
         return float(np.mean(values)) if values else None
 

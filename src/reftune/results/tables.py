@@ -181,7 +181,7 @@ def same_models(run: RunResults) -> list[str]:
     """A sentence about each evaluated method that shares its model with another method."""
     lines = []
     for name in run.evals:
-        stage = run.stages[name]
+        stage = run.stage(name)
         whole = run.whole_of(stage)
         if stage.chosen_step == 0:
             lines.append(f"{name} never beat {stage.init} on dev, so they are the same model")

@@ -78,8 +78,7 @@ class Models:
         4-bit base, it is restored from the model's adapters. Otherwise, it is restored from the
         model's weights."""
         table = self.recipe.model
-        if name != "base":
-            require_trained(self.recipe, [name])
+        require_trained(self.recipe, [name])
         torch.manual_seed(derive_seed(self.recipe.seed, "adapters"))
         folder = stage_folder(self.recipe, name).path
         continues = trained and table.quantize is not None
@@ -162,11 +161,12 @@ def check_stage_graph(recipe: Recipe) -> None:
                 raise RecipeError(f"stages.{name}: two stages save the method {method}")
             made.add(method)
         known += recipe.methods_of(name)
+    methods = known if recipe.model.path is not None else known[1:]  # an untrained model is none
     for key in ("stages", "sampled"):
         for method in getattr(recipe.evaluate, key) or ():
-            if method not in known[1:]:
+            if method not in methods:
                 raise RecipeError(
-                    f"evaluate.{key}: {method} is not a method; known: {', '.join(known[1:])}"
+                    f"evaluate.{key}: {method} is not a method; known: {', '.join(methods)}"
                 )
     rerankers = [name for name, stage in recipe.stages.items() if not stage.is_method]
     rerank = recipe.evaluate.rerank
@@ -178,11 +178,11 @@ def check_stage_graph(recipe: Recipe) -> None:
 
 
 def require_trained(recipe: Recipe, names: Collection[str]) -> None:
-    """Check that each of `names` is a trained method or reward model, or the path of a model
-    folder. Raises: RecipeError if a name is none of these."""
+    """Check that each of `names` is `base`, a trained method or reward model, or the path of a
+    model folder. Raises: RecipeError if a name is none of these."""
     for name in names:
         folder = RunFolder(recipe.folder).stage(name)
-        if not (folder.is_done or is_model_folder(name)):
+        if not (name == "base" or folder.is_done or is_model_folder(name)):
             if name not in recipe.methods and name not in recipe.stages:
                 raise RecipeError(
                     f"{name}: neither a method of this recipe ({', '.join(recipe.methods)}) nor a"

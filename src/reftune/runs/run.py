@@ -40,6 +40,8 @@ def run_recipe(recipe: Recipe, *, progress: Progress) -> dict[str, Any]:
     a signal stops the training.
     """
     with open_run(recipe, progress) as run:
+        if "base" in recipe.methods_to_evaluate:
+            run.evaluation.answer("base")
         for stage in recipe.stages:
             if not run.is_trained(stage):
                 run.train(stage)

@@ -147,7 +147,7 @@ class Loop:
         self.total_steps, self.eval_every = total_steps, eval_every
         self.snapshots = dict(snapshots or {})
         self.look = look or partial(look_at_dev, context, probe_choices=table.probe_choices)
-        self.is_worth_a_look = look is None and context.stage.init != "base"
+        self.is_worth_a_look = look is None and _is_candidate(context)
         self.samples = JsonLines(context.folder.samples)
         self.state = start or Progression()
         self.until_plateau = until_plateau
@@ -467,6 +467,16 @@ class Loop:
             **{name.removeprefix("compute/"): int(n) for name, n in self.state.totals.items()},
         }
         write_atomically(folder.info, json.dumps(document, indent=2))
+
+
+def _is_candidate(context: StageContext) -> bool:
+    """Whether the initial model is evaluated on dev too, so that the stage may choose it. An
+    untrained model is not evaluated. A pretrained `base` is evaluated only if it is the one model
+    whose samples the stage learns from. Before supervised training, it usually does not know the
+    form of an answer yet."""
+    stage, is_pretrained = context.stage, context.recipe.model.path is not None
+    learns_from_itself = stage.reads_questions and set(stage.needs) == {"base"}
+    return stage.init != "base" or (is_pretrained and learns_from_itself)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -183,8 +183,9 @@ LENGTHS = {"steps", "epochs"}
 def claimed(folder: RunFolder, recipe: Recipe, splits: Splits) -> Iterator[list[str]]:
     """Claim the folder for this run, and lock it inside the block. `recipe` replaces the folder's
     recipe. If `recipe` sets more steps or epochs for a stage, this stage is reopened, so that its
-    training continues. If `recipe` evaluates differently, all evaluations are set aside. In both
-    cases, and if other methods are to be evaluated, the old summary is deleted.
+    training continues, and its evaluation is set aside. If `recipe` evaluates differently, all
+    evaluations are set aside. In both cases, and if other methods are to be evaluated, the old
+    summary is deleted.
 
     Yields: notes for the user on changes that affect results. Raises: the errors of
     `refuse_foreign`; DataError if the problems have changed since the run began; CheckpointError if
@@ -201,10 +202,9 @@ def claimed(folder: RunFolder, recipe: Recipe, splits: Splits) -> Iterator[list[
             else:
                 refuse_changed_data(folder, splits)
                 longer = lengthened_stages(folder, recipe)
-                for name in longer:
-                    _reopen(folder, name)
+                notes = [note for name in longer for note in _reopen(folder, name)]
                 own, wanted = _own_and_wanted(folder, recipe)
-                notes = [*_changed_rounding(own, wanted), *_set_aside(folder, own, wanted)]
+                notes += [*_changed_rounding(own, wanted), *_set_aside(folder, own, wanted)]
                 if longer or _evaluated(own) != _evaluated(wanted):
                     folder.summary.unlink(missing_ok=True)
             # written last, because it claims a new folder for this run
@@ -365,9 +365,15 @@ def _set_aside(folder: RunFolder, own: dict[str, Any], wanted: dict[str, Any]) -
     free = {"stages", "rerank"} if old.get("rerank") is None else {"stages"}
     change = first_difference(without(old, free), without(new, free), "evaluate")
     if change is not None and any(folder.evaluations.rglob("*.jsonl")):
-        places = (folder.evaluations.with_suffix(f".{number}") for number in count(1))
-        aside = folder.evaluations.rename(next(path for path in places if not path.exists()))
+        aside = folder.evaluations.rename(_free_place(folder))
         yield f"{change}; the old evaluations are now in {aside}"
+
+
+def _free_place(folder: RunFolder) -> Path:
+    """The first folder of `eval.1`, `eval.2` and so on that does not exist yet. Old evaluations are
+    kept, because they show how often a split was looked at."""
+    places = (folder.evaluations.with_suffix(f".{number}") for number in count(1))
+    return next(path for path in places if not path.exists())
 
 
 def _require_open(folder: RunFolder, recipe: Recipe, name: str) -> None:
@@ -388,11 +394,17 @@ def _require_open(folder: RunFolder, recipe: Recipe, name: str) -> None:
             )
 
 
-def _reopen(folder: RunFolder, name: str) -> None:
-    """Delete a stage's results, so that the stage continues from its last checkpoint and is
-    evaluated again."""
-    for path in (folder.evaluation(name), folder.choices(name), folder.stage(name).info):
-        path.unlink(missing_ok=True)
+def _reopen(folder: RunFolder, name: str) -> Iterator[str]:
+    """Let a stage continue from its last checkpoint and be evaluated again. If it has an
+    evaluation, set this aside, and yield a note."""
+    folder.stage(name).info.unlink(missing_ok=True)
+    aside = _free_place(folder)
+    for path in filter(Path.is_file, (folder.evaluation(name), folder.choices(name))):
+        place = aside / path.relative_to(folder.evaluations)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(place)
+    if aside.exists():
+        yield f"{name}: trained further; its old evaluation is now in {aside}"
 
 
 def _own_and_wanted(folder: RunFolder, recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -261,3 +261,13 @@ def test_a_known_method_keeps_its_colour() -> None:
     assert method_colours(["sft", "reft"])["reft"] == method_colours(["reft", "odd"])["reft"]
     several = method_colours(["a", "b", "sft", "reft", "warmup"])
     assert len(set(several.values())) == 5
+
+
+@pytest.mark.parametrize("labels", [["rl", "grpo"], ["a/reft", "b/reft"], ["sft", "odd"]])
+def test_the_model_before_training_takes_no_colour_from_a_curve(labels: list[str]) -> None:
+    group = labels[0].rpartition("/")[0]
+    before = f"{group}/base" if group else "base"
+    colours = method_colours([before, *labels])
+    assert list(colours) == [before, *labels]
+    assert len(set(colours.values())) == 3
+    assert {label: colours[label] for label in labels} == method_colours(labels)

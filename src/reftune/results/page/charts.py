@@ -70,16 +70,27 @@ class Chart:
 
 # --- colours --------------------------------------------------------------------------------------
 
-_COLOURS = {"warmup": 0, "sft": 1, "reft": 2, "offline_st": 3, "online_st": 4, "reft_modern": 5}
+_COLOURS = {
+    "warmup": 0,
+    "sft": 1,
+    "reft": 2,
+    "offline_st": 3,
+    "online_st": 4,
+    "reft_modern": 5,
+    "base": 7,
+}
 NUM_COLOURS = 8
 
 
 def method_colours(labels: Sequence[str]) -> dict[str, str]:
     """Label of a method → CSS variable of the method's colour. If there is only one group of runs,
-    the methods in `_COLOURS` have fixed colours."""
+    the methods in `_COLOURS` have fixed colours. `base`, which no curve shows, takes no colour from
+    the others."""
     if any("/" in label for label in labels):
+        trained = [label for label in labels if not label.endswith("/base")]
+        places = {label: index for index, label in enumerate(trained)}
         return {
-            label: f"--method-{1 + index % (NUM_COLOURS - 1)}" for index, label in enumerate(labels)
+            label: f"--method-{1 + places.get(label, -1) % (NUM_COLOURS - 1)}" for label in labels
         }
     spare = iter(
         index
