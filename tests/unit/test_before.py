@@ -136,9 +136,9 @@ def test_the_report_compares_a_trained_model_with_the_model_before_training(pret
     assert [(found["a"], found["b"]) for found in summary["comparisons"]] == [("reft", "base")]
     table = score_table(read_groups([recipe.folder]))
     assert table.baseline == "base"
-    assert "ReFT" in headline(table).title and "base" in headline(table).title
+    assert "ReFT" in headline(table).title and "Base model" in headline(table).title
     assert "Models were chosen by dev accuracy (dev evaluations: ReFT 3)" in headline(table).chosen
-    assert render_table(table, "text").splitlines()[2].startswith("base")
+    assert render_table(table, "text").splitlines()[2].startswith("Base model")
     assert (recipe.folder / "report.html").is_file()
     before = (recipe.folder / "eval" / "base.jsonl").read_bytes()
     assert evaluate_methods(recipe, ["base"], progress=Progress()) == summary

@@ -34,6 +34,7 @@ NEEDED = f"RL needs about {NEEDED_ACCURACY:.0%}"
 
 
 _LABELS = {
+    "base": "Base model",
     "warmup": "Warm-up",
     "sft": "SFT",
     "offline_st": "Offline self-training",
