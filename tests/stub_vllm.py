@@ -76,7 +76,9 @@ def choices(body: dict[str, Any]) -> list[dict[str, Any]]:
         length = draw.randint(1, body["max_tokens"] - 1)
         tokens = [draw.randint(3, 12) for _ in range(length)] + [1]
         logprobs = {"token_logprobs": [-draw.random() for _ in tokens]}
-        found.append({"index": index, "token_ids": tokens, "logprobs": logprobs})
+        found.append(
+            {"index": index, "token_ids": tokens, "logprobs": logprobs, "finish_reason": "stop"}
+        )
     return found[::-1]  # vLLM promises no order
 
 

@@ -146,6 +146,8 @@ class SamplingParams:
     top_k: int = 0
     """Sample only from the `top_k` most likely tokens; 0 means from the whole vocabulary."""
     top_p: float = 1.0
+    max_prompt_tokens: int | None = None
+    """Maximum length of a prompt; None if only the model's context limits it."""
     seed: int = 0
     """The random numbers used to complete a prompt depend only on this seed and on the prompt's
     position in the batch, counted from 0."""

@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 import resource
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -205,6 +206,16 @@ def test_what_a_killed_writer_left_is_no_checkpoint_and_is_cleared_away(tmp_path
     assert names(tmp_path) == ["step-000008"]
 
 
+def test_what_a_process_left_that_was_killed_saving_a_step_again_is_cleared_away(tmp_path):
+    for step in (1, 2):
+        save(tmp_path, step)
+    (tmp_path / "step-000001").rename(tmp_path / ".step-000001.old")  # its new folder is missing
+    shutil.copytree(tmp_path / "step-000002", tmp_path / ".step-000002.old")
+    assert load_latest(tmp_path).step == 2
+    save(tmp_path, 3)
+    assert names(tmp_path) == ["step-000002", "step-000003"]
+
+
 def test_a_full_disk_is_reported_in_one_line_and_spares_older_checkpoints(tmp_path):
     save(tmp_path, 1)
     with full_disk(), pytest.raises(CheckpointError) as error:
@@ -301,6 +312,25 @@ def test_a_folder_of_model_weights_on_a_full_disk_is_reported_in_one_line(tmp_pa
 
     with full_disk(), pytest.raises(CheckpointError, match="best: cannot be written: "):
         replace_folder(tmp_path / "best", weights)
+
+
+def test_a_tokenizer_on_a_full_disk_is_reported_in_one_line(tmp_path):
+    from reftune.model.weights import word_tokenizer
+
+    tokenizer = word_tokenizer(map(str, range(5_000)))
+    with full_disk(), pytest.raises(CheckpointError, match=r"best: cannot be written: [^\n]+$"):
+        replace_folder(tmp_path / "best", tokenizer.save_pretrained)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("error", [Exception("another"), RuntimeError("(os error 28)")])
+def test_an_error_that_is_not_the_disk_s_stays_as_it_is(tmp_path, error):
+    def fail(folder: Path) -> None:
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        replace_folder(tmp_path / "best", fail)
+    assert caught.value is error
 
 
 def test_linked_files_replace_those_in_their_place(tmp_path):

@@ -4,6 +4,8 @@ undisturbed run."""
 from __future__ import annotations
 
 import errno
+import fcntl
+import hashlib
 import json
 import os
 import random
@@ -408,6 +410,87 @@ def test_the_samples_that_self_training_keeps_may_not_change(make_recipe):
     with open_run(kept(10, 3), Progress()):
         pass
     assert "stages.self.keep was 10, now 9" in refused(kept(9, 3), RecipeError)
+
+
+def test_a_run_whose_initial_model_has_changed_is_not_continued(make_recipe, tmp_path):
+    source = make_recipe(run_dir=str(tmp_path / "source"))
+    with open_run(source, Progress()) as run:
+        run.train("sft")
+    init = run.folder.stage("sft").path
+    recipe = make_recipe(
+        run_dir=str(tmp_path / "run"), stages={"sft": None, "reft": {"init": str(init)}}
+    )
+    with pytest.raises(KeyboardInterrupt):
+        run_all(recipe, Stopping("reft", 3))
+    weights = init / "model.safetensors"
+    before = weights.read_bytes()
+    weights.write_bytes(before[:-4] + b"\0\0\x80?")  # the last weight is now 1
+    with pytest.raises(CheckpointError, match=f"the model {init} has changed since this stage"):
+        run_all(recipe)
+    weights.write_bytes(before)  # with a new time
+    with open_run(recipe, Progress()) as run:
+        (newest,) = run.folder.stage("reft").checkpoints.glob("step-000002")
+        state = json.loads((newest / "state.json").read_text())
+        assert state.pop("initial")
+        (newest / "state.json").write_text(json.dumps(state))  # of an earlier version
+        manifest = json.loads((newest / "manifest.json").read_text())
+        digest = hashlib.sha256((newest / "state.json").read_bytes()).hexdigest()
+        (newest / "manifest.json").write_text(json.dumps({**manifest, "state.json": digest}))
+        run.train("reft")
+
+
+def test_a_resumed_run_says_if_its_gpu_is_gone_or_its_versions_are_others(make_recipe):
+    def noted(**changes: Any) -> list[str]:
+        with open_run(make_recipe(), progress := Noting()) as run:
+            was = json.loads(run.folder.environment.read_text())
+            run.folder.environment.write_text(json.dumps({**was, **changes}))
+        return progress.notes
+
+    assert noted() == noted(gpu="NVIDIA H100", torch="2.0", numpy="1.0") == []
+    found = noted(gpu=None, torch=None)
+    if not torch.cuda.is_available():
+        assert found.pop(0).startswith("this run began on a machine with NVIDIA H100, but ")
+    assert found == [f"torch was 2.0, now {torch.__version__}; from here on, results may differ"]
+    assert noted() == []
+
+
+def test_a_run_folder_on_a_file_system_without_locks_is_used_with_a_note(make_recipe, monkeypatch):
+    def fail(number: int) -> None:
+        def flock(*args: Any) -> None:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr("fcntl.flock", flock)
+
+    for number in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+        fail(number)
+        with open_run(make_recipe(), progress := Noting()) as run:
+            pass
+        (note,) = progress.notes
+        assert note.startswith(f"{run.folder.path}: this file system has no locks; make sure")
+    fail(errno.EIO)
+    assert "cannot be written: " in refused(make_recipe(), CheckpointError)
+
+
+def test_a_run_starts_while_its_folder_is_locked_for_an_instant(make_recipe, monkeypatch):
+    with open_run(make_recipe(), Progress()) as run:
+        pass
+    watching = run.folder.lock.open()
+    fcntl.flock(watching, fcntl.LOCK_SH)
+    monkeypatch.setattr("time.sleep", lambda seconds: watching.close())
+    with open_run(make_recipe(), Progress()):
+        pass
+
+
+def test_other_servers_are_noted_because_they_may_round_differently(make_recipe):
+    def notes(server: str | None, gpus: float = 0.3) -> list[str]:
+        engine = {"kind": "vllm", "server": server, "memory": gpus}
+        progress = Noting()
+        with open_run(make_recipe(engine=engine), progress):
+            return progress.notes
+
+    assert notes("http://a:8000") == notes("http://a:8000") == []
+    (note,) = notes("http://b:8000")
+    assert note.startswith("engine.server was 'http://a:8000', now 'http://b:8000'; from here on,")
 
 
 def test_the_servers_of_a_requeued_job_may_have_other_names(make_recipe):

@@ -16,7 +16,7 @@ from crash import MORE_SFT, outcome, run_all
 from reftune.errors import CheckpointError, ModelError, RecipeError
 from reftune.model.adapters import export_adapters, read_adapters
 from reftune.runs.export import export_model
-from reftune.runs.models import check_stage_graph
+from reftune.runs.models import check_stage_graph, require_trained
 from reftune.runs.run import open_run
 from reftune.stages.stage import Progress
 from reftune.storage.files import JsonLines
@@ -50,6 +50,26 @@ def test_a_folder_without_a_model_is_not_a_start(make_recipe, tmp_path):
     recipe = make_recipe(stages={"reft": {"init": str(tmp_path)}})
     with pytest.raises(RecipeError, match=r"stages.reft.init: .* is not an earlier method"):
         check_stage_graph(recipe)
+
+
+def test_the_old_model_of_a_stage_that_is_being_lengthened_is_not_a_start(make_recipe, tmp_path):
+    first = make_recipe(run_dir=str(tmp_path / "first"))
+    with open_run(first, Progress()) as run:
+        run.train("sft")
+    source = run.folder.stage("sft")
+    facts = source.info.read_text()
+    recipe = make_recipe(
+        run_dir=str(tmp_path / "second"), stages={"sft": None, "reft": {"init": str(source.path)}}
+    )
+    source.info.unlink()
+    told = f"{source.path}: this stage is not finished; "
+    with open_run(recipe, Progress()) as run, pytest.raises(RecipeError, match=told):
+        run.train("reft")
+    source.info.write_text(facts)
+    require_trained(recipe, [str(source.path)])
+    shutil.rmtree(source.checkpoints)
+    source.info.unlink()  # a model folder that only looks like a stage's
+    require_trained(recipe, [str(source.path)])
 
 
 # --- adapters -------------------------------------------------------------------------------------
@@ -335,6 +355,28 @@ def test_a_finished_stage_with_more_steps_goes_on_to_the_bits_of_a_longer_one(
     shutil.rmtree(tmp_path / "run/eval.1")  # the evaluation of the shorter run
     assert outcome(tmp_path / "run") == outcome(tmp_path / "straight")
     assert json.loads((tmp_path / "run/stages/reft/stage.json").read_text())["steps"] == 6
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "told"),
+    [
+        ({}, 0),
+        ({"schedule": "linear"}, 1),
+        ({"schedule": "cosine", "warmup": 0.25}, 1),
+        ({"warmup": 0.25}, 1),
+    ],
+)
+def test_more_steps_under_a_rate_that_depends_on_the_length_are_noted(
+    make_recipe, tmp_path, optimizer, told
+):
+    reft = {"optimizer": optimizer}
+    with open_run(make_recipe(stages={"reft": reft}), Progress()) as run:
+        (run.folder.stage("reft").checkpoints / "step-000002").mkdir(parents=True)
+    progress, notes = Progress(), []
+    progress.note = notes.append
+    with open_run(make_recipe(stages={"reft": {**reft, "steps": 6}}), progress):
+        pass
+    assert [note.partition(":")[0] for note in notes] == ["stages.reft"] * told
 
 
 def test_a_self_training_stage_with_more_epochs_goes_on_to_the_bits_of_a_longer_one(

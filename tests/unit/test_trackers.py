@@ -1,6 +1,8 @@
 """Metrics in other tools, offline. A tool that is not installed is skipped."""
 
+import json
 import math
+import re
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -107,6 +109,43 @@ def test_a_tracker_that_cannot_start_is_one_line(recipe, monkeypatch: pytest.Mon
         match=r"^trackers: wandb cannot start: ConnectionError: no network; trackers=\[\] runs",
     ):
         progress.stage("sft", 1)
+
+
+def test_a_tracker_that_cannot_start_when_a_run_is_continued_is_left_out(
+    recipe, tmp_path, monkeypatch
+):
+    def open_one(name, recipe):
+        if name == "wandb":
+            raise RecipeError("trackers: wandb cannot start: no network")
+        return name
+
+    monkeypatch.setattr(trackers, "_open", open_one)
+    made, progress, notes = recipe(run_dir=str(tmp_path / "run")), Progress(), []
+    monkeypatch.setattr(progress, "note", notes.append)
+    made.folder.mkdir()
+    watched = TrackedProgress(progress, ["wandb", "tensorboard"], made)
+    with pytest.raises(RecipeError, match="no network"):
+        watched.stage("sft", 2)
+    (made.folder / "metrics.jsonl").write_text("")
+    watched = TrackedProgress(progress, ["wandb", "tensorboard"], made)
+    watched.stage("sft", 2)
+    assert watched._trackers == ["tensorboard"]
+    assert notes == ["trackers: wandb cannot start: no network; the run continues without wandb"]
+
+
+def test_a_continued_run_is_one_run_of_wandb(recipe, tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_RUN_ID", raising=False)
+    runs = [recipe(run_dir=str(tmp_path / name)) for name in ("one", "other")]
+    for number, made in enumerate(runs):
+        assert "id" not in trackers._settings("wandb", made), "no run has begun"
+        made.folder.mkdir()
+        (made.folder / "env.json").write_text(json.dumps({"started": number}))
+    first, again, other = (trackers._settings("wandb", made) for made in (runs[0], *runs))
+    assert first == again and first["resume"] == "allow"
+    assert first["id"] != other["id"] and re.fullmatch("[0-9a-f]{16}", first["id"])
+    assert "id" not in trackers._settings("trackio", runs[0])
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")
+    assert "id" not in trackers._settings("wandb", runs[0])
 
 
 def test_the_default_may_be_switched_off_on_an_old_run(make_recipe):

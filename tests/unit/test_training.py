@@ -264,6 +264,20 @@ def collector(tokenizer, *, engine=None, rewards=(), max_new=10, **lengths) -> C
     )
 
 
+@pytest.mark.parametrize("limit", [None, 40])
+def test_an_engine_is_told_how_long_prompts_can_be(make_policy, tokenizer, monkeypatch, limit):
+    told = []
+
+    class Recording(FakeEngine):
+        def generate(self, policy, prompts, params):
+            told.append((params.max_prompt_tokens, params.max_new_tokens))
+            return super().generate(policy, prompts, params)
+
+    team = collector(tokenizer, engine=Recording(), max_prompt=limit)
+    team.solve(make_policy(), [problem(1, None)])
+    assert told == [(limit, 10)]
+
+
 def test_rollouts_without_a_reward_are_left_out(make_policy, tokenizer):
     problems = [problem(1, None), problem(2, None), problem(3, None)]
     team = collector(tokenizer, rewards=[0.5, None, 1])

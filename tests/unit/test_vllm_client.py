@@ -4,6 +4,8 @@ The real engine is tested by `make test-vllm`.
 """
 
 import importlib.util
+import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,11 +16,20 @@ from transformers import AutoModelForCausalLM
 
 from crash import assert_same_outcome, outcome
 from reftune.engines import traffic
-from reftune.engines.vllm import SHARED_MEMORY, Colocated, Vllm, own_servers, request
+from reftune.engines.vllm import (
+    SHARED_MEMORY,
+    Colocated,
+    Vllm,
+    longest_sequence,
+    own_servers,
+    request,
+    stop_engines,
+)
 from reftune.errors import EngineError, RecipeError
 from reftune.processes.world import World, inhabited
 from reftune.recipe import LoraTable
 from reftune.runs.run import open_run
+from reftune.stages.loop import Interrupted
 from reftune.stages.stage import Progress
 from reftune.types import SamplingParams
 from stub_vllm import StubVllm, choices, stub_vllm
@@ -217,6 +228,18 @@ def test_weights_travel_through_the_folder_of_the_recipe(server, make_policy, tm
     assert server.folders[0].parent == tmp_path and list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("lora", [None, LoraTable(rank=2)], ids=["whole", "lora"])
+def test_a_server_of_another_user_may_read_the_weights(server, make_policy, monkeypatch, lora):
+    modes = []
+
+    def take(folder):
+        modes.extend(path.stat().st_mode & 0o777 for path in (folder, *folder.rglob("*")))
+
+    monkeypatch.setattr(server, "take", take)
+    engine(server).generate(make_policy(lora=lora), PROMPTS[:1], params())
+    assert len(modes) > 2 and all(mode & 0o044 == 0o044 for mode in modes)
+
+
 @pytest.mark.skipif(not SHARED_MEMORY.is_dir(), reason="no shared memory as a folder")
 def test_weights_travel_in_memory_by_default(server, make_policy):
     engine(server).generate(make_policy(), PROMPTS[:1], params())
@@ -299,6 +322,7 @@ def test_a_server_that_answers_too_little_is_one_line(server, make_policy, monke
         [],
         {"choices": [{"index": 0, "text": "as other servers answer", "logprobs": None}]},
         {"choices": [{"index": 0, "token_ids": [3, 1], "logprobs": None}]},
+        {"choices": [{"index": 0, "token_ids": [3], "logprobs": {"token_logprobs": [-1.0]}}]},
     ],
     ids=str,
 )
@@ -306,6 +330,45 @@ def test_an_answer_that_is_not_vllm_s_is_one_line(server, make_policy, monkeypat
     monkeypatch.setattr(server, "answer", lambda path, body: (200, answer))
     with pytest.raises(EngineError, match=r"^engine vllm: http\S+ answered '.*; expected choices"):
         engine(server).generate(make_policy(), PROMPTS, params())
+
+
+ENDED_EARLY = ["abort", "error", None]
+
+
+@pytest.mark.parametrize("reason", ENDED_EARLY)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_completion_that_a_server_ended_early_is_no_completion(
+    server, make_policy, monkeypatch, reason, temperature
+):
+    def stopped(path, body):
+        found = choices(body) if path == "/v1/completions" else []
+        return 200, {"choices": [{**choice, "finish_reason": reason} for choice in found]}
+
+    monkeypatch.setattr(server, "answer", stopped)
+    told = rf"^engine vllm: {server.address} ended a completion early \(finish_reason {reason}\); "
+    with pytest.raises(EngineError, match=told):
+        engine(server).generate(make_policy(), PROMPTS, params(temperature=temperature))
+
+
+@pytest.mark.parametrize("reason", ENDED_EARLY)
+def test_a_completion_that_a_colocated_engine_ended_early_is_no_completion(monkeypatch, reason):
+    def colocated(*reasons):
+        outputs = [
+            SimpleNamespace(
+                token_ids=[3, 1], logprobs=[{3: step, 1: step}] * 2, finish_reason=reason
+            )
+            for reason in reasons
+        ]
+        found = object.__new__(Colocated)
+        answers = [SimpleNamespace(outputs=[output]) for output in outputs]
+        found.engine = SimpleNamespace(generate=lambda *args, **keys: answers)
+        return found
+
+    step = SimpleNamespace(logprob=-1.0)
+    samples = [([3, 1], [-1.0, -1.0])] * 2
+    assert colocated("stop", "length").sample([], []) == samples
+    with pytest.raises(EngineError, match=r"^engine vllm: vLLM ended a completion early"):
+        colocated("stop", reason).sample([], [])
 
 
 def test_an_address_without_http_is_one_line(make_policy):
@@ -318,7 +381,8 @@ def test_a_folder_that_cannot_be_written_is_one_line(server, make_policy, monkey
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
-    with pytest.raises(EngineError, match=r"cannot be written: .*No space left on device"):
+    told = r"cannot be written: .*No space left on device; engine.weights_dir sets another place"
+    with pytest.raises(EngineError, match=told):
         engine(server).generate(make_policy(), PROMPTS, params())
 
 
@@ -326,6 +390,63 @@ def test_a_colocated_engine_is_refused_in_several_processes(make_policy, monkeyp
     monkeypatch.setattr("reftune.processes.world.world_size", lambda: 2)
     with pytest.raises(RecipeError, match="serves only one training process; expected"):
         Vllm()._colocated(make_policy(), PROMPTS, params())
+
+
+def test_a_colocated_engine_that_cannot_start_is_refused_before_anything_is_written(
+    make_recipe, tmp_path, monkeypatch
+):
+    recipe = make_recipe(engine={"kind": "vllm"}, run_dir=str(tmp_path / "run"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match="vllm is not installed"), open_run(recipe, Progress()):
+        pass
+    assert not recipe.folder.exists()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    with open_run(recipe, Progress()) as run:
+        # the run is continued by several processes
+        monkeypatch.setattr("reftune.engines.vllm.world.world_size", lambda: 2)
+        with pytest.raises(RecipeError, match="serves only one training process"):
+            run.train("sft")
+        assert not run.folder.stage("sft").path.exists()
+
+
+@pytest.mark.parametrize(
+    ("context", "max_prompt", "expected"),
+    [(131072, 512, 517), (131072, None, 131072), (64, 60, 64), (64, 59, 64), (None, 512, 517)],
+)
+def test_colocated_vllm_starts_for_sequences_as_long_as_the_recipe_s(
+    monkeypatch, tmp_path, context, max_prompt, expected
+):
+    started = []
+    fake = SimpleNamespace(LLM=lambda **settings: started.append(settings))
+    monkeypatch.setattr("reftune.engines.vllm._vllm", lambda: fake)
+    policy = SimpleNamespace(context=context, compute_dtype=torch.bfloat16)
+    (tmp_path / "config.json").write_text("{}")
+    longest = longest_sequence(policy, params(max_prompt_tokens=max_prompt))  # 5 new tokens
+    Colocated(Vllm(), policy, tmp_path, longest)
+    assert [settings["max_model_len"] for settings in started] == [expected]
+
+
+def test_a_colocated_engine_is_started_again_only_for_longer_sequences(monkeypatch, tmp_path):
+    started = []
+
+    class Fake(Colocated):
+        def __init__(self, settings, policy, folder, longest):
+            self.longest = longest
+            started.append(longest)
+
+        def stop(self):
+            pass
+
+    monkeypatch.setattr("reftune.engines.vllm.Colocated", Fake)
+    (tmp_path / "config.json").write_text("{}")
+    policy, own = SimpleNamespace(compute_dtype=torch.bfloat16), Vllm()
+    try:
+        for longest in (20, 20, 12, 30, 20, None, 20, None):
+            own._started(policy, tmp_path, longest)
+        Vllm(memory=0.5)._started(policy, tmp_path, 20)
+    finally:
+        stop_engines()
+    assert started == [20, 30, None, 20]
 
 
 def test_a_list_of_no_servers_is_refused(make_recipe):
@@ -355,3 +476,31 @@ def test_a_server_that_dies_costs_nothing_but_a_line(server, make_recipe, tmp_pa
     assert checkpoint.name == f"step-00000{saved}", dies_in
     server.dies_at = None
     assert_same_outcome(run(tmp_path / "killed"), straight)
+
+
+def test_a_signal_that_stops_the_server_too_costs_no_step(
+    server, make_recipe, tmp_path, monkeypatch
+):
+    def run(folder):
+        changes = {"engine": {"kind": "vllm", "server": server.address}, "run_dir": str(folder)}
+        with open_run(make_recipe(stages=STAGES, **changes), Progress()) as run:
+            run.train("reft")
+        return folder
+
+    straight, path = outcome(run(tmp_path / "straight")), "/v1/completions"
+    sampled = [body["seed"] for body in server.requests(path) if body["temperature"] > 0]
+    answer = server.answer
+
+    def stop(path, body):
+        if body.get("seed") != sampled[-1]:  # a rollout of the last step
+            return answer(path, body)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return 200, {"choices": [{**each, "finish_reason": "abort"} for each in choices(body)]}
+
+    monkeypatch.setattr(server, "answer", stop)
+    with pytest.raises(Interrupted):
+        run(tmp_path / "stopped")
+    checkpoint = max((tmp_path / "stopped/stages/reft/checkpoints").glob("step-*"))
+    assert checkpoint.name == "step-000003"
+    monkeypatch.setattr(server, "answer", answer)
+    assert_same_outcome(run(tmp_path / "stopped"), straight)

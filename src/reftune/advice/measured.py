@@ -93,8 +93,11 @@ def _sample_speed(
     """Tokens sampled per second, over all rows, if solutions have `num_tokens` tokens. If there is
     only time to sample the beginnings of solutions, the speed is extrapolated."""
 
+    longest = max(map(len, prompts))
+
     def sample(length: int) -> int:
-        completions = engine.generate(policy, prompts, SamplingParams(max_new_tokens=length))
+        params = SamplingParams(max_new_tokens=length, max_prompt_tokens=longest)
+        completions = engine.generate(policy, prompts, params)
         return sum(len(completion.token_ids) for completion in completions)
 
     sample(WARM_NEW_TOKENS)

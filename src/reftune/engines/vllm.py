@@ -13,6 +13,7 @@ import atexit
 import contextlib
 import http.client
 import importlib
+import importlib.util
 import itertools
 import json
 import os
@@ -37,10 +38,14 @@ from reftune.model.policy import Policy
 from reftune.processes import world
 from reftune.recipe import Component
 from reftune.seeds import derive_seed
+from reftune.storage.files import make_readable
 from reftune.text import counted, shown
 from reftune.types import Completion, SamplingParams
 
 SHARED_MEMORY = Path("/dev/shm")
+NOT_INSTALLED = (
+    "engine vllm: vllm is not installed; expected pip install 'reftune[vllm]', or engine.server"
+)
 TIMEOUT_S = 3600.0
 """Longest wait for a server's answer."""
 
@@ -76,12 +81,24 @@ class Vllm(Component):
         addresses = [self.server] if isinstance(self.server, str) else self.server or ()
         return [Server(address.rstrip("/")) for address in addresses]
 
+    def verify(self) -> None:
+        """See `reftune.engines.Engine`. Raises: RecipeError if the engine is colocated and either
+        vLLM is not installed or several processes train."""
+        if self.servers:
+            return
+        if world.world_size() > 1:
+            raise RecipeError(
+                "engine vllm: a colocated engine serves only one training process; expected"
+                " engine.server, or engine=kv"
+            )
+        if importlib.util.find_spec("vllm") is None:
+            raise RecipeError(NOT_INSTALLED)
+
     def generate(
         self, policy: Policy, prompts: Sequence[Sequence[int]], params: SamplingParams
     ) -> list[Completion]:
         """See `reftune.engines.Engine`. Raises: EngineError if vLLM or a server fails, or if the
-        weights cannot be written; RecipeError if the engine is colocated and either vLLM is not
-        installed or several processes train."""
+        weights cannot be written; the errors of `verify`."""
         if not any(world.any_of(len(prompts) > 0)):
             return []
         sample = self._by_servers if self.servers else self._colocated
@@ -162,8 +179,12 @@ class Vllm(Component):
             folder.chmod(0o755)  # another user may run the server
             try:
                 save(policy, folder)
+                make_readable(folder)
             except (OSError, SafetensorError) as error:
-                raise EngineError(f"engine vllm: {folder}: cannot be written: {error}") from None
+                raise EngineError(
+                    f"engine vllm: {folder}: cannot be written: {error}; engine.weights_dir sets"
+                    " another place"
+                ) from None
             # a resumed run sends the base again; counting it would change this step's metrics
             if save is not save_base:
                 files = [path for path in folder.rglob("*") if path.is_file()]
@@ -175,27 +196,22 @@ class Vllm(Component):
     def _colocated(
         self, policy: Policy, prompts: Sequence[list[int]], params: SamplingParams
     ) -> list[Sampled]:
-        if world.world_size() > 1:
-            raise RecipeError(
-                "engine vllm: a colocated engine serves only one training process; expected"
-                " engine.server, or engine=kv"
-            )
+        self.verify()
         with self._folder(policy, save_whole) as folder:
-            engine = self._started(policy, folder)
+            engine = self._started(policy, folder, longest_sequence(policy, params))
             engine.load(folder)
         traffic["requests"] += len(prompts)
         positions = range(params.first_position, params.first_position + len(prompts))
         return engine.sample(prompts, [request(policy, params, position) for position in positions])
 
-    def _started(self, policy: Policy, folder: Path) -> Colocated:
+    def _started(self, policy: Policy, folder: Path, longest: int | None) -> Colocated:
         """The running engine if it was started with these settings, this dtype and this model
-        configuration. Otherwise, any running engine is stopped, and a new one is started, which
-        takes seconds to minutes."""
+        configuration, and for sequences of at least `longest` tokens. Otherwise, any running engine
+        is stopped, and a new one is started, which takes seconds to minutes."""
         key = (self, str(policy.compute_dtype), (folder / "config.json").read_text())
-        if _running and key not in _running:
+        if key not in _running or not _running[key].takes(longest):
             stop_engines()
-        if key not in _running:
-            _running[key] = Colocated(self, policy, folder)
+            _running[key] = Colocated(self, policy, folder, longest)
         return _running[key]
 
 
@@ -215,7 +231,9 @@ class Colocated:
     """vLLM in its own process, which shares no random generator, threads or process group with the
     trainer."""
 
-    def __init__(self, settings: Vllm, policy: Policy, folder: Path) -> None:
+    def __init__(self, settings: Vllm, policy: Policy, folder: Path, longest: int | None) -> None:
+        """`longest` is the maximum length of a sequence in tokens; None leaves it to vLLM."""
+        self.longest = longest
         defaults = {
             "VLLM_LOGGING_STREAM": "ext://sys.stderr",
             "VLLM_LOGGING_LEVEL": "ERROR",
@@ -226,12 +244,13 @@ class Colocated:
             os.environ.setdefault(name, value)
         with torch.random.fork_rng([]):
             vllm = _vllm()
-            with _engine_errors("did not start"):
+            told = f"did not start with max_model_len {longest} (lengths.max_prompt can lower it)"
+            with _engine_errors(told):
                 self.engine: Any = vllm.LLM(
                     model=str(folder),
                     skip_tokenizer_init=True,
                     dtype=str(policy.compute_dtype).removeprefix("torch."),
-                    max_model_len=policy.context,
+                    max_model_len=longest,
                     max_num_seqs=settings.batch_size,
                     gpu_memory_utilization=settings.memory,
                     enforce_eager=settings.eager,
@@ -240,6 +259,10 @@ class Colocated:
                     use_tqdm_on_load=False,
                     worker_extension_cls="reftune.engines._vllm_worker.Repacking",
                 )
+
+    def takes(self, longest: int | None) -> bool:
+        """Whether the engine can sample sequences of `longest` tokens."""
+        return self.longest is None or (longest is not None and longest <= self.longest)
 
     def load(self, folder: Path) -> None:
         with _engine_errors("weights were not loaded"):
@@ -256,7 +279,9 @@ class Colocated:
                 [_vllm().SamplingParams(**request, detokenize=False) for request in requests],
                 use_tqdm=False,
             )
-        return [_sampled(output.outputs[0]) for output in outputs]
+        found = [output.outputs[0] for output in outputs]
+        _require_ended([output.finish_reason for output in found], "vLLM")
+        return [_sampled(output) for output in found]
 
     def stop(self) -> None:
         self.engine.llm_engine.engine_core.shutdown()
@@ -315,11 +340,13 @@ class Server:
                 (list(choice["token_ids"]), list(choice["logprobs"]["token_logprobs"]))
                 for choice in choices
             ]
+            reasons = [choice["finish_reason"] for choice in choices]
         except (ValueError, LookupError, TypeError):
             raise EngineError(
                 f"engine vllm: {self.address} answered {shown(answer.decode(errors='replace'))};"
-                " expected choices with token_ids and logprobs, as vLLM returns"
+                " expected choices with token_ids, logprobs and finish_reason, as vLLM returns"
             ) from None
+        _require_ended(reasons, self.address)
         if len(found) != len(prompts):
             raise EngineError(
                 f"engine vllm: {self.address} returned {counted(len(found), 'completion')} for"
@@ -408,8 +435,17 @@ def _vllm() -> Any:
     try:
         return importlib.import_module("vllm")
     except ImportError:
-        expected = "pip install 'reftune[vllm]', or engine.server"
-        raise RecipeError(f"engine vllm: vllm is not installed; expected {expected}") from None
+        raise RecipeError(NOT_INSTALLED) from None
+
+
+def longest_sequence(policy: Policy, params: SamplingParams) -> int | None:
+    """Maximum length of a prompt with its completion, in tokens; None if it is unknown. vLLM does
+    not start if its cache has no room for a sequence of this length."""
+    limit = policy.context
+    if params.max_prompt_tokens is not None:
+        wanted = params.max_prompt_tokens + params.max_new_tokens
+        limit = wanted if limit is None else min(wanted, limit)
+    return limit
 
 
 def request(policy: Policy, params: SamplingParams, position: int) -> dict[str, Any]:
@@ -462,6 +498,17 @@ def save_adapter(policy: Policy, folder: Path) -> None:
     }
     save_file(cast, folder / "adapter_model.safetensors")
     policy.model.active_peft_config.save_pretrained(folder)
+
+
+def _require_ended(reasons: Sequence[str | None], sampler: str) -> None:
+    """Check that every completion has ended, at a stop token or the limit. vLLM returns unfinished
+    completions if it is stopped. Raises: EngineError if one has not."""
+    for reason in reasons:
+        if reason not in ("stop", "length"):
+            raise EngineError(
+                f"engine vllm: {sampler} ended a completion early (finish_reason {reason}); was it"
+                " stopped? The same command continues from the last checkpoint"
+            )
 
 
 def _sampled(output: Any) -> Sampled:

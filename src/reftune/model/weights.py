@@ -3,6 +3,7 @@ one from scratch."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import io
 import logging
@@ -34,6 +35,7 @@ LOG = logging.getLogger(__name__)
 SMOLLM2 = "smollm2-135m"
 ADAPTER_CONFIG = "adapter_config.json"
 """Name of the adapters' configuration file in PEFT's format."""
+HASHED_PARTS, HASHED_BYTES = 256, 4096
 WORD_PATTERN = r"\d+|\n *| ?[A-Za-z_]+(?: (?=\d))?| ?[^\sA-Za-z_\d]+(?: (?=\d))?| "
 """Matches the pieces that form a from-scratch model's vocabulary. A space before a number belongs
 to the preceding word or operator, so that a number has the same embedding with and without the
@@ -187,6 +189,24 @@ def load_pretrained(
         )
     _name_eos(tokenizer, model.config)
     return model, tokenizer
+
+
+def fingerprint(config: PretrainedConfig) -> str | None:
+    """Identifies the files from which a model was loaded: the commit for a model from the Hub; for
+    a folder, a hash of parts of its weights, which takes milliseconds. None if neither is known,
+    as for a model from scratch."""
+    folder = Path(config.name_or_path or os.devnull)
+    if not folder.is_dir():
+        return getattr(config, "_commit_hash", None)
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with path.open("rb") as file:
+            for start in range(0, size, max(1, size // HASHED_PARTS)):
+                file.seek(start)
+                digest.update(file.read(HASHED_BYTES))
+    return digest.hexdigest()
 
 
 def _name_eos(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:

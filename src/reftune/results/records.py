@@ -4,7 +4,7 @@ plug-in."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -46,6 +46,17 @@ class TrainingSample:
     logprobs: tuple[float, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class SampleFile:
+    """A stage's `samples.jsonl`, or an empty sequence if there is none. Iterating may raise a
+    DataError for a damaged line."""
+
+    path: Path
+
+    def __iter__(self) -> Iterator[TrainingSample]:
+        return _read_lines(self.path, _sample)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MetricRow:
     """The metrics of one step of one stage."""
@@ -69,7 +80,9 @@ class StageResults:
     unset."""
     metrics: tuple[MetricRow, ...]
     """One row per step; empty for a snapshot, because the metrics belong to its stage."""
-    samples: tuple[TrainingSample, ...]
+    samples: Iterable[TrainingSample]
+    """The sampled solutions that training logged. They may not fit in memory, so every iteration
+    reads them from the file."""
     info: Mapping[str, Any]
     """The content of `stage.json`; empty until the stage is done."""
 
@@ -328,7 +341,7 @@ def _read_stage(
         init=str(info.get("init") or spec.get("init") or "base"),
         num_samples=int(spec.get("samples") or 1),
         metrics=tuple(metrics[step] for step in sorted(metrics)),
-        samples=tuple(_read_lines(files.stage(name).samples, _sample)),
+        samples=SampleFile(files.stage(name).samples),
         info=info,
     )
 

@@ -189,6 +189,11 @@ def require_trained(recipe: Recipe, names: Collection[str]) -> None:
                     " model folder"
                 )
             raise RecipeError(f"{folder.path}: not trained yet; `reftune run` trains it")
+        other = StageFolder(Path(name))
+        if not folder.is_done and not other.is_done and other.has_begun:
+            raise RecipeError(
+                f"{name}: this stage is not finished; `reftune run` with its recipe continues it"
+            )
 
 
 def stage_folder(recipe: Recipe, name: str) -> StageFolder:

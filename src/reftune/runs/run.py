@@ -141,8 +141,9 @@ class Run:
 
         Raises: ModelError or RecipeError if the model cannot be used, for example because it has no
         embedding for a token; DataError if a prompt is too long and the recipe does not drop such
-        prompts, or if no training row is left.
+        prompts, or if no training row is left; the errors of `verify_engine`.
         """
+        self.verify_engine()
         policy, stages = self.models.load("base", trained=True), self.recipe.stages.values()
         collector = collector_of(self.recipe, policy)
         train = collector.trainable(self.splits, policy).train
@@ -157,6 +158,10 @@ class Run:
         encoder = collector.encoder
         policy.require_known([*encoded, [encoder.end_of(encoder.format.prompt(train[0]))]])
 
+    def verify_engine(self) -> None:
+        """Raises: RecipeError if the engine cannot work here, as far as it can tell."""
+        getattr(self.recipe.engine, "verify", lambda: None)()
+
     def is_trained(self, name: str) -> bool:
         """Whether stage `name` has saved all its models."""
         saved = self.recipe.saved_by(name)
@@ -164,9 +169,10 @@ class Run:
 
     def train(self, name: str) -> None:
         """Run stage `name` unless it is done. Raises: RecipeError if its `init` is not trained
-        yet."""
+        yet, or if the engine cannot work here."""
         if self.is_trained(name):
             return
+        self.verify_engine()  # also if the run is continued on another machine
         stage = self.recipe.stages[name]
         policy = self.models.take(stage.init)
         collector = collector_of(self.recipe, policy)

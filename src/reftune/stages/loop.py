@@ -17,6 +17,7 @@ import torch
 from pydantic import Field
 
 from reftune.errors import CheckpointError, EngineError, NonFiniteError
+from reftune.model.weights import fingerprint
 from reftune.processes import sharding, world
 from reftune.processes.sharding import whole_tensors
 from reftune.recipe import Table
@@ -152,6 +153,7 @@ class Loop:
         self.state = start or Progression()
         self.until_plateau = until_plateau
         self._stop = self._is_saved = False
+        self._initial = fingerprint(context.policy.base.config)
         sharding.current.distribute(model)
         self.optimizer = make_optimizer(model, table.optimizer)
 
@@ -230,12 +232,17 @@ class Loop:
     @contextmanager
     def _saving(self) -> Iterator[None]:
         """If the engine fails inside the block, save a checkpoint. Up to that point, the block must
-        not change the stage's state. The engine's error must be raised in every process."""
+        not change the stage's state. The engine's error must be raised in every process.
+
+        Raises: Interrupted if a signal has come, which may have stopped the engine too.
+        """
         try:
             yield
-        except EngineError:
+        except EngineError as error:
             if not self._is_saved:
                 self._save()
+            if any(world.any_of(self._stop)):
+                raise Interrupted(str(self.context.folder.checkpoints)) from error
             raise
 
     def _log(self, metrics: dict[str, float]) -> None:
@@ -392,7 +399,7 @@ class Loop:
             return False
         state = dict(found.state)
         try:
-            samples_bytes = state.pop("samples_bytes")
+            samples_bytes, initial = state.pop("samples_bytes"), state.pop("initial", None)
             self.state = Progression(**state)
             load_trainable(self.model, found.tensors)
             load_optimizer_tensors(self.optimizer, found.tensors)
@@ -402,6 +409,11 @@ class Loop:
                 f"{found.folder}: belongs to another model or version: {reason}; choose another"
                 " run_dir"
             ) from None
+        if None not in (initial, self._initial) and initial != self._initial:
+            raise CheckpointError(
+                f"{found.folder}: the model {context.stage.init} has changed since this stage"
+                " began; expected the same weights, or another run_dir"
+            )
         self._adopt_best()
         self._is_saved = True
         context.metrics.keep_of(self._is_own, self.state.rows)
@@ -426,7 +438,11 @@ class Loop:
             self.context.folder.checkpoints,
             step=self.state.step,
             tensors=whole_tensors({**trainable(self.model), **optimizer_tensors(self.optimizer)}),
-            state={**asdict(self.state), "samples_bytes": self.samples.size()},
+            state={
+                **asdict(self.state),
+                "samples_bytes": self.samples.size(),
+                "initial": self._initial,
+            },
             keep=self.table.keep,
         )
 

@@ -109,6 +109,7 @@ class Collector:
         own = world.own_part(len(problems))
         params = SamplingParams(
             max_new_tokens=self.lengths.max_new,
+            max_prompt_tokens=self.lengths.max_prompt,
             temperature=temperature,
             top_k=top_k,
             seed=seed,

@@ -74,9 +74,10 @@ def save_checkpoint(
     replace_folder(final, fill)
     # any checkpoints of later steps must be damaged: `load_latest` skipped them
     newest = [path for number, path in _found(folder) if number <= step][-keep:]
-    for _, path in _found(folder):
-        if path not in newest:
-            shutil.rmtree(path, ignore_errors=True)
+    # `.old`: left by a process that was killed while it saved a step again
+    outdated = [path for _, path in _found(folder) if path not in newest]
+    for path in (*outdated, *folder.glob(".step-*.old")):
+        shutil.rmtree(path, ignore_errors=True)
     return final
 
 

@@ -27,6 +27,11 @@ def writing(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(f"{path}: cannot be written: {reason}") from None
+    except Exception as error:
+        # the tokenizers library raises a plain Exception for a disk error
+        if type(error) is not Exception or "(os error " not in str(error):
+            raise
+        raise CheckpointError(f"{path}: cannot be written: {error}") from None
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -60,9 +65,7 @@ def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         with writing(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
             fill(partial)
-            readable = partial.stat().st_mode & 0o444
-            for path in partial.rglob("*"):  # safetensors lets only the owner read its files
-                path.chmod(path.stat().st_mode | readable)
+            make_readable(partial)
             sync_files(partial)
             if folder.exists():
                 folder.rename(old)
@@ -72,6 +75,14 @@ def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def make_readable(folder: Path) -> None:
+    """Let everyone who may read `folder` read what is in it. safetensors lets only the owner read
+    its files. Raises: OSError for a disk error."""
+    readable = folder.stat().st_mode & 0o444
+    for path in folder.rglob("*"):
+        path.chmod(path.stat().st_mode | readable)
 
 
 def restore_folder(folder: Path) -> None:

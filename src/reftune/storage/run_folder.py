@@ -5,6 +5,7 @@ recipe."""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import yaml
 
@@ -112,6 +113,11 @@ class StageFolder:
         """Whether the stage is complete. The file `info` is written last."""
         return self.info.is_file()
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether the stage has a checkpoint."""
+        return any(self.checkpoints.glob("step-*"))
+
     def facts(self) -> dict[str, Any]:
         """The content of the file `info`. The stage must be complete."""
         content: dict[str, Any] = json.loads(self.info.read_text(encoding="utf-8"))
@@ -164,7 +170,7 @@ TRAINING_KEYS = {"optimizer", "save_every_s", "keep"}
 """A table with all these keys sets how a stage trains. The table is a stage or, in self-training, a
 stage's table `sft`. Below, `TRAINING` stands for either name."""
 CHANGES_NO_RESULT = (
-    *("run_dir", "check", "trackers", "tracker_rollouts", "engine.server", "engine.weights_dir"),
+    *("run_dir", "check", "trackers", "tracker_rollouts", "engine.weights_dir"),
     *(f"{TRAINING}.{key}" for key in ("save_every_s", "keep")),
     *(f"{TRAINING}.optimizer.{key}" for key in ("on_nonfinite", "max_skipped")),
 )
@@ -172,11 +178,14 @@ CHANGES_NO_RESULT = (
 report."""
 CHANGES_ROUNDING = (
     *("model.micro_batch_tokens", "model.gradient_checkpointing"),
-    *("engine.batch_size", "engine.memory"),
+    *("engine.batch_size", "engine.memory", "engine.server"),
 )
-"""Keys that set how much memory a run needs. They change results only by rounding."""
+"""Keys that set how much memory a run needs, or where it samples. They change results only by
+rounding."""
 LENGTHS = {"steps", "epochs"}
 """Keys that set the length of a stage."""
+NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK}
+"""Errors of file systems that have no locks."""
 
 
 @contextmanager
@@ -194,16 +203,21 @@ def claimed(folder: RunFolder, recipe: Recipe, splits: Splits) -> Iterator[list[
     with ExitStack() as stack:
         with readable_errors(folder):
             folder.path.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context(folder.lock.open("w"))
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not _lock(stack.enter_context(folder.lock.open("w"))):
+                notes.append(
+                    f"{folder.path}: this file system has no locks; make sure that no other process"
+                    " uses the folder"
+                )
             if refuse_foreign(folder, recipe):
                 write_atomically(folder.environment, json.dumps(environment(), indent=2))
                 write_atomically(folder.data, json.dumps(data_facts(splits), indent=2))
             else:
                 refuse_changed_data(folder, splits)
                 longer = lengthened_stages(folder, recipe)
-                notes = [note for name in longer for note in _reopen(folder, name)]
+                notes += [note for name in longer for note in _reopen(folder, name)]
                 own, wanted = _own_and_wanted(folder, recipe)
+                notes += _changed_environment(folder)
+                notes += _stretched_rates(wanted, longer)
                 notes += [*_changed_rounding(own, wanted), *_set_aside(folder, own, wanted)]
                 if longer or _evaluated(own) != _evaluated(wanted):
                     folder.summary.unlink(missing_ok=True)
@@ -212,6 +226,23 @@ def claimed(folder: RunFolder, recipe: Recipe, splits: Splits) -> Iterator[list[
             if not folder.recipe.is_file() or folder.recipe.read_text(encoding="utf-8") != text:
                 write_atomically(folder.recipe, text)
         yield notes
+
+
+def _lock(file: IO[str], *, attempts: int = 5) -> bool:
+    """Lock a file. Returns: whether its file system has locks. Raises: BlockingIOError if another
+    process has locked the file."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if attempts == 1:
+            raise
+        time.sleep(0.1)  # `watch` locks the file for an instant
+        return _lock(file, attempts=attempts - 1)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return False
+    return True
 
 
 @contextmanager
@@ -305,7 +336,7 @@ def lengthened_stages(folder: RunFolder, recipe: Recipe) -> list[str]:
         table, spec = map(length_table, (stage, wanted["stages"].get(name, {})))
         for key in LENGTHS & table.keys() & spec.keys():
             files = folder.stage(name)
-            has_begun = files.is_done or any(files.checkpoints.glob("step-*"))
+            has_begun = files.is_done or files.has_begun
             if spec[key] > table[key] and (recipe.stages[name].is_method or not has_begun):
                 table[key] = spec[key]
                 if has_begun:
@@ -355,6 +386,34 @@ def _changed_rounding(own: dict[str, Any], wanted: dict[str, Any]) -> Iterator[s
         change = first_difference(own[table].get(key), wanted[table].get(key), place)
         if change is not None:
             yield f"{change}; from here on, results may differ by rounding"
+
+
+def _stretched_rates(recipe: dict[str, Any], longer: Collection[str]) -> Iterator[str]:
+    """A note on each of the lengthened stages in which the learning rate depends on the length."""
+    for name in longer:
+        optimizer = length_table(recipe["stages"][name]).get("optimizer") or {}
+        schedule, warmup = optimizer.get("schedule", "constant"), optimizer.get("warmup", 0)
+        if schedule != "constant" or warmup:
+            yield (
+                f"stages.{name}: the learning rate (schedule {schedule}, warmup {warmup}) now"
+                " follows the new length, so the result is not that of a run with this length from"
+                " the start"
+            )
+
+
+def _changed_environment(folder: RunFolder) -> Iterator[str]:
+    """Notes if the GPU that the run began on is gone, or if it began with other versions of torch
+    or transformers."""
+    try:
+        old = dict(json.loads(folder.environment.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        return
+    now = environment()
+    if old.get("gpu") and now["gpu"] is None:
+        yield f"this run began on a machine with {old['gpu']}, but torch finds no GPU here"
+    for name in ("torch", "transformers"):
+        if old.get(name) not in (None, now[name]):
+            yield f"{name} was {old[name]}, now {now[name]}; from here on, results may differ"
 
 
 def _set_aside(folder: RunFolder, own: dict[str, Any], wanted: dict[str, Any]) -> Iterator[str]:

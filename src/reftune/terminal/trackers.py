@@ -3,8 +3,10 @@ without trackers, the run's `metrics.jsonl` contains the metrics."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +15,7 @@ from reftune.errors import RecipeError
 from reftune.processes.world import is_main
 from reftune.recipe import Recipe, TrackerName
 from reftune.stages.stage import Progress
+from reftune.storage.run_folder import RunFolder
 from reftune.text import brief
 from reftune.types import Solution
 
@@ -56,9 +59,17 @@ class TrackedProgress(Progress):
         self._stage = ""
 
     def stage(self, name: str, total_steps: int, done_steps: int = 0) -> None:
-        """Open the trackers at the first stage, after the run has locked its folder."""
+        """Open the trackers at the first stage, after the run has locked its folder. If the run
+        has begun earlier, a tracker that cannot start is left out."""
         if self._trackers is None:
-            self._trackers = [_open(tracker, self._recipe) for tracker in self._names]
+            self._trackers = []
+            for tracker in self._names:
+                try:
+                    self._trackers.append(_open(tracker, self._recipe))
+                except RecipeError as error:
+                    if not RunFolder(self._recipe.folder).metrics.exists():
+                        raise
+                    self.note(f"{error}; the run continues without {tracker}")
         self._stage = name
         self._progress.stage(name, total_steps, done_steps)
 
@@ -169,4 +180,16 @@ def _settings(name: TrackerName, recipe: Recipe) -> dict[str, Any]:
         "name": recipe.name,
         "config": recipe.model_dump(mode="json"),
     }
-    return {**settings, "dir": str(Path(recipe.folder).absolute())} if name == "wandb" else settings
+    if name == "wandb":
+        settings |= {"dir": str(Path(recipe.folder).absolute()), **_same_run(recipe)}
+    return settings
+
+
+def _same_run(recipe: Recipe) -> dict[str, Any]:
+    """Settings with which wandb continues its run if ours is continued. The id is a hash of the
+    run's `env.json`, which contains the time at which the run began."""
+    environment = RunFolder(recipe.folder).environment
+    if not environment.is_file() or "WANDB_RUN_ID" in os.environ:
+        return {}
+    text = f"{recipe.name} {recipe.seed} {environment.read_text(encoding='utf-8')}"
+    return {"id": hashlib.sha256(text.encode()).hexdigest()[:16], "resume": "allow"}

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from reftune.errors import CheckpointError, DataError
-from reftune.results import report_command, write_figures
+from reftune.results import read_groups, report_command, write_figures
+from reftune.results.page import gallery
 from reftune.results.page.gallery import MAX_TEXT, PROBLEMS_BYTES, SAMPLES_BYTES
 from reftune.results.page.html import duration, script_json
 
@@ -174,6 +177,61 @@ def test_the_longest_and_the_slowest_samples_are_in_the_page_however_many_there_
     assert len(shown["rows"]) < 1_300 < shown["total"]
     assert max(row["tokens"] for row in shown["rows"]) == 900
     assert max(row["program_s"] for row in shown["rows"]) == 5.0
+
+
+def test_samples_that_are_not_in_the_page_are_not_kept_in_memory(
+    write_run: WriteRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_run(rl_steps=600, num_problems=30)
+    path = folder / "stages" / "reft" / "samples.jsonl"
+    rewrite(path, lambda row: row.update(tokens=["word"] * 500, logprobs=[-0.5] * 500))
+    monkeypatch.setattr(gallery, "MAX_SAMPLES", 40)
+    tracemalloc.start()
+    try:
+        groups = read_groups([folder])
+        read = tracemalloc.get_traced_memory()[0]
+        shown = gallery.samples(groups)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(shown["rows"]) == 40 < 1_600 < shown["total"]
+    assert read < 5_000_000 and peak < 8_000_000 < path.stat().st_size
+
+
+def test_the_samples_in_the_page_do_not_depend_on_how_they_are_read(write_run: WriteRun) -> None:
+    folders = [write_run(f"demo-s{seed}", seed=seed, rl_steps=300) for seed in range(2)]
+    groups = read_groups(folders)
+    held = [
+        replace(
+            group,
+            runs=tuple(
+                replace(
+                    run,
+                    stages={
+                        name: replace(stage, samples=tuple(stage.samples))
+                        for name, stage in run.stages.items()
+                    },
+                )
+                for run in group.runs
+            ),
+        )
+        for group in groups
+    ]
+    assert gallery.samples(held) == gallery.samples(groups)
+    assert len(gallery.samples(groups)["rows"]) > 1_000
+
+
+@pytest.mark.parametrize("line", ["{oops}", "[1]", '{"step": 1}'])
+def test_a_damaged_sample_is_named_with_its_line(write_run: WriteRun, line: str) -> None:
+    folder = write_run(rl_steps=4)
+    path = folder / "stages" / "reft" / "samples.jsonl"
+    number = len(path.read_text().splitlines()) + 1
+    with path.open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(DataError, match=rf"samples.jsonl:{number}: "):
+        page_of(folder)
+    path.write_text(path.read_text().removesuffix("\n"))  # an incomplete line
+    assert data_of(page_of(folder))["samples"]["total"] == number - 1
 
 
 def test_a_foreign_folder_is_refused_before_anything_is_written(tmp_path: Path) -> None:

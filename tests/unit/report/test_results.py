@@ -34,7 +34,7 @@ def test_a_run_is_read_in_the_recipes_order(write_run: WriteRun) -> None:
     assert len(run.evals["reft"][0].samples) == 3
     assert isinstance(run.evals["reft"][0].greedy.graded.verdict, Verdict)
     assert run.stages["reft"].init == "warmup"
-    assert run.stages["reft"].samples[0].tokens[-1] == "<eos>"
+    assert next(iter(run.stages["reft"].samples)).tokens[-1] == "<eos>"
 
 
 def test_training_and_evaluation_lines_of_a_step_are_one_row(write_run: WriteRun) -> None:

@@ -148,7 +148,10 @@ def _last_rise(subject: Subject) -> tuple[Rise, float] | None:
 def check_logprobs(subject: Subject) -> Finding:
     """Check that the engine's log-probabilities of its samples are close to the policy's."""
     prompts = (subject.fitting["dev"] or subject.fitting["train"])[:NUM_SHOWN]
-    params = SamplingParams(max_new_tokens=min(32, subject.recipe.lengths.max_new))
+    lengths = subject.recipe.lengths
+    params = SamplingParams(
+        max_new_tokens=min(32, lengths.max_new), max_prompt_tokens=lengths.max_prompt
+    )
     completions = subject.recipe.engine.generate(subject.policy, prompts, params)
     batch = token_batch(
         prompts, [completion.token_ids for completion in completions], device=subject.policy.device

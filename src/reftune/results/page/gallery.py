@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from reftune.results.page.charts import entries, method_colours
@@ -63,15 +63,18 @@ def samples(groups: Sequence[Group]) -> Json:
         for number, (_, _, pool) in enumerate(pools)
         for turn, place in enumerate(_order(pool))
     )
-
-    def packed() -> Iterator[tuple[tuple[int, int], Json]]:
-        for _, number, place in turns[:MAX_SAMPLES]:
-            method, seed, pool = pools[number]
-            yield (number, place), _sample(pool[place], method, seed)
-
+    chosen = [(number, place) for _, number, place in turns[:MAX_SAMPLES]]
+    wanted = set(chosen)
+    # read again, because only the chosen samples fit in memory
+    rows = {
+        (number, place): _sample(sample, method, seed)
+        for number, (method, seed, pool) in enumerate(pools)
+        for place, sample in enumerate(pool)
+        if (number, place) in wanted
+    }
     return {
         "methods": [{"label": entry.name, "colour": entry.colour} for entry in stages],
-        "rows": _within(packed(), SAMPLES_BYTES),
+        "rows": _within(((key, rows[key]) for key in chosen if key in rows), SAMPLES_BYTES),
         "total": len(turns),
     }
 
@@ -87,20 +90,22 @@ def _within(rows: Iterable[tuple[Any, Json]], budget: int) -> list[Json]:
     return [kept[key] for key in sorted(kept)]
 
 
-def _order(pool: Sequence[TrainingSample]) -> list[int]:
+def _order(pool: Iterable[TrainingSample]) -> list[int]:
     """Indices of samples in the order in which to include them. The longest samples and those whose
     programs ran longest come first. Then comes every 2ⁿ-th sample, with decreasing n, so that even
     a few samples are spread over the whole stage."""
-    tokens = [sample.attempt.num_tokens or 0 for sample in pool]
-    seconds = [sample.attempt.graded.program_s or 0.0 for sample in pool]
+    costs = [
+        (sample.attempt.num_tokens or 0, sample.attempt.graded.program_s or 0.0) for sample in pool
+    ]
+    places = range(len(costs))
     extreme = {
         place
-        for sizes in (tokens, seconds)
-        for place in sorted(range(len(pool)), key=lambda place: -sizes[place])[:EXTREMES]
-        if sizes[place]
+        for kind in (0, 1)
+        for place in sorted(places, key=lambda place: -costs[place][kind])[:EXTREMES]
+        if costs[place][kind]
     }
     return sorted(
-        range(len(pool)), key=lambda place: (place not in extreme, -(place & -place or len(pool)))
+        places, key=lambda place: (place not in extreme, -(place & -place or len(places)))
     )
 
 
