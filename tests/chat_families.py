@@ -292,8 +292,11 @@ class Figs(Component):
                 rationale=f"{a} + {b} = {a + b}.",
             )
 
-        splits = {split: tuple(figs(split, i) for i in range(4)) for split in ("train", "dev")}
-        return Splits(**splits, test=tuple(figs("test", i) for i in range(4, 9)))
+        return Splits(
+            train=tuple(figs("train", i) for i in range(4)),
+            dev=tuple(figs("dev", i) for i in range(9, 13)),
+            test=tuple(figs("test", i) for i in range(4, 9)),
+        )
 
 
 def run_of(tmp_path: Path, name: str, *, format_keys: dict[str, Any], **model: Any) -> Path:

@@ -50,7 +50,8 @@ class SayGold(Tossed):
 
 
 class Colours(Component):
-    """One-word questions with one-word answers."""
+    """One-word questions with one-word answers. Every split has the same words. The format ignores
+    `choices`, which make the questions of the splits differ."""
 
     num_answers: int = 4
 
@@ -64,10 +65,13 @@ class Colours(Component):
                 question=words[i % len(words)],
                 answer=answer,
                 rationale=str(answer.value),
+                choices=(split,),
             )
 
-        train, dev = (tuple(problem(split, i) for i in range(8)) for split in ("train", "dev"))
-        return Splits(train=train, dev=dev, test=dev)
+        train, dev, test = (
+            tuple(problem(split, i) for i in range(8)) for split in ("train", "dev", "test")
+        )
+        return Splits(train=train, dev=dev, test=test)
 
 
 class ByVerdict(Component):

@@ -29,6 +29,8 @@ engine: mine.py:Part
 stages: {sft: mine.py:Part}
 """
 PLUGIN = "from reftune.recipe import Component\nclass Part(Component):\n    init: str = 'base'\n"
+PLUGIN += "    def load(self): ...\n    prompt = target = grade = __call__ = generate = load\n"
+PLUGIN += "    run = cost = needs = produces = load\n"
 
 
 class Interrupted(Exception):

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
+from typing import Any
+
+import pytest
 
 from reftune.datasets import Splits, load_dataset
+from reftune.errors import DataError
 from reftune.recipe import Component
 from reftune.types import Answer, Problem
 
@@ -33,3 +39,117 @@ def test_problems_of_an_own_dataset_get_unique_ids_so_that_each_keeps_its_own_gr
     assert [each.rationale is None for each in splits.dev] == [False, True]
     ids = [each.id for split in (splits.test, splits.dev, splits.train) for each in split]
     assert ids == ["0", "0-2", "1", "1-2"]
+
+
+def numbered(*numbers: int) -> tuple[Problem, ...]:
+    return tuple(problem(number, gold=number, returns=number) for number in numbers)
+
+
+class Given(Component):
+    """Returns what it is given, whatever it is."""
+
+    made: Any
+
+    def load(self, *, seed: int) -> Any:
+        return self.made
+
+
+def load(**splits: Any) -> Splits:
+    return load_dataset(Given(kind="given", made=Splits(**splits)), seed=0)
+
+
+def golds(problems: Sequence[Problem]) -> list[str]:
+    return [str(problem.answer) for problem in problems]
+
+
+def test_questions_that_an_own_dataset_puts_in_two_splits_are_dropped_as_leaks() -> None:
+    # of train, 2 is in dev and 3 in test; of dev, 3 is in test
+    splits = load(train=numbered(1, 2, 3, 4), dev=numbered(2, 3, 5), test=numbered(3, 6))
+    assert [golds(split) for split in (splits.train, splits.dev, splits.test)] == [
+        ["1", "4"],
+        ["2", "5"],
+        ["3", "6"],
+    ]
+    assert splits.counts == {"leak": 3}
+
+
+def test_a_leak_may_be_spelled_in_another_way_and_disjoint_splits_stay_as_they_are() -> None:
+    shouted = tuple(replace(each, question=each.question.upper()) for each in numbered(1))
+    assert golds(load(train=numbered(1, 2), dev=shouted, test=()).train) == ["2"]
+    assert golds(load(train=numbered(1, 2), dev=(), test=shouted).train) == ["2"]
+    whole = load(train=numbered(1, 1, 2), dev=numbered(4), test=(), counts={"odd": 2})
+    assert (golds(whole.train), whole.counts) == (["1", "1", "2"], {"odd": 2})
+
+
+def test_lists_and_generators_are_splits_too() -> None:
+    splits = load(train=list(numbered(1, 2)), dev=iter(numbered(3)), test=(p for p in numbered(4)))
+    assert [golds(split) for split in (splits.train, splits.dev, splits.test)] == [
+        ["1", "2"],
+        ["3"],
+        ["4"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        ((1, 2, 3), r"load returned \(1, 2, 3\); expected Splits"),
+        ({"train": ()}, r"load returned \{'train': \(\)\}; expected Splits"),
+        (None, "load returned None"),
+        (Splits(train=None, dev=(), test=()), "train is None; expected Problems"),  # type: ignore[arg-type]
+        (Splits(train=(*numbered(1), None), dev=(), test=()), "train, problem 2: expected a Prob"),  # type: ignore[arg-type]
+        (Splits(train=(), dev=({},), test=()), "dev, problem 1: expected a Problem"),  # type: ignore[arg-type]
+    ],
+)
+def test_what_an_own_dataset_returns_instead_of_splits_is_named(made: Any, message: str) -> None:
+    with pytest.raises(DataError, match=f"^dataset given: {message}"):
+        load_dataset(Given(kind="given", made=made), seed=0)
+
+
+def answer(kind: Any, value: Any, **more: Any) -> dict[str, Any]:
+    return {"answer": Answer(kind=kind, value=value, **more)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"answer": "a"}, "answer: expected an Answer, got 'a'"),
+        ({"answer": 5}, "answer: expected an Answer, got 5"),
+        ({"question": 5}, "question: expected text, got 5"),
+        ({"rationale": 5}, "rationale: expected text or None, got 5"),
+        ({"choices": "ab"}, "choices: expected a tuple of texts, got 'ab'"),
+        (answer("number", 5), "answer.value: expected a Fraction, got 5"),
+        (answer("number", 2.5), "answer.value: expected a Fraction, got 2.5"),
+        (answer("number", "5"), "answer.value: expected a Fraction, got '5'"),
+        (answer("text", Fraction(5)), r"answer.value: expected text, got Fraction\(5, 1\)"),
+        (answer("float", "5"), "answer.kind: expected number, choice, .*, got 'float'"),
+        (answer("choice", "B"), "answer.value: expected a letter from a to z, got 'B'"),
+        (answer("choice", "ab"), "answer.value: expected a letter from a to z, got 'ab'"),
+        (
+            {"choices": ("x", "y"), **answer("choice", "c")},
+            "answer.value: expected a letter from a to b, got 'c'",
+        ),
+        (answer("any_of", "a"), "answer.items: expected the items of kind any_of, got none"),
+    ],
+)
+def test_a_value_of_the_wrong_type_names_the_problem(changes: Any, message: str) -> None:
+    odd = replace(numbered(2)[0], **changes)
+    with pytest.raises(DataError, match=f"^dataset given: train, problem 2: {message}$"):
+        load(train=(*numbered(1), odd), dev=(), test=())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        answer("number", Fraction(1, 3)),
+        answer("text", "five"),
+        answer("regex", "a.*"),
+        {"choices": ("x", "y"), **answer("choice", "b")},
+        {"choices": ["x", "y"], **answer("choice", "a")},
+        answer("set", '["a", "b"]', items=("a", "b")),
+        {"rationale": "def solution():\n    return 2"},
+    ],
+)
+def test_problems_of_the_right_types_pass(changes: Any) -> None:
+    made = replace(numbered(2)[0], **{"rationale": None, **changes})
+    assert load(train=(made,), dev=(), test=()).train == (made,)

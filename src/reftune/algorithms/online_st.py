@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from pydantic import Field
 from torch import Tensor
@@ -22,7 +22,7 @@ from reftune.types import Completion, Graded, Solution, Verdict
 
 
 class OnlineSt(Algorithm):
-    kind: Literal["online_st"] = "online_st"
+    kind: str = "online_st"
     gold_max_tokens: int | None = Field(None, gt=0)
     """Gold solutions are truncated so that prompt and solution together have at most this many
     tokens. Default: no truncation."""

@@ -4,7 +4,6 @@ so no value head is needed. Clipping allows several updates on the same samples.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
 
 from reftune.algorithms.advantages import leave_one_out, token_rewards
 from reftune.algorithms.base import Clipped, Reduction
@@ -14,7 +13,7 @@ from reftune.model.batch import RolloutBatch
 class Rloo(Clipped):
     """The KL penalty is part of the reward."""
 
-    kind: Literal["rloo"] = "rloo"
+    kind: str = "rloo"
     reduction: Reduction = "token"
 
     @property

@@ -8,7 +8,8 @@ from typing import Protocol
 from reftune.datasets.reading.file_dataset import FileDataset
 from reftune.datasets.reading.rationales import drop_contradictions
 from reftune.datasets.reading.rows import Row
-from reftune.datasets.reading.splits import Splits, dropped_text, with_unique_ids
+from reftune.datasets.reading.splits import Splits, dropped_text, with_unique_ids, without_leaks
+from reftune.datasets.reading.validity import checked_splits
 from reftune.errors import DataError
 from reftune.recipe import Recipe
 from reftune.seeds import derive_seed
@@ -26,15 +27,17 @@ class Dataset(Protocol):
 
 
 def load_dataset(dataset: Dataset, *, seed: int) -> Splits:
-    """The splits of a dataset, with unique ids and without training problems whose rationale
-    contradicts the gold answer.
+    """The splits of a dataset, with unique ids. No question is in more than one split, and no
+    training problem has a rationale that contradicts its gold answer.
 
-    Raises: as `Dataset.load`.
+    Raises: as `Dataset.load`; also DataError if a user's own dataset returns something other than
+    splits of problems.
     """
     splits = dataset.load(seed=seed)
     is_ours = type(dataset).__module__.startswith("reftune.")
-    if is_ours or isinstance(dataset, FileDataset):  # its `load` already does both
+    if is_ours or isinstance(dataset, FileDataset):  # its `load` already does this
         return splits
+    splits = without_leaks(checked_splits(splits, getattr(dataset, "kind", type(dataset).__name__)))
     test, dev, train = with_unique_ids(splits.test, splits.dev, splits.train)
     return drop_contradictions(replace(splits, train=train, dev=dev, test=test))
 

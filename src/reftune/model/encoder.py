@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from reftune.errors import ModelError
+from reftune.grading.formats import grades_of
 from reftune.grading.markers import TAG
 from reftune.model.chat import end_of_turn, opened_thought, prompt_text, reply_text
 from reftune.types import BareText, Conversation
@@ -63,8 +64,9 @@ class Encoder:
         return ids if ids[-1:] == [end] else [*ids, end]
 
     def grade(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[Graded]:
-        """The format's grades of `texts`, each of which follows a problem's prompt."""
-        return self.format.grade(problems, self.with_thoughts(problems, texts))
+        """The format's grades of `texts`, each of which follows a problem's prompt. Raises: as
+        `grades_of`."""
+        return grades_of(self.format, problems, self.with_thoughts(problems, texts))
 
     def with_thoughts(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[str]:
         """The `texts`, each of which follows a problem's prompt. If the prompt ends inside a
@@ -213,5 +215,6 @@ def token_ids_of(value: int | Sequence[int] | None) -> list[int]:
 
 
 def stop_texts(format: Format) -> tuple[str, ...]:
-    """A format's stop strings. A user's format without the attribute `stop` has none."""
-    return tuple(getattr(format, "stop", ()))
+    """A format's stop strings. A user's format may have one string, or no attribute `stop`."""
+    stop = getattr(format, "stop", None) or ()
+    return (stop,) if isinstance(stop, str) else tuple(stop)

@@ -6,12 +6,13 @@ come with reftune."""
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import inspect
 import sys
+import zlib
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, LiteralString
@@ -68,6 +69,15 @@ GROUPS = {
     "stages": "reftune.stages",
 }
 """Group of plug-ins → the package that contains them, one plug-in per file."""
+MEMBERS = {
+    "datasets": ("load",),
+    "formats": ("prompt", "target", "grade"),
+    "rewards": ("__call__",),
+    "engines": ("generate",),
+    "algorithms": ("credit", "loss"),
+    "stages": ("run", "cost", "needs", "produces"),
+}
+"""Group of plug-ins → what each class of the group defines or inherits from its base class."""
 
 
 def known_kinds(group: str) -> list[str]:
@@ -104,6 +114,14 @@ def load_component(spec: Any, *, group: str, default: str | None = None) -> Any:
     if inspect.isabstract(cls):
         missing = ", ".join(sorted(cls.__abstractmethods__))
         raise refusal("not_a_component", f"{spec['kind']} lacks {missing}, which its base requires")
+    # not `hasattr`, because every class itself can be called
+    found = {name for base in cls.__mro__ for name in vars(base)}
+    missing = ", ".join(name for name in MEMBERS[group] if name not in found)
+    if missing:
+        raise refusal(
+            "not_a_component",
+            f"{spec['kind']} has no {missing}; {group} need {', '.join(MEMBERS[group])}",
+        )
     return cls.model_validate(dict(spec))
 
 
@@ -155,21 +173,34 @@ def _user_object(kind: str) -> Any:
     if not path.is_file():
         path = shipped_recipes() / file
     if not path.is_file():
-        raise refusal("no_file", f"{file}: no such file")
-    spec = importlib.util.spec_from_file_location(f"reftune_user_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise refusal("bad_file", f"{file}: not a Python file; expected file.py:name")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # pydantic looks up postponed annotations there
+        relative = "" if Path(file).is_absolute() else f" in the working directory {Path.cwd()}"
+        raise refusal("no_file", f"{file}: no such file{relative}")
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # noqa: BLE001 - loading a user's file may raise anything
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        module = _user_module(path.resolve(), path.stat().st_mtime_ns, path.stat().st_size)
+    # loading a user's file may raise anything, and a script may call sys.exit
+    except (Exception, SystemExit) as error:  # noqa: BLE001
+        reason = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
         raise refusal("bad_file", f"{file}: cannot be loaded: {reason}") from None
+    if module is None:
+        raise refusal("bad_file", f"{file}: not a Python file; expected file.py:name")
     if not hasattr(module, name):
         public = ", ".join(key for key in vars(module) if not key.startswith("_"))
         raise refusal("no_name", f"{file} has no {name}; it defines {public}")
     return getattr(module, name)
+
+
+@functools.cache
+def _user_module(path: Path, changed_ns: int, size: int) -> ModuleType | None:
+    """The module in the file `path`, of this size and last changed at this time; None if the file
+    is not a Python file. All names in a file come from one module, so that they share its state."""
+    name = f"reftune_user_{path.stem}_{zlib.crc32(bytes(path)):08x}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        return None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # pydantic looks up postponed annotations there
+    spec.loader.exec_module(module)
+    return module
 
 
 def _wrap_function(spec: Mapping[str, Any], *, group: str) -> Any:
@@ -184,5 +215,5 @@ def _wrap_function(spec: Mapping[str, Any], *, group: str) -> Any:
 def component_field(group: str, *, default: str | None = None) -> Any:
     """The type of a recipe key whose value is a plug-in of `group`. The plug-in's kind is `default`
     unless the recipe names another."""
-    load = partial(load_component, group=group, default=default)
+    load = functools.partial(load_component, group=group, default=default)
     return SerializeAsAny[Annotated[Component, BeforeValidator(load)]]

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from pydantic import Field
@@ -62,7 +62,7 @@ CORRECT = 1
 
 
 class RewardModel(Schedule, Sampled):
-    kind: Literal["reward_model"] = "reward_model"
+    kind: str = "reward_model"
     lm_coef: float = Field(0.3, ge=0)
     """Weight of the language-modelling loss. With 0, the loss is the same as in the ReFT paper."""
     init: str = "sft"

@@ -43,7 +43,7 @@ NEEDS_ADVANTAGES = "expected an algorithm with advantages (ppo, grpo, rloo)"
 
 
 class Rl(TrainingTable, Stage):
-    kind: Literal["rl"] = "rl"
+    kind: str = "rl"
     init: str = "warmup"
     algorithm: SerializeAsAny[
         Annotated[
@@ -164,7 +164,8 @@ class Trainer:
         if not selected:
             return metrics
         batch, scored = self.score(selected)
-        batch, weighed = correct_mismatch(self.algorithm.credit(batch), self.stage.mismatch_cap)
+        credited = credited_by(self.algorithm, batch)
+        batch, weighed = correct_mismatch(credited, self.stage.mismatch_cap)
         metrics |= {**scored, **weighed}
         masks = self.stage.mask_truncated
         kept = [
@@ -292,7 +293,7 @@ class Trainer:
         def loss(index: Tensor) -> LossTerms:
             rows = batch.rows(index)
             scores = self.policy(rows.tokens, temperature=self.stage.temperature)
-            return self.algorithm.loss(scores, rows)
+            return checked_terms(self.algorithm.loss(scores, rows), self.algorithm.kind)
 
         return accumulate_gradient(self.policy, batch.tokens, loss)
 
@@ -377,6 +378,40 @@ def per_token(tokens: TokenBatch, numbers: Sequence[Sequence[float]]) -> Tensor:
     """`numbers` as a tensor (B, R) that is 0 outside the responses. `numbers` has one list per
     sequence, and each list has one number per response token."""
     return tokens.unflatten(torch.tensor(list(chain(*numbers)), device=tokens.tokens.device))
+
+
+def credited_by(algorithm: Algorithm, batch: RolloutBatch) -> RolloutBatch:
+    """The batch that the algorithm's `credit` returns. Raises: RecipeError if it is not a batch of
+    the same samples, or if its advantages or returns have another shape than (B, R); advantages may
+    also be (B, 1)."""
+    credited: object = algorithm.credit(batch)
+    where = f"algorithm {algorithm.kind}: credit returned"
+    if not isinstance(credited, RolloutBatch) or len(credited) != len(batch):
+        size = f" of {len(credited)}" if isinstance(credited, RolloutBatch) else ""
+        raise RecipeError(
+            f"{where} {type(credited).__name__}{size}; expected a RolloutBatch of {len(batch)}"
+        )
+    whole = tuple(batch.logprobs.shape)
+    for name, shapes in (("advantages", (whole, (len(batch), 1))), ("returns", (whole,))):
+        tensor = getattr(credited, name)
+        shape = None if tensor is None else tuple(getattr(tensor, "shape", ()))
+        if shape is not None and shape not in shapes:
+            expected = " or ".join(map(str, shapes))
+            raise RecipeError(f"{where} {name} of shape {shape}; expected {expected}")
+    return credited
+
+
+def checked_terms(terms: object, kind: str) -> LossTerms:
+    """What `loss` of the algorithm `kind` returned. Raises: RecipeError unless it is `LossTerms`
+    with a scalar total that has a gradient."""
+    total = getattr(terms, "total", None)
+    is_loss = isinstance(total, Tensor) and total.dim() == 0 and total.requires_grad
+    if isinstance(terms, LossTerms) and is_loss:
+        return terms
+    raise RecipeError(
+        f"algorithm {kind}: loss returned {type(terms).__name__}; expected LossTerms with a total"
+        " that is a scalar and has a gradient"
+    )
 
 
 def correct_mismatch(

@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from numbers import Integral
+from typing import Any
 
 from reftune.datasets import Splits
 from reftune.engines import Engine, traffic
@@ -122,7 +124,14 @@ class Collector:
         traffic.clear()
         with world.together(EngineError), sharding.current.whole(policy, policy.compute_dtype):
             completions = self.engine.generate(policy, asked, params)
-            _require_whole(completions, problems[own], type(self.engine).__name__)
+            _require_whole(
+                completions,
+                problems[own],
+                asked,
+                max_new=self.lengths.max_new,
+                vocabulary=policy.base.get_input_embeddings().weight.shape[0],
+                engine=type(self.engine).__name__,
+            )
         unasked = Completion(
             token_ids=(int(self.encoder.tokenizer.eos_token_id),),
             text="",
@@ -205,25 +214,89 @@ def collector_of(recipe: Recipe, policy: Policy) -> Collector:
     )
 
 
+FINISH_REASONS = ("eos", "stop", "length")
+ECHOED = 4
+"""Number of different prompts from which `_are_echoes` judges."""
+
+
 def _require_whole(
-    completions: Sequence[Completion] | None, problems: Sequence[Problem], engine: str
+    completions: object,
+    problems: Sequence[Problem],
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new: int,
+    vocabulary: int,
+    engine: str,
 ) -> None:
-    """Check the engine's completions. Raises: EngineError if a completion is missing or empty, or
-    lacks log-probabilities."""
-    found = 0 if completions is None else len(completions)
-    if completions is None or found != len(problems):
+    """Check the engine's completions. Raises: EngineError if a completion is missing or is not what
+    `Completion` describes, or if all completions begin with their prompts."""
+    if not isinstance(completions, list | tuple):
+        kind = type(completions).__name__
+        raise EngineError(f"engine {engine}: returned {kind}; expected a list of Completions")
+    if len(completions) != len(problems):
         raise EngineError(
-            f"engine {engine}: returned {counted(found, 'completion')} for"
+            f"engine {engine}: returned {counted(len(completions), 'completion')} for"
             f" {counted(len(problems), 'prompt')}"
         )
     for problem, completion in zip(problems, completions, strict=True):
-        tokens, logprobs = len(completion.token_ids), len(completion.logprobs)
-        if tokens == 0 or tokens != logprobs:
-            raise EngineError(
-                f"engine {engine}: problem {problem.id}: {counted(tokens, 'token')} with {logprobs}"
-                " log-probabilities; expected at least one token (the eos) and one"
-                " log-probability per token"
-            )
+        fault = _fault(completion, max_new=max_new, vocabulary=vocabulary)
+        if fault is not None:
+            raise EngineError(f"engine {engine}: problem {problem.id}: {fault}")
+    if _are_echoes(completions, prompts):
+        raise EngineError(
+            f"engine {engine}: every completion begins with its prompt; expected token_ids without"
+            " the prompt"
+        )
+
+
+def _are_echoes(completions: Sequence[Completion], prompts: Sequence[Sequence[int]]) -> bool:
+    """Whether the engine has put the prompts before the completions. A model may repeat some
+    questions, and one that learns to copy repeats all of them, but then ends at once."""
+    written = [completion.token_ids for completion in completions]
+    return (
+        all(tuple(ids[: len(of)]) == tuple(of) for ids, of in zip(written, prompts, strict=True))
+        and any(len(ids) > len(of) + 1 for ids, of in zip(written, prompts, strict=True))
+        and len(set(map(tuple, prompts))) >= ECHOED
+    )
+
+
+def _fault(completion: object, *, max_new: int, vocabulary: int) -> str | None:
+    """What is wrong with a completion; None if nothing is. All checks of tokens are sums, minima or
+    maxima, because a step may sample a million tokens."""
+    if not isinstance(completion, Completion):
+        return f"expected a Completion, got {type(completion).__name__}"
+    ids: Any = completion.token_ids
+    logprobs: Any = completion.logprobs
+    text: Any = completion.text
+    if not isinstance(ids, tuple | list) or not isinstance(logprobs, tuple | list):
+        types = f"{type(ids).__name__} and {type(logprobs).__name__}"
+        return f"expected tuples of token_ids and logprobs, got {types}"
+    if len(ids) == 0 or len(ids) != len(logprobs):
+        return (
+            f"{counted(len(ids), 'token')} with {len(logprobs)} log-probabilities; expected at"
+            " least one token (the eos) and one log-probability per token"
+        )
+    if len(ids) > max_new:
+        return f"{counted(len(ids), 'token')}; expected at most max_new_tokens, {max_new}"
+    if not isinstance(text, str):
+        return f"text is {shown(text)}; expected text"
+    if completion.finish_reason not in FINISH_REASONS:
+        reasons = ", ".join(FINISH_REASONS)
+        return f"finish_reason is {shown(completion.finish_reason)}; expected {reasons}"
+    if not isinstance(_sum(ids), Integral) or not 0 <= min(ids) <= max(ids) < vocabulary:
+        return f"token_ids are {shown(ids)}; expected ids below the vocabulary's size, {vocabulary}"
+    total = _sum(logprobs)
+    if not isinstance(total, int | float) or not math.isfinite(total):
+        return f"logprobs are {shown(logprobs)}; expected finite numbers"
+    return None
+
+
+def _sum(numbers: Sequence[Any]) -> object:
+    """The sum of the numbers; None if they cannot be added. Its type shows the numbers' type."""
+    try:
+        return sum(numbers)
+    except TypeError:
+        return None
 
 
 def _is_finite(value: object) -> bool:

@@ -136,7 +136,7 @@ def describe(drawn: Sequence[Samples]) -> str:
 
 
 class SelfTrain(Sampled):
-    kind: Literal["self_train"] = "self_train"
+    kind: str = "self_train"
     init: str = "base"
     keep: int = Field(10, gt=0)
     """Maximum number of distinct correct samples kept per problem."""

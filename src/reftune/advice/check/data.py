@@ -13,6 +13,7 @@ from reftune.datasets import Dataset, Splits
 from reftune.datasets.mixture import Mixture
 from reftune.datasets.reading.splits import dropped_text
 from reftune.errors import CheckpointError, DataError, RecipeError, RewardError
+from reftune.grading.formats import grades_of
 from reftune.grading.formats.nl import DEFINITION, Nl
 from reftune.grading.formats.program import Program, programs_in
 from reftune.grading.perturbed import PRINTED, right_solutions, wrong_solutions
@@ -112,7 +113,7 @@ def check_gold_answers(subject: Subject) -> Finding:
         for each in subject.problems
         if each.answer != ANY_ANSWER and each.answer.kind != "regex"
     ]
-    graded = format.grade(problems, [format.target(problem) for problem in problems])
+    graded = grades_of(format, problems, [format.target(problem) for problem in problems])
     return _gold_finding(subject, "gold answers", problems, graded)
 
 
@@ -214,7 +215,7 @@ def _other_solutions(rows: Sequence[Row]) -> list[tuple[Problem, str]]:
 def _num_correct(subject: Subject, problems: Sequence[Problem], texts: Sequence[str]) -> int:
     return sum(
         graded.verdict is Verdict.CORRECT
-        for graded in subject.encoder.format.grade(problems, texts)
+        for graded in grades_of(subject.encoder.format, problems, texts)
     )
 
 
@@ -328,7 +329,7 @@ def _mean_reward(subject: Subject, problems: Sequence[Problem], texts: Sequence[
 
 def _rewards(subject: Subject, problems: Sequence[Problem], texts: Sequence[str]) -> list[float]:
     """The reward of each text, or 0 if the reward function returns None for it."""
-    graded = subject.encoder.format.grade(problems, texts)
+    graded = grades_of(subject.encoder.format, problems, texts)
     written = [
         _as_sampled(subject, problem, text) for problem, text in zip(problems, texts, strict=True)
     ]

@@ -14,8 +14,10 @@ from pydantic import Field
 from reftune.datasets.reading.rationales import drop_contradictions
 from reftune.datasets.reading.rows import Row, is_single_split, read_rows
 from reftune.datasets.reading.splits import Key, Splits, draw_splits, question_key
-from reftune.errors import DataError
+from reftune.datasets.reading.validity import fault_of
+from reftune.errors import DataError, ReftuneError
 from reftune.recipe import Component
+from reftune.text import brief
 from reftune.types import Problem
 
 Split = Literal["train", "dev", "test"]
@@ -65,9 +67,20 @@ class FileDataset(Component):
         found = []
         for row in rows:
             try:
-                found.append(self.problem(row))
+                problem = self.problem(row)
             except Unusable as reason:
                 counts[str(reason)] += 1
+                continue
+            except ReftuneError:
+                raise
+            except Exception as error:  # a user's own class may raise anything on an odd row
+                failure = f"{type(error).__name__}: {brief(error)}"
+                raise DataError(f"{row.where}: {self.kind}: {failure}") from error
+            fault = fault_of(problem)
+            if fault is not None:
+                hint = "; to leave a row out, raise Unusable" if problem is None else ""
+                raise DataError(f"{row.where}: {self.kind}: {fault}{hint}")
+            found.append(problem)
         return found
 
     def all_problems(

@@ -117,6 +117,24 @@ def draw_splits(
     return Splits(train=train_set, dev=dev_set, test=test_set, counts=dict(+counts))
 
 
+def without_leaks(splits: Splits) -> Splits:
+    """`splits` without the questions of train that are also in dev or test, and without the
+    questions of dev that are also in test. They are counted as `leak`, as in `draw_splits`."""
+    counts: Counter[str] = Counter()
+    test, dev, train = (
+        [Asked(question_key(problem), problem) for problem in split]
+        for split in (splits.test, splits.dev, splits.train)
+    )
+    dev = _without(dev, test, counts)
+    train = _without(train, [*test, *dev], counts)
+    return replace(
+        splits,
+        train=tuple(each.problem for each in train),
+        dev=tuple(each.problem for each in dev),
+        counts={**splits.counts, **+counts},
+    )
+
+
 def drop_untrainable(splits: Splits, reason: str, unusable: Callable[[Problem], bool]) -> Splits:
     """Remove the training problems that are `unusable`, and count them under `reason`. Dev keeps
     such problems, but not their rationales."""

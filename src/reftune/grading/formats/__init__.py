@@ -3,9 +3,12 @@ has its own file."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
+from reftune.errors import RecipeError
+from reftune.grading.formats._grading import is_grade, named
+from reftune.text import counted
 from reftune.types import Conversation, Graded, Problem
 
 
@@ -25,3 +28,23 @@ class Format(Protocol):
 
     def grade(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Graded]:
         """One grade per completion, in the same order. No completion may cause an error."""
+
+
+def grades_of(
+    format: Format, problems: Sequence[Problem], completions: Sequence[str]
+) -> list[Graded]:
+    """One grade per completion. Raises: RecipeError if the format returns something else."""
+    found: object = format.grade(problems, completions)
+    kind = getattr(format, "kind", type(format).__name__)
+    grades = list(found) if isinstance(found, Iterable) else found
+    if not isinstance(grades, list) or len(grades) != len(problems):
+        count = len(grades) if isinstance(grades, list) else type(grades).__name__
+        expected = counted(len(problems), "Graded")
+        raise RecipeError(f"format {kind}: grade returned {count}; expected a list of {expected}")
+    for problem, grade in zip(problems, grades, strict=True):
+        if not is_grade(grade):
+            raise RecipeError(
+                f"format {kind}: problem {problem.id}: grade returned {named(grade)}; expected a"
+                " Graded, with a Verdict and a value that is text or None"
+            )
+    return grades

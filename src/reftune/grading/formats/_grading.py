@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, TypeGuard
 
+import numpy as np
 from pydantic import AfterValidator
 
 from reftune.grading.verdicts import clip, judge
@@ -47,9 +48,27 @@ def graded_by(grader: Grader, text: str, problem: Problem) -> Graded:
     except Exception as failure:  # noqa: BLE001  a model's text may break a grader
         reason = f"the grader failed: {type(failure).__name__}: {clip(str(failure))}"
         return Graded.without_answer(Verdict.ERROR, reason)
-    if isinstance(verdict, Graded):
+    if is_grade(verdict):
         return verdict
-    if not isinstance(verdict, bool):
-        reason = f"the grader returned {type(verdict).__name__}, not a Graded or a bool"
+    if not isinstance(verdict, bool | np.bool_):
+        reason = f"the grader returned {named(verdict)}, not a Graded or a bool"
         return Graded.without_answer(Verdict.ERROR, reason)
-    return judge(verdict, text.strip().rpartition("\n")[2], str(problem.answer))
+    return judge(bool(verdict), text.strip().rpartition("\n")[2], str(problem.answer))
+
+
+def is_grade(grade: object) -> TypeGuard[Graded]:
+    """Whether a user's code returned a grade, whose verdict and value have the right types."""
+    return (
+        isinstance(grade, Graded)
+        and isinstance(grade.verdict, Verdict)
+        and isinstance(grade.value, str | None)
+    )
+
+
+def named(grade: object) -> str:
+    """The type of what a user's code returned instead of a grade. For a `Graded`, the types of its
+    fields are named too."""
+    if not isinstance(grade, Graded):
+        return type(grade).__name__
+    types = f"verdict={type(grade.verdict).__name__}, value={type(grade.value).__name__}"
+    return f"Graded({types})"

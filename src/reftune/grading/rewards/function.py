@@ -116,9 +116,9 @@ class FunctionReward(Component):
     def _arguments(self, samples: Sequence[Sample]) -> dict[str, list[Any]]:
         offered = _columns(samples)
         parameters = inspect.signature(_function(self.kind)).parameters.values()
-        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-            return offered
-        named = {parameter.name: parameter for parameter in parameters}
+        takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+        variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        named = {each.name: each for each in parameters if each.kind not in variable}
         missing = [
             name
             for name, parameter in named.items()
@@ -129,7 +129,7 @@ class FunctionReward(Component):
                 f"reward {self.kind}: has the argument {missing[0]}, which is not among"
                 f" {', '.join(sorted(offered))}"
             )
-        return {name: column for name, column in offered.items() if name in named}
+        return {name: column for name, column in offered.items() if takes_all or name in named}
 
     def _value(self, reward: Any, sample: Sample) -> float | None:
         if reward is None:

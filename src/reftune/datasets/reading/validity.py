@@ -1,0 +1,69 @@
+"""Checks what a user's own dataset returns, so that a mistake in it is reported where it enters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from fractions import Fraction
+from string import ascii_lowercase
+from typing import get_args
+
+from reftune.datasets.reading.splits import Splits
+from reftune.errors import DataError
+from reftune.text import shown
+from reftune.types import Answer, AnswerKind, Problem
+
+KINDS = get_args(AnswerKind)
+TYPES = (
+    ("question", str, "text"),
+    ("rationale", str | None, "text or None"),
+    ("choices", tuple | list, "a tuple of texts"),
+    ("answer", Answer, "an Answer"),
+)
+"""The fields of `Problem` that are checked, with their types and with words for these types."""
+
+
+def checked_splits(splits: object, kind: str) -> Splits:
+    """The splits that `load` of the dataset `kind` returned. Raises: DataError if they are not
+    splits of problems, or if a problem has a value of the wrong type."""
+    if not isinstance(splits, Splits):
+        raise DataError(f"dataset {kind}: load returned {shown(splits)}; expected Splits")
+    found: dict[str, tuple[Problem, ...]] = {}
+    for name in ("train", "dev", "test"):
+        problems = getattr(splits, name)
+        if not isinstance(problems, Iterable):
+            raise DataError(f"dataset {kind}: {name} is {shown(problems)}; expected Problems")
+        found[name] = tuple(problems)
+        for number, problem in enumerate(found[name], 1):
+            fault = fault_of(problem)
+            if fault is not None:
+                raise DataError(f"dataset {kind}: {name}, problem {number}: {fault}")
+    return replace(splits, train=found["train"], dev=found["dev"], test=found["test"])
+
+
+def fault_of(problem: object) -> str | None:
+    """What is wrong with the types of a problem, such as `answer.value: expected a Fraction, got
+    5`; None if nothing is."""
+    if not isinstance(problem, Problem):
+        return f"expected a Problem, got {shown(problem)}"
+    for name, expected, words in TYPES:
+        if not isinstance(getattr(problem, name), expected):
+            return f"{name}: expected {words}, got {shown(getattr(problem, name))}"
+    return _fault_of_answer(problem.answer, num_choices=len(problem.choices))
+
+
+def _fault_of_answer(answer: Answer, *, num_choices: int) -> str | None:
+    value = f"got {shown(answer.value)}"
+    if answer.kind not in KINDS:
+        return f"answer.kind: expected {', '.join(KINDS)}, got {shown(answer.kind)}"
+    if answer.kind == "number":
+        is_number = isinstance(answer.value, Fraction)
+        return None if is_number else f"answer.value: expected a Fraction, {value}"
+    if not isinstance(answer.value, str):
+        return f"answer.value: expected text, {value}"
+    letters = ascii_lowercase[: num_choices or None]
+    if answer.kind == "choice" and answer.value not in tuple(letters):
+        return f"answer.value: expected a letter from a to {letters[-1]}, {value}"
+    if answer.kind in ("any_of", "list", "set") and not answer.items:
+        return f"answer.items: expected the items of kind {answer.kind}, got none"
+    return None
