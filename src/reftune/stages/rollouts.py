@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 from reftune.datasets import Splits
@@ -127,7 +127,6 @@ class Collector:
             _require_whole(
                 completions,
                 problems[own],
-                asked,
                 max_new=self.lengths.max_new,
                 vocabulary=policy.base.get_input_embeddings().weight.shape[0],
                 engine=type(self.engine).__name__,
@@ -215,21 +214,13 @@ def collector_of(recipe: Recipe, policy: Policy) -> Collector:
 
 
 FINISH_REASONS = ("eos", "stop", "length")
-ECHOED = 4
-"""Number of different prompts from which `_are_echoes` judges."""
 
 
 def _require_whole(
-    completions: object,
-    problems: Sequence[Problem],
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new: int,
-    vocabulary: int,
-    engine: str,
+    completions: object, problems: Sequence[Problem], *, max_new: int, vocabulary: int, engine: str
 ) -> None:
     """Check the engine's completions. Raises: EngineError if a completion is missing or is not what
-    `Completion` describes, or if all completions begin with their prompts."""
+    `Completion` describes."""
     if not isinstance(completions, list | tuple):
         kind = type(completions).__name__
         raise EngineError(f"engine {engine}: returned {kind}; expected a list of Completions")
@@ -242,22 +233,6 @@ def _require_whole(
         fault = _fault(completion, max_new=max_new, vocabulary=vocabulary)
         if fault is not None:
             raise EngineError(f"engine {engine}: problem {problem.id}: {fault}")
-    if _are_echoes(completions, prompts):
-        raise EngineError(
-            f"engine {engine}: every completion begins with its prompt; expected token_ids without"
-            " the prompt"
-        )
-
-
-def _are_echoes(completions: Sequence[Completion], prompts: Sequence[Sequence[int]]) -> bool:
-    """Whether the engine has put the prompts before the completions. A model may repeat some
-    questions, and one that learns to copy repeats all of them, but then ends at once."""
-    written = [completion.token_ids for completion in completions]
-    return (
-        all(tuple(ids[: len(of)]) == tuple(of) for ids, of in zip(written, prompts, strict=True))
-        and any(len(ids) > len(of) + 1 for ids, of in zip(written, prompts, strict=True))
-        and len(set(map(tuple, prompts))) >= ECHOED
-    )
 
 
 def _fault(completion: object, *, max_new: int, vocabulary: int) -> str | None:
@@ -286,7 +261,7 @@ def _fault(completion: object, *, max_new: int, vocabulary: int) -> str | None:
     if not isinstance(_sum(ids), Integral) or not 0 <= min(ids) <= max(ids) < vocabulary:
         return f"token_ids are {shown(ids)}; expected ids below the vocabulary's size, {vocabulary}"
     total = _sum(logprobs)
-    if not isinstance(total, int | float) or not math.isfinite(total):
+    if not isinstance(total, Real) or not math.isfinite(total):
         return f"logprobs are {shown(logprobs)}; expected finite numbers"
     return None
 
