@@ -88,7 +88,7 @@ def test_a_tensor_of_rewards_is_as_good_as_a_list(make_recipe, tmp_path):
 
 
 ENGINES = {
-    "nothing": ("None", "returned 0 completions for"),
+    "nothing": ("None", "returned NoneType; expected a list of Completions"),
     "no completions": ("[]", "returned 0 completions for"),
     "one too few": ("answers[:-1]", "completions for"),
     "no tokens": (
