@@ -232,14 +232,58 @@ def test_a_group_of_devices_holds_one_copy_of_a_split_model(outline):
     assert groups.held == memory_of(made, rl(), sharding="fsdp2", devices=2).held
 
 
-def test_a_sampler_is_loaded_before_the_optimizer_exists(outline):
+def drawing(outline: Outline, **changes: Any) -> float:
+    """Bytes in use while another model draws samples, without the cache and temporary tensors."""
+    memory = memory_of(outline, replace(SFT, sampler=True), **changes)
+    passing = ("KV cache", "reading prompts", "drawing tokens")
+    return memory.of("draw") - sum(memory.phases["draw"].get(name, 0) for name in passing)
+
+
+def test_a_sampler_draws_before_policy_and_optimizer_exist(outline):
     made = outline()
     alone, sampled = (memory_of(made, replace(SFT, sampler=flag)) for flag in (False, True))
-    without = sampled.of("draw") - sampled.held["optimizer"]
-    assert without < sampled.of("generate") == alone.of("generate")
-    frozen = memory_of(outline(lora=LoraTable(rank=1)), replace(SFT, sampler=True))
-    extra = frozen.phases["draw"]["sampler"] + frozen.held["optimizer"]
-    assert extra == outline(lora=LoraTable(rank=1)).reference
+    assert "draw" not in alone.phases and sampled.of("generate") == alone.of("generate")
+    assert sampled.of("draw") < sampled.of("generate"), "the optimizer takes more than a copy"
+    # with adapters, the optimizer is small, and the sampler is a frozen model
+    adapters = outline(lora=LoraTable(rank=1))
+    assert drawing(adapters) >= adapters.reference
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_sampler_is_whole_on_every_device_with_the_copies_that_decoding_makes(
+    dtype, checkpointing, outline, make_model, tokenizer
+):
+    from transformers.cache_utils import Cache
+
+    from reftune.engines.kv import _RoomyLayer, reader
+    from reftune.model.policy import Policy
+
+    # 16 devices hold so little of the policy that the sampler needs more
+    made = outline(dtype=dtype, gradient_checkpointing=checkpointing)
+    found = drawing(made, sharding="fsdp2", devices=16)
+    settings = {"dtype": getattr(torch, dtype), "trained": not checkpointing}
+    sampler = Policy(make_model("llama"), tokenizer, **settings)
+    tokens = torch.zeros(1, 1, dtype=torch.long)
+    past: Any = Cache(layer_class_to_replicate=_RoomyLayer)
+    with (
+        torch.no_grad(),
+        sampler.inference(),
+        _LiveBytes(sampler) as live,
+        reader(sampler, pack=False) as reads,
+    ):
+        reads.head(reads.forward(tokens, torch.ones_like(tokens), past))
+        states = [states for layer in past.layers for states in (layer.keys, layer.values)]
+        copies = live.now - sum(tensor.untyped_storage().nbytes() for tensor in states)
+    real = sum(p.nbytes for p in sampler.model.parameters()) + copies
+    assert found == pytest.approx(real, rel=0.02)
+
+
+def test_a_sampler_is_counted_beside_the_share_of_a_colocated_vllm(outline):
+    made, share = outline(), 300.0
+    engine = {"engine": Vllm(), "device_bytes": 1000}
+    found = drawing(made, sharding="fsdp2", devices=16, **engine)
+    assert found == pytest.approx(made.weights + share)
 
 
 def test_a_value_model_of_its_own_is_held_trained_and_passed_through(outline):
@@ -253,6 +297,20 @@ def test_a_value_model_of_its_own_is_held_trained_and_passed_through(outline):
     # each keeps its own tensors for the backward pass, which needs no more temporary ones
     kept = made.update(9, 7, 3).kept
     assert separate.parts["activations"] - shared.parts["activations"] == kept > 0
+
+
+def test_a_split_value_model_is_gathered_to_score_and_to_sample(outline):
+    for dtype, width in (("float32", 4), ("bfloat16", 2)):
+        made = outline(dtype=dtype)
+        shared, separate = (
+            memory_of(made, rl(value_model=flag), sharding="fsdp2", devices=2).phases
+            for flag in (False, True)
+        )
+        # the blocks in the compute dtype; the embedding in fp32, and no output head
+        blocks = width * 2 * made.layer
+        extra = pytest.approx(blocks + 4 * (made.backbone - 2 * made.layer), rel=0.01)
+        for phase, part in (("generate", "engine's copy"), ("score", "gathered to score")):
+            assert separate[phase][part] - shared[phase][part] == extra, phase
 
 
 def test_adapters_need_no_reference_and_hardly_any_optimizer(outline):

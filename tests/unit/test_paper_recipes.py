@@ -145,6 +145,13 @@ def test_the_small_models_have_the_authors_settings(model, task, rollouts, epoch
     assert (reft.algorithm.kl_coef, reft.algorithm.value_coef) == (0.01, 5.0)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_only_large_models_are_saved_once_an_hour(name):
+    tables = [getattr(stage, "sft", stage) for stage in load(name).stages.values()]
+    expected = 300 if name.startswith(SMALL) else 3600
+    assert {table.save_every_s for table in tables} == {expected}
+
+
 def test_an_ablation_changes_only_the_setting_in_its_name():
     plain = load("codellama-7b-gsm8k-program").stages
     partial, no_kl = load("ablation-no-partial-reward"), load("ablation-no-kl")

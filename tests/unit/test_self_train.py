@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -11,10 +12,15 @@ from typing import Any
 import pytest
 
 from reftune.errors import DataError, RecipeError
-from reftune.recipe import Recipe
+from reftune.grading.formats import Format
+from reftune.grading.formats.nl import Nl
+from reftune.grading.formats.program import Program
+from reftune.model.policy import Policy
+from reftune.recipe import LengthTable, Recipe
 from reftune.runs.models import check_stage_graph
 from reftune.runs.run import open_run
 from reftune.stages import self_train
+from reftune.stages.rollouts import Collector
 from reftune.stages.self_train import (
     Samples,
     SelfTrain,
@@ -22,6 +28,7 @@ from reftune.stages.self_train import (
     distinct,
     join_as_paper,
     join_once,
+    less_answer,
 )
 from reftune.stages.stage import Progress, StageContext
 from reftune.types import Graded, Problem, Verdict
@@ -96,13 +103,43 @@ def context(
 def test_solutions_that_spell_one_answer_in_two_ways_are_one() -> None:
     half = "Half of one."
     texts = [f"{half}\nThe answer is 1/2", f"{half} The answer is 0.5.", "Two.\nThe answer is 1/2"]
-    assert distinct(texts) == [texts[0], texts[2]]
+    assert distinct(texts, less_answer) == [texts[0], texts[2]]
     opened = [f"The answer is 3 × {n}, then 5. The answer is {3 * n + 5}." for n in (4, 5)]
-    assert distinct(opened) == opened, "only the last marker states the answer"
-    # a solution of only the answer, and a program, are compared as a whole
-    assert len(distinct(["The answer is 1/2", "The answer is 0.5"])) == 2
-    programs = [f"x = 1\n# the answer is below\nreturn {n}" for n in (1, 2)]
-    assert distinct(programs) == programs
+    assert distinct(opened, less_answer) == opened, "only the last marker states the answer"
+    # a solution of only the answer is compared as a whole
+    assert len(distinct(["The answer is 1/2", "The answer is 0.5"], less_answer)) == 2
+    joined = join_once(texts[:2], texts[2], 10, less_answer)
+    assert joined == [texts[0], texts[2]]
+    assert join_as_paper(texts[:2], texts[2], 10, less_answer) == [*joined, texts[2]]
+
+
+@pytest.mark.parametrize(
+    "last_lines",
+    [
+        ("return {n}",),
+        ("answer = {n} * 4; return answer",),
+        ("return total  # the answer is {n}",),
+        ("return 'The answer is {n}'",),
+        ("# The answer is", "return {n}"),
+    ],
+    ids=str,
+)
+def test_only_solutions_in_words_are_compared_without_their_answer(
+    last_lines: Sequence[str], context: StageContext
+) -> None:
+    stage, problem = context.recipe.stages["offline_st"], context.splits.train[0]
+    assert isinstance(stage, SelfTrain)
+    problem = replace(problem, rationale=None)
+    texts = ["\n".join(["total = 1", *last_lines]).format(n=n) for n in (3, 4)]
+    drawn = [samples(problem, *texts, *texts, right=4)]
+
+    def num_rows(format: Format) -> int:
+        encoder = replace(context.collector.encoder, format=format)
+        collector = replace(context.collector, encoder=encoder, lengths=LengthTable(max_new=70))
+        return len(stage.examples(drawn, replace(context, collector=collector)))
+
+    assert num_rows(Program()) == 2
+    assert num_rows(Nl()) == len(distinct(texts, less_answer))
 
 
 def draw(context: StageContext, problems: Sequence[Problem], path: Path) -> list[Samples]:
@@ -142,6 +179,41 @@ def test_the_sampler_is_freed_before_training(make_stage_recipe: Callable[..., R
         progress.stage = lambda *_: kept.append(len(run.models.kept))
         run.train("offline_st")
     assert kept == [0]
+
+
+@pytest.mark.parametrize("model", [{}, {"lora": {"rank": 1}}, {"gradient_checkpointing": True}])
+@pytest.mark.parametrize("kind", ["self_train", "reward_model"])
+def test_a_sampler_is_the_only_model_while_it_draws(
+    kind: str,
+    model: dict[str, Any],
+    make_recipe: Callable[..., Recipe],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tables: dict[str, Any] = {
+        "self_train": {"sft": FINE_TUNING},
+        "reward_model": {**FINE_TUNING, "init": "base", "dev_samples": 2},
+    }
+    stage = {"kind": kind, "sampler": "sft", "samples": 2, **tables[kind]}
+    alive, solve = [], Collector.solve
+
+    def counting(*args: Any, **options: Any) -> Any:
+        alive.append(num_policies())
+        return solve(*args, **options)
+
+    recipe = make_recipe(
+        model=model, stages={"reft": None, "drawn": stage}, lengths={"max_new": 24}
+    )
+    with open_run(recipe, Progress()) as run:
+        run.train("sft")
+        run.models.release()
+        others = num_policies()
+        monkeypatch.setattr(Collector, "solve", counting)
+        run.train("drawn")
+    assert len(alive) >= 2 and set(alive) == {others + 1}
+
+
+def num_policies() -> int:
+    return sum(type(thing) is Policy for thing in gc.get_objects())
 
 
 def refuse(method: str) -> Any:

@@ -115,8 +115,8 @@ class Plan:
     """The plan as `--json` prints it, in bytes, seconds and tokens."""
 
     recipe: str
-    stage: str
-    """The planned stage that needs the most memory on one GPU."""
+    stage: Mapping[Sharding, str]
+    """Sharding → the planned stage that needs the most memory on each GPU."""
     weights: int
     trained: int
     dtype: str
@@ -176,8 +176,9 @@ def make_plan(
 
     ways: Sequence[Sharding] = ("one",) if hardware.gpus == 1 else ("one", "ddp", "fsdp2")
     planners = {name: {way: planner(name, way) for way in ways} for name in wanted}
-    stage = max(planners, key=lambda name: planners[name]["one"].share.peak)
-    memory = {way: planned.share for way, planned in planners[stage].items()}
+    stage = {way: max(wanted, key=lambda name: planners[name][way].share.peak) for way in ways}
+    worst = {way: planners[name][way] for way, name in stage.items()}
+    memory = {way: planned.share for way, planned in worst.items()}
     usable = ways[-2:]  # the shardings that use all GPUs
     fits = [way for way in usable if memory[way].fits]
     way = fits[0] if fits else min(usable, key=lambda way: memory[way].peak)
@@ -191,9 +192,9 @@ def make_plan(
         weights=outline.total,
         trained=outline.trained,
         dtype=recipe.model.dtype,
-        prompt=planners[stage][way].estimate.prompt,
+        prompt=worst[way].estimate.prompt,
         response=recipe.lengths.max_new,
-        sizes={way: planned.estimate.sizes for way, planned in planners[stage].items()},
+        sizes={way: planned.estimate.sizes for way, planned in worst.items()},
         memory=memory,
         topology="split" if has_server else "colocated",
         sharding=way if fits else None,
@@ -280,7 +281,7 @@ class Planner:
             "reading prompts": math.ceil(cost.prompts / gpus) * 2 * trunk * made.prompt / self.rate
         }
         if made.sharding == "fsdp2":
-            gathered = (gpus - 1) / gpus * outline.gathered
+            gathered = (gpus - 1) / gpus * made.gathered
             costs["gathering weights"] = gathered / self.hardware.link
         if arithmetic > reading + cache:
             slowest = ARITHMETIC
@@ -351,10 +352,12 @@ def plan_text(plan: Plan) -> str:
 
 def _memory_text(plan: Plan) -> str:
     names = dict.fromkeys(name for share in plan.memory.values() for name in share.parts)
+    stages = dict.fromkeys(plan.stage.values())
     many = f" × {plan.assumed['gpus']}"
     columns = [
         [
             WAYS[way] + many * (way != "one"),
+            *([plan.stage[way]] if len(stages) > 1 else []),
             *(f"{share.parts[n] / GB:.2f}" if n in share.parts else "–" for n in names),
             f"{plan.sizes[way].tokens:,}",
             f"{plan.sizes[way].rows:,}",
@@ -364,10 +367,13 @@ def _memory_text(plan: Plan) -> str:
         ]
         for way, share in plan.memory.items()
     ]
-    labels = [f"GB per GPU, stage {plan.stage}", *names, "micro-batch, tokens"]
-    labels += ["decoded at once, rows", "peak", "reached in", "fits"]
+    labels = [f"GB per GPU, stage {plan.stage['one']}"]
+    if len(stages) > 1:
+        labels = ["GB per GPU", "stage"]
+    labels += [*names, "micro-batch, tokens", "decoded at once, rows", "peak", "reached in", "fits"]
+    width = max(12, 2 + max(map(len, stages)))
     return "\n".join(
-        f"{label:<24}" + "".join(f"{cell:>12}" for cell in cells)
+        f"{label:<24}" + "".join(f"{cell:>{width}}" for cell in cells)
         for label, *cells in zip(labels, *columns, strict=True)
     )
 

@@ -1,8 +1,8 @@
 """Online self-training takes supervised steps on the correct samples of each rollout and on the
 gold solutions to the same problems.
 
-To match ReFT's code, set `gold_max_tokens: 300` and `dropout: true`. ReFT's code truncates long
-gold rationales, so the model never sees how they end.
+To come close to ReFT's code, set `gold_max_tokens: 300` and `dropout: true`. ReFT's code truncates
+long gold rationales, so the model never sees how they end.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ class OnlineSt(Algorithm):
         """½ cross-entropy of the correct samples + ½ cross-entropy of the gold solutions. A term
         without tokens is 0.
 
-        Source: ReFT's code (arXiv:2401.08967, §4.2). Differs: none.
+        Source: ReFT's code (arXiv:2401.08967, §4.2). Differs: each half is a mean over the whole
+        rollout; the code's is a mean over the samples of one GPU.
         """
         assert batch.weights is not None
         nll = -scores.logprobs * batch.weights

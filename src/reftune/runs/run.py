@@ -18,7 +18,7 @@ from reftune.recipe import Recipe
 from reftune.runs.auto import settled
 from reftune.runs.evaluation import FinalEvaluation
 from reftune.runs.models import Models, check_stage_graph, require_trained
-from reftune.stages.rollouts import collector_of
+from reftune.stages.rollouts import Collector, collector_of
 from reftune.stages.sft import gold_examples
 from reftune.stages.stage import FACTS, Progress, StageContext
 from reftune.storage.files import JsonLines, write_atomically
@@ -174,9 +174,7 @@ class Run:
             return
         self.verify_engine()  # also if the run is continued on another machine
         stage = self.recipe.stages[name]
-        policy = self.models.take(stage.init)
-        collector = collector_of(self.recipe, policy)
-        splits = collector.trainable(self.splits, policy)
+        collector, splits = self._inputs_of(stage.init)
         if len(splits.train) < len(self.splits.train):
             dropped = len(self.splits.train) - len(splits.train)
             self.progress.note(
@@ -186,17 +184,23 @@ class Run:
             name=name,
             stage=stage,
             recipe=self.recipe,
-            policy=policy,
             splits=splits,
             collector=collector,
             folder=self.folder.stage(name),
             metrics=JsonLines(self.folder.metrics),
             progress=self.progress,
             load=self.models.load,
-            release=self.models.release,
+            take=self.models.take,
         )
         stage.run(context)
         world.wait(f"the end of {name}")
+
+    def _inputs_of(self, init: str) -> tuple[Collector, Splits]:
+        """The collector of a stage that starts from `init`, and the problems that fit its
+        model."""
+        policy = self.models.load(init, trained=True)
+        collector = collector_of(self.recipe, policy)
+        return collector, collector.trainable(self.splits, policy)
 
     def require_facts(self, name: str) -> None:
         """Check that a trained stage has described itself. Raises: RecipeError if its `stage.json`

@@ -157,47 +157,54 @@ class Estimate:
         training = {"gradients": gradients, "activations": activations}
         phases: dict[str, dict[str, float]] = {"update": training}
         own_share = getattr(self.recipe.engine, "device_share", None)
+        sampling, copies = ({}, 0.0) if own_share is not None else self._sampling(sizes.rows)
         if own_share is None:
-            phases["generate"] = self._sampling(sizes.rows)
-            if cost.sampler:  # the optimizer does not exist yet
-                sampler = max(0.0, self._sampler - held["optimizer"])
-                phases["draw"] = {**phases["generate"], "sampler": sampler}
-        else:
+            copy = self.gathered + outline.gathered_copies if is_split else copies
+            phases["generate"] = {**sampling, "engine's copy": copy}
+        if cost.sampler:  # neither the policy nor its optimizer exists yet
+            sampler = self._sampler(copies) - sum(held.values())
+            phases["draw"] = {**sampling, "sampler": max(0.0, sampler)}
+        if own_share is not None:
             held["engine's copy"] = own_share * self.device_bytes
         if is_split:
             training["gathered"] = float(FP32 * (2 * outline.ends + 3 * outline.layer))
-            if cost.scored:  # the value model is gathered too; it has no output head
-                shared = FP32 * (outline.total - outline.backbone)
-                twice = outline.gathered - shared if cost.value_model else 0.0
-                phases["score"] = {"gathered to score": outline.gathered + twice}
+            if cost.scored:
+                phases["score"] = {"gathered to score": self.gathered}
             phases["save"] = {"gathered to save": whole["weights"]}
             start = whole["weights"] + whole["reference"] - sum(held.values())
             phases["start"] = {"loading": max(0.0, start)}
         return Memory(held=held, phases=phases)
 
     @property
-    def _sampler(self) -> float:
-        """Bytes of a model that is loaded only to sample."""
+    def gathered(self) -> float:
+        """Bytes of the weights that FSDP2 gathers to sample or score. A value model of its own is
+        gathered too; it has no output head."""
+        outline = self.outline
+        if not self.cost.value_model:
+            return outline.gathered
+        return 2 * outline.gathered - FP32 * (outline.total - outline.backbone)
+
+    def _sampler(self, copies: float) -> float:
+        """Bytes of a model that is loaded only to sample, and of the engine's copies of it. They
+        are `copies` if the model is built as the policy is. Every device holds all of it."""
         outline, table = self.outline, self.outline.table
         is_frozen = table.lora is not None or table.gradient_checkpointing
-        return outline.reference if is_frozen else outline.weights
+        if is_frozen:
+            return outline.reference + min(copies, outline.gathered_copies)
+        return outline.weights + copies
 
-    def _sampling(self, rows: int) -> dict[str, float]:
-        """The bytes needed to sample, by purpose, if the engine decodes with the policy's
-        weights."""
+    def _sampling(self, rows: int) -> tuple[dict[str, float], float]:
+        """The bytes needed to sample, by purpose, if the engine decodes with a policy's weights,
+        and the bytes of its copies of weights that are not split."""
         if self.requests is not None:
             rows = min(rows, math.ceil(self.requests / self.devices))
         outline = self.outline
         prefill = outline.prefill(prompt=self.prompt, rows=rows)
-        copy = float(prefill.casts)
-        if self.sharding == "fsdp2":
-            copy = outline.gathered + outline.gathered_copies
         return {
             "KV cache": float(outline.cache_bytes * rows * (self.length + ROOM)),
             "reading prompts": float(prefill.momentary),
             "drawing tokens": float(DRAWING * FP32 * rows * outline.vocabulary),
-            "engine's copy": copy,
-        }
+        }, float(prefill.casts)
 
     def fitting(self) -> Sizes:
         """The largest value in `TOKENS` with which the update fits in a device's usable memory, and

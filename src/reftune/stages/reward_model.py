@@ -88,7 +88,6 @@ class RewardModel(Schedule, Sampled):
         started, folder, splits = time.perf_counter(), context.folder, context.splits
         train = self.draw(context, splits.train, folder.drawn, num=self.samples)
         dev = self.draw(context, splits.dev, folder.drawn_dev, num=self.dev_samples)
-        context.release()
         solutions = [solution for samples in train for solution in labelled(samples)]
         context.progress.note(
             f"{context.name}: {counted(len(solutions), 'different solution')} to train on;"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from reftune.errors import DataError
+from reftune.grading.formats.nl import Nl
 from reftune.grading.markers import marker_pattern
 from reftune.model.encoder import Encoder
 from reftune.processes.world import from_main
@@ -161,7 +162,6 @@ class SelfTrain(Sampled):
         on dev."""
         started = time.perf_counter()
         drawn = self.draw(context, context.splits.train, context.folder.drawn, num=self.samples)
-        context.release()
         examples = self.examples(drawn, context)
         context.progress.note(
             f"{context.name}: {counted(len(examples), 'row')} to train on; {describe(drawn)}"
@@ -176,6 +176,7 @@ class SelfTrain(Sampled):
         collector, policy = context.collector, context.policy
         encoder = collector.encoder
         join = join_once if self.gold == "once" else join_as_paper
+        same = less_answer if isinstance(encoder.format, Nl) else str.strip
 
         def fitting(problem: Problem, texts: Sequence[str]) -> dict[str, Example]:
             prompt = encoder.prompt(problem)
@@ -189,9 +190,9 @@ class SelfTrain(Sampled):
         kept: list[Example] = []
         for samples in drawn:
             gold = gold_text(samples.problem, encoder)
-            rows = fitting(samples.problem, [*distinct(samples.correct), *_listed(gold)])
+            rows = fitting(samples.problem, [*distinct(samples.correct, same), *_listed(gold)])
             correct = [text for text in samples.correct if text in rows]
-            joined = join(correct, gold if gold in rows else None, self.keep)
+            joined = join(correct, gold if gold in rows else None, self.keep, same)
             kept += [rows[text] for text in joined]
         if not kept:
             raise DataError(
@@ -204,37 +205,46 @@ class SelfTrain(Sampled):
 # --- joining samples and gold ---------------------------------------------------------------------
 
 
-def distinct(texts: Sequence[str]) -> list[str]:
-    """The solutions without repeats. If solutions differ only in leading or trailing white space or
-    in how the last line writes the answer (as 1/2 or 0.5, for example), the first is kept."""
+Same = Callable[[str], str]
+"""Solution → a text that is equal for solutions that count as repeats."""
+
+
+def distinct(texts: Sequence[str], same: Same = str.strip) -> list[str]:
+    """The first of every group of solutions that are the `same`. By default, solutions that differ
+    only in leading or trailing white space are."""
     first: dict[str, str] = {}
     for text in texts:
-        first.setdefault(_less_answer(text).strip(), text)
+        first.setdefault(same(text), text)
     return list(first.values())
 
 
-def _less_answer(text: str) -> str:
-    """A natural-language solution, without its last line if that line states the answer."""
+def less_answer(text: str) -> str:
+    """A solution in words, without outer white space and without its last line if that line states
+    the answer (as 1/2 or 0.5, for example)."""
     *_, begins = 0, *(marker.start() for marker in marker_pattern(()).finditer(text))
     is_last_line = "\n" not in text[begins:].strip()
-    return text[:begins] if is_last_line and text[:begins].strip() else text
+    return (is_last_line and text[:begins].strip()) or text.strip()
 
 
-def join_once(correct: Sequence[str], gold: str | None, keep: int) -> list[str]:
+def join_once(
+    correct: Sequence[str], gold: str | None, keep: int, same: Same = str.strip
+) -> list[str]:
     """The first `keep` distinct correct solutions, then the gold solution, unless it is already
     among them."""
-    kept = distinct(correct)[:keep]
-    return distinct([*kept, *_listed(gold)])
+    kept = distinct(correct, same)[:keep]
+    return distinct([*kept, *_listed(gold)], same)
 
 
-def join_as_paper(correct: Sequence[str], gold: str | None, keep: int) -> list[str]:
+def join_as_paper(
+    correct: Sequence[str], gold: str | None, keep: int, same: Same = str.strip
+) -> list[str]:
     """The result of `join_once`, then the gold solution again.
 
     Source: ReFT's code (arXiv:2401.08967, §4.2). Differs: solutions keep their outer white space,
-    which programs need, and solutions that differ only in how they write the answer count as
-    repeats.
+    which programs need, and solutions in words that differ only in how they write the answer count
+    as repeats.
     """
-    return [*join_once(correct, gold, keep), *_listed(gold)]
+    return [*join_once(correct, gold, keep, same), *_listed(gold)]
 
 
 def _listed(gold: str | None) -> list[str]:

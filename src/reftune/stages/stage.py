@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from reftune.recipe import Component, Recipe
@@ -19,15 +20,13 @@ if TYPE_CHECKING:  # the live view reads `Progress` without torch
     from reftune.types import Solution
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class StageContext:
     """The objects that a stage works with."""
 
     name: str
     stage: Stage
     recipe: Recipe
-    policy: Policy
-    """The model that was loaded from the stage's `init`. The stage trains it in place."""
     splits: Splits
     collector: Collector
     folder: StageFolder
@@ -35,8 +34,14 @@ class StageContext:
     progress: Progress
     load: Callable[[str], Policy]
     """Loads another model by name, such as `base` or an earlier method."""
-    release: Callable[[], None]
-    """Frees the memory of the model that was loaded last."""
+    take: Callable[[str], Policy]
+    """Loads a model to train, and frees the memory of the model that was loaded last."""
+
+    @cached_property
+    def policy(self) -> Policy:
+        """The model that was loaded from the stage's `init`. The stage trains it in place. It is
+        loaded at its first use, so a stage that first uses another model never holds both."""
+        return self.take(self.stage.init)
 
     def seed(self, *parts: int | str) -> int:
         return derive_seed(self.recipe.seed, self.name, *parts)
