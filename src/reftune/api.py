@@ -13,7 +13,7 @@ from pydantic_core import PydanticCustomError
 
 from reftune.datasets.reading.golds import GoldReader
 from reftune.errors import DataError, RecipeError
-from reftune.grading.formats import Format
+from reftune.grading.formats import Format, grades_of
 from reftune.processes import launch, world
 from reftune.recipe import LengthTable, Recipe, load_component, load_recipe, parse_recipe
 from reftune.results.stats import wilson
@@ -100,7 +100,7 @@ def grade(
         "choices": list(choices) or None,
         "question": question,
     }
-    return own.grade([problem_of(row, "grade", golds_of(None, own))], [completion])[0]
+    return grades_of(own, [problem_of(row, "grade", golds_of(None, own))], [completion])[0]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -674,7 +674,7 @@ def test_questions_with_tokens_of_a_chat_template_are_a_warning(tmp_path, mark):
         return check_only(run.model_copy(update=changes), {"prompt"}).findings[0]
 
     assert found("chat").level == "warn"
-    assert found("chat").message.startswith("11 questions with tokens of a chat template")
+    assert found("chat").message.startswith("11 questions with special tokens")
     assert "the model gets raw text" not in found("plain").message
 
 

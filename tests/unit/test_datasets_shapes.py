@@ -556,8 +556,9 @@ def test_a_written_list_stays_as_it_is_if_options_or_the_answer_kind_say_so(tmp_
         ({"prompt": "q", "completion": "So 13. The answer is 13.", "label": True}, 13),  # TRL's KTO
         ({"problem": "q", "response": "So $\\boxed{13}$.", "correct": True}, 13),
         ({"problem": "q", "output": "#### 13", "Correct": "true"}, 13),
-        ({"messages": [USER, REPLY], "label": True}, 13),
         ({"question": "q", "answer": "13", "correct": False}, 13),
+        ({"question": "Is 4 prime?", "label": False, "solution": "2 divides it."}, "False"),
+        ({"question": "q", "correct": False, "target": "math"}, "False"),
         ({"question": "q", "label": True}, "True"),
         ({"question": "q", "answer": False, "solution": "It is odd."}, "False"),
         ({"messages": [USER], "label": True}, "True"),
@@ -677,17 +678,9 @@ def test_a_prompt_that_ends_with_a_prefill_is_refused(tmp_path: Path, prompt: st
     assert (whole.answer.value, whole.rationale) == (13, REPLY["content"])
 
 
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"question": "The median of 1, 9 and 40?", "a": 1, "b": 9, "c": 40, "answer": 9},
-        {"question": "3 * x^2 + 4 * x + 0 = 7?", "a": "3", "b": "4", "c": "0", "answer": "1"},
-        {"question": "1, 2, 3, 4: sum?", "A": 1, "B": 2, "C": 3, "D": 4, "answer": 10},
-    ],
-)
-def test_more_columns_of_numbers_may_be_operands(tmp_path: Path, row: dict[str, Any]) -> None:
-    (problem,) = load(tmp_path, row)
-    assert (problem.answer.kind, problem.choices) == ("number", ())
+def test_three_columns_of_numbers_are_options(tmp_path: Path) -> None:
+    row = {"question": "3 · 3? (A) 1 (B) 9 (C) 40", "A": 1, "B": 9, "C": 40, "answer": 9}
+    assert load(tmp_path, row)[0].answer == Answer(kind="choice", value="b")
 
 
 def test_columns_of_numbers_are_options_if_a_gold_is_a_letter(tmp_path: Path) -> None:

@@ -168,7 +168,9 @@ def test_a_grader_may_return_a_bool_of_numpy():
     for is_right in (True, np.bool_(True), np.float64(5.0) == 5):
         assert graded_by(lambda text, _, it=is_right: it, "5", problem()).verdict is Verdict.CORRECT
     assert graded_by(lambda text, _: np.bool_(False), "5", problem()).verdict is Verdict.WRONG
-    for odd in (1, np.int64(1), replace(RIGHT, verdict="correct"), replace(RIGHT, value=5)):
+    whole = graded_by(lambda text, _: replace(RIGHT, value=5), "5", problem())
+    assert (whole.verdict, whole.value) == (Verdict.CORRECT, "5")
+    for odd in (1, np.int64(1), replace(RIGHT, verdict="correct")):
         grade = graded_by(lambda text, _, it=odd: it, "5", problem())
         assert grade.verdict is Verdict.ERROR and "the grader returned" in grade.reason
 

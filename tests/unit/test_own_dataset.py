@@ -12,7 +12,7 @@ import pytest
 from reftune.datasets import Splits, load_dataset
 from reftune.errors import DataError
 from reftune.recipe import Component
-from reftune.types import Answer, Problem
+from reftune.types import Answer, Message, Problem
 
 
 def problem(number: int, *, gold: int, returns: int) -> Problem:
@@ -73,10 +73,17 @@ def test_questions_that_an_own_dataset_puts_in_two_splits_are_dropped_as_leaks()
     assert splits.counts == {"leak": 3}
 
 
-def test_a_leak_may_be_spelled_in_another_way_and_disjoint_splits_stay_as_they_are() -> None:
-    shouted = tuple(replace(each, question=each.question.upper()) for each in numbered(1))
-    assert golds(load(train=numbered(1, 2), dev=shouted, test=()).train) == ["2"]
-    assert golds(load(train=numbered(1, 2), dev=(), test=shouted).train) == ["2"]
+def test_questions_that_differ_at_all_are_no_leaks() -> None:
+    mazes = [
+        replace(each, question=f"The shortest path?\n{maze}")
+        for each, maze in zip(numbered(1, 2), (".#.", "#.."), strict=True)
+    ]
+    assert len(load(train=mazes[:1], dev=mazes[1:], test=()).train) == 1
+    shown = [
+        replace(each, question="Solve it.", messages=(Message(role="user", content=str(n)),))
+        for n, each in enumerate(numbered(1, 2))
+    ]
+    assert len(load(train=shown[:1], dev=shown[1:], test=()).train) == 1
     whole = load(train=numbered(1, 1, 2), dev=numbered(4), test=(), counts={"odd": 2})
     assert (golds(whole.train), whole.counts) == (["1", "1", "2"], {"odd": 2})
 

@@ -205,8 +205,9 @@ class _Read:
         return self.options.has_text(self.gold) - self.options.has_label(self.gold)
 
     def as_text(self) -> Problem:
-        """The row's problem. If the gold answer is the text of an option, it is read as this text.
-        Raises: DataError if several options have this text."""
+        """The row's problem. If the gold answer is the text of an option, it is read as that text,
+        even if it is also the label of another option. Raises: DataError if several options have
+        this text."""
         if self.options is None or not self.options.has_text(self.gold):
             return self.problem
         letter = self.options.letter_of_text(self.gold)

@@ -141,7 +141,8 @@ def listed_item(stated: object, reading: Reading = DEFAULT) -> object:
     items = literal(_LONE_BACKSLASH.sub(lambda match: match[0] if match[1] else r"\\", text))
     if not isinstance(items, list):
         return stated
-    if len(items) > 1 and worded_gold(text, reading).items != tuple(items):
+    written = tuple(str(item).strip() for item in items)
+    if len(items) > 1 and worded_gold(text, reading).items != written:
         _refuse_other_types(items)
     return items[0] if len(items) == 1 and isinstance(items[0], str) else stated
 

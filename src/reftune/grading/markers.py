@@ -99,9 +99,9 @@ def statements(completion: str, reading: Reading = DEFAULT) -> list[Statement]:
 
 def _is_remark(completion: str, before: Statement, statement: Statement) -> bool:
     """Whether a statement only says that the statement before it is right. Because "right" may also
-    be a direction, the statement must begin with "our" or "my", or the statement before it must be
-    closed or begin with a number. A doubt, as in "check whether the answer is right", is not a
-    remark."""
+    be a direction, a statement is a remark only if its marker begins with "our" or "my", or if the
+    text of the statement before it is closed or begins with a number. A doubt, as in "check whether
+    the answer is right", is not a remark."""
     begin = statement.end - len(statement.text or "")
     phrase = completion[statement.start : begin]
     if (

@@ -64,8 +64,8 @@ def load_model(
 def resolve(path: str | Path) -> Path | str:
     """The folder to which `path` refers, with `smollm2-135m` and `~` resolved. If there is no such
     folder, `path` is taken as a Hub id and returned. Raises: ModelError if the wheel of
-    `smollm2-135m` is needed but missing, or if there is no such folder and `path` begins with `.`,
-    `/` or `~`, as no Hub id does."""
+    `smollm2-135m` is needed but missing, or if there is no such folder and `path` cannot be a Hub
+    id, because it begins with `.`, `/` or `~`."""
     if path == SMOLLM2:
         return smollm2_folder()
     folder = Path(path).expanduser()
@@ -192,12 +192,12 @@ def load_pretrained(
 
 
 def fingerprint(config: PretrainedConfig) -> str | None:
-    """Identifies the files from which a model was loaded: the commit for a model from the Hub; for
-    a folder, a hash of parts of its weights, which takes milliseconds. None if neither is known,
-    as for a model from scratch."""
+    """A hash of parts of the weights in the folder from which a model was loaded, which takes
+    milliseconds. None for models from the Hub, whose commits may leave the weights as they are, and
+    for models from scratch."""
     folder = Path(config.name_or_path or os.devnull)
     if not folder.is_dir():
-        return getattr(config, "_commit_hash", None)
+        return None
     digest = hashlib.blake2b(digest_size=16)
     for path in sorted(folder.glob("*.safetensors")):
         size = path.stat().st_size

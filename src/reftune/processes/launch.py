@@ -210,7 +210,8 @@ def wanted_sharding(environment: Mapping[str, str]) -> Sharding:
 
 def _wanted_replicas(environment: Mapping[str, str]) -> int:
     """Number of groups of processes, as set in accelerate's parallelism_config. Each group holds
-    one copy of the model. Raises: RecipeError for sizes that are not supported."""
+    one copy of the model. Raises: RecipeError if the sizes in parallelism_config
+    are not supported or do not match the number of processes."""
     if environment.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() != "true":
         return 1
     sizes = {

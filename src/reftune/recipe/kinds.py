@@ -91,9 +91,10 @@ def known_kinds(group: str) -> list[str]:
 
 
 def load_component(spec: Any, *, group: str, default: str | None = None) -> Any:
-    """The plug-in that `spec` describes. `spec` is a kind, a mapping with the key `kind`, or a
-    plug-in, which is returned unchanged. A mapping without the key has the kind `default`. Raises:
-    PydanticCustomError if there is no such plug-in; ValidationError if a key or value is wrong."""
+    """The plug-in that `spec` describes. `spec` is a kind, a mapping of a plug-in's recipe keys, or
+    a plug-in, which is returned unchanged. If a mapping lacks the key `kind`, the argument
+    `default` is its kind. Raises: PydanticCustomError if `spec` names no plug-in; ValidationError
+    if a key or value is wrong."""
     if isinstance(spec, Component):
         return spec
     if isinstance(spec, str):

@@ -254,7 +254,7 @@ def group_runs(runs: Sequence[RunResults]) -> list[Group]:
 
 def _group_label(runs: Sequence[RunResults]) -> str:
     """The name of the runs. If their names end with their seeds, it is what comes before them."""
-    bases = {re.sub(rf"[-_.]?(s|seed)?[-_]?{run.seed}$", "", run.name) for run in runs}
+    bases = {re.sub(rf"[-_.]?(s|seed)?[-_]?(?<!\d)0*{run.seed}$", "", run.name) for run in runs}
     is_numbered = len({run.name for run in runs}) > 1 == len(bases)
     return (is_numbered and bases.pop()) or runs[0].name
 

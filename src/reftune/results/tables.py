@@ -161,7 +161,7 @@ def rise_line(rise: Rise, accuracy: float) -> str:
             f" ({text}): more SFT may teach more than RL"
         )
     if accuracy < NEEDED_ACCURACY:
-        return f"dev accuracy is flat at {percent(accuracy)} ({text}): {NEEDED}"
+        return f"dev accuracy is not rising, at {percent(accuracy)} ({text}): {NEEDED}"
     if rise.is_uncertain:
         return f"dev has too few problems to tell whether dev accuracy is still rising ({text})"
     return f"dev accuracy is no longer rising ({text}): RL can take over"

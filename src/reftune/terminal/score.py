@@ -15,7 +15,7 @@ from reftune.datasets.reading.files import json_lines, read_text
 from reftune.datasets.reading.golds import GoldReader
 from reftune.datasets.reading.rows import Row
 from reftune.errors import DataError, ModelError, RecipeError
-from reftune.grading.formats import Format
+from reftune.grading.formats import Format, grades_of
 from reftune.grading.formats.nl import Nl
 from reftune.grading.formats.program import Program
 from reftune.grading.golds import GoldKind
@@ -120,7 +120,8 @@ def _scored(
 ) -> Iterator[dict[str, Any]]:
     for start in range(0, len(rows), BATCH):
         keys, problems, texts = zip(*rows[start : start + BATCH], strict=True)
-        grades = grader.grade(problems, texts)
+        is_encoder = isinstance(grader, Encoder)
+        grades = grader.grade(problems, texts) if is_encoder else grades_of(grader, problems, texts)
         completions = [
             Completion(token_ids=(), text=text, logprobs=(), finish_reason="eos") for text in texts
         ]

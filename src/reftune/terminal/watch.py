@@ -21,8 +21,8 @@ POLL_S = 1.0
 
 
 class RunClock:
-    """Tells the time of the last row shown, in Unix seconds. Once all rows of a run in progress
-    have been shown, it tells the current time."""
+    """The clock of the live view, in Unix seconds. It gives the time of the last row read from the
+    run's metrics. Once all rows of a run in progress have been read, it gives the current time."""
 
     def __init__(self) -> None:
         self.row_s: float | None = 0.0

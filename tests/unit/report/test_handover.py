@@ -95,8 +95,8 @@ def test_few_dev_problems_do_not_tell_whether_a_warm_up_was_finished() -> None:
     ("rise", "accuracy", "line"),
     [
         (Rise(value=0.12, margin=0.05), 0.1, "is still rising by 3.0 points per evaluation"),
-        (Rise(value=0.0, margin=0.0), 0.0, "is flat at 0.0%"),
-        (Rise(value=0.0, margin=0.05), 0.197, "is flat at 19.7%"),
+        (Rise(value=0.0, margin=0.0), 0.0, "is not rising, at 0.0%"),
+        (Rise(value=0.0, margin=0.05), 0.197, "is not rising, at 19.7%"),
         (Rise(value=0.0, margin=0.05), 0.2, "is no longer rising"),
         (Rise(value=0.05, margin=0.15), 0.5, "too few problems to tell"),
     ],

@@ -268,6 +268,8 @@ def test_a_repeated_seed_is_another_run_not_another_seed(write_run: WriteRun) ->
     [
         (("exp-seed0", "exp-seed1"), "exp"),
         (("run_s0", "run_s1"), "run"),
+        (("run-s00", "run-s01"), "run"),
+        (("run10", "run11"), "run10"),
         (("smollm2-135", "smollm2-135"), "smollm2-135"),  # the number is no seed
         (("tests1", "tests1"), "tests1"),
         (("a", "b"), "a"),

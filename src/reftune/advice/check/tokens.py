@@ -80,13 +80,13 @@ def check_prompt(subject: Subject) -> Finding:
     marked = [each.id for each in subject.problems if any(mark in each.question for mark in marks)]
     if is_chat and marked:
         return warn(
-            f"{counted(len(marked), 'question')} with tokens of a chat template, which adds them"
-            " again",
+            f"{counted(len(marked), 'question')} with special tokens; the chat template adds its"
+            " own",
             "use data without them; or, if all questions are whole prompts, format.style=plain with"
             " template: '{question}'",
             marked,
         )
-    if tokenizer.chat_template and not is_chat and not marked:
+    if tokenizer.chat_template and not is_chat and 2 * len(marked) <= len(subject.problems):
         return warn(
             "the tokenizer has a chat template, but the model gets raw text",
             "set format.style=chat if this is an instruct model",

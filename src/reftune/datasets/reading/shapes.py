@@ -40,6 +40,8 @@ NAMES: Mapping[str, tuple[str, ...]] = {
 ignored."""
 JUDGING = ("correct", "label")
 """Names of columns that may contain the gold answer, or whether a completion is right."""
+JUDGED = ("completion", "response", "output")
+"""Names of columns that contain what a model wrote."""
 LABELLED = ("{}", "option_{}", "option {}", "option{}", "op{}", "choice_{}")
 """Names of columns that contain one option each. `{}` stands for the option's letter or number."""
 
@@ -134,23 +136,25 @@ class _Found:
 
     def answer(self, used: set[str], chat: str | None) -> str | None:
         """The column of the gold answer; None if no column is found. Truth values in a column such
-        as `label` may judge a completion, so other filled columns and the conversation's reply come
-        first. Raises: DataError if they do and one of them judges the answer to be wrong."""
-        judging = {name for name in self.by_lower.values() if self._judges(name)}
+        as `label` judge a completion, if there is one, which then comes first. Raises: DataError if
+        one of them judges a completion to be wrong."""
         first = self.first("answer", used) or chat
-        if first not in judging:
-            return first
-        answer = self.filled("answer", {*used, *judging})
-        if answer is None and (chat is None or not self.any_replied(chat)):
+        free = {name for name in self.by_lower.values() if name not in used}
+        judged = [self.by_lower.get(name, "") for name in JUDGED]
+        answer = next((name for name in judged if name in free and self._is_filled(name)), None)
+        if first is None or answer is None or not self._judges(first):
             return first
         for row in self.all_rows:
             if _truth(row.get(first)) is False:
                 raise DataError(
                     f"{row.where}: {first} is {shown(row.get(first))}, which may mean that"
-                    f" {answer or chat} is wrong; expected only rows where it is true, or"
+                    f" {answer} is wrong; expected only rows where it is true, or"
                     " --answer COLUMN (in a recipe, dataset.columns.answer)"
                 )
-        return answer or chat
+        return answer
+
+    def _is_filled(self, column: str) -> bool:
+        return any(not row.is_blank(column) for row in self.rows)
 
     def _judges(self, column: str) -> bool:
         """Whether a column whose name may stand for a judgement contains only truth values."""
@@ -196,11 +200,11 @@ class _Found:
         self, question: Sequence[str], answer: str, has_options: bool
     ) -> str | list[str] | None:
         """One column with all options, or one column per option; None if no column is found. Unless
-        `has_options` is true, columns `a`, `b`, … may also be operands."""
+        `has_options` is true, two columns `a` and `b` may also be operands."""
         for pattern, labels in product(LABELLED, (ascii_lowercase, tuple(map(str, range(1, 27))))):
             names = map(pattern.format, labels)
             columns = [self.by_lower[name] for name in takewhile(self.by_lower.__contains__, names)]
-            may_be_operands = not has_options and pattern == "{}" and labels == ascii_lowercase
+            may_be_operands = not has_options and [name.lower() for name in columns] == ["a", "b"]
             if may_be_operands and self.are_operands(columns, question, answer):
                 continue
             if len(columns) >= 2:

@@ -119,20 +119,21 @@ def draw_splits(
 
 def without_leaks(splits: Splits) -> Splits:
     """`splits` without the questions of train that are also in dev or test, and without the
-    questions of dev that are also in test. They are counted as `leak`, as in `draw_splits`."""
-    counts: Counter[str] = Counter()
-    test, dev, train = (
-        [Asked(question_key(problem), problem) for problem in split]
-        for split in (splits.test, splits.dev, splits.train)
-    )
-    dev = _without(dev, test, counts)
-    train = _without(train, [*test, *dev], counts)
-    return replace(
-        splits,
-        train=tuple(each.problem for each in train),
-        dev=tuple(each.problem for each in dev),
-        counts={**splits.counts, **+counts},
-    )
+    questions of dev that are also in test, in the same spelling. They are counted as `leak`."""
+
+    def without(problems: Sequence[Problem], *others: Sequence[Problem]) -> tuple[Problem, ...]:
+        taken = {_spelling(each) for split in others for each in split}
+        return tuple(each for each in problems if _spelling(each) not in taken)
+
+    dev = without(splits.dev, splits.test)
+    train = without(splits.train, splits.test, dev)
+    leaks = len(splits.train) + len(splits.dev) - len(train) - len(dev)
+    counts = Counter(splits.counts) + Counter(leak=leaks)
+    return replace(splits, train=train, dev=dev, counts=dict(counts))
+
+
+def _spelling(problem: Problem) -> tuple[object, ...]:
+    return (problem.question, *problem.choices, *problem.messages)
 
 
 def drop_untrainable(splits: Splits, reason: str, unusable: Callable[[Problem], bool]) -> Splits:

@@ -16,6 +16,16 @@ NUM_LOOKED_AT = 100
 """Number of filled cells that are examined to tell whether a column contains text."""
 LEAST_IN_LIST = 8
 """Minimum number of words in an item of a list that counts as long. Tags usually have fewer."""
+SAMPLES = {
+    "answers",
+    "completions",
+    "generations",
+    "outputs",
+    "rationales",
+    "responses",
+    "solutions",
+}
+"""Names of columns with lists of solutions, which do not belong to the question."""
 LEAST_WORDS = 3
 """Minimum number of words in a cell of text. Names and categories usually have fewer words."""
 
@@ -62,6 +72,8 @@ def unused_lists(train: Sequence[Problem], used: Columns) -> str:
 def _adds_list(column: str, problem: Problem) -> bool:
     cell = problem.columns.get(column)
     if not isinstance(cell, Sequence) or isinstance(cell, str) or not cell:
+        return False
+    if column.lower() in SAMPLES:
         return False
     if column.lower() in ("image", "images"):
         return "<image>" in problem.question

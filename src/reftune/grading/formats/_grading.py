@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Annotated, TypeGuard
 
 import numpy as np
@@ -48,6 +49,8 @@ def graded_by(grader: Grader, text: str, problem: Problem) -> Graded:
     except Exception as failure:  # noqa: BLE001  a model's text may break a grader
         reason = f"the grader failed: {type(failure).__name__}: {clip(str(failure))}"
         return Graded.without_answer(Verdict.ERROR, reason)
+    if isinstance(verdict, Graded) and verdict.value is not None:
+        verdict = replace(verdict, value=str(verdict.value))
     if is_grade(verdict):
         return verdict
     if not isinstance(verdict, bool | np.bool_):
