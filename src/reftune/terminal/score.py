@@ -120,8 +120,10 @@ def _scored(
 ) -> Iterator[dict[str, Any]]:
     for start in range(0, len(rows), BATCH):
         keys, problems, texts = zip(*rows[start : start + BATCH], strict=True)
-        is_encoder = isinstance(grader, Encoder)
-        grades = grader.grade(problems, texts) if is_encoder else grades_of(grader, problems, texts)
+        if isinstance(grader, Encoder):
+            grades = grader.grade(problems, texts)
+        else:
+            grades = grades_of(grader, problems, texts)
         completions = [
             Completion(token_ids=(), text=text, logprobs=(), finish_reason="eos") for text in texts
         ]
