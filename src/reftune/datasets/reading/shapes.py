@@ -163,8 +163,12 @@ class _Found:
 
     def filled(self, field: str, used: set[str]) -> str | None:
         """Like `first`, but without columns that contain no value, or only mappings, in any row."""
-        names = (self.by_lower.get(name, name) for name in NAMES[field])
-        free = (name for name in names if name not in used and name not in self.later)
+        found = (
+            self.by_lower.get(name, name)
+            for name in NAMES[field]
+            if name in self.by_lower or "." in name  # a dot leads into a mapping
+        )
+        free = (name for name in found if name not in used and name not in self.later)
 
         def has_value(name: str) -> bool:
             cells = (row.get(name) for row in self.all_rows)
