@@ -5,7 +5,9 @@ brackets."""
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import cache
 from typing import Any
 
@@ -67,15 +69,13 @@ def _place(run: RunResults) -> Place:
 def _order(place: Place) -> tuple[Any, ...]:
     """A sort key. The paper's names come first, in the paper's order. Other names follow in
     alphabetical order."""
+
+    def rank(names: str, name: str) -> tuple[int, str]:
+        known = list(published()[names].values())
+        return known.index(name) if name in known else len(known), name
+
     model, task, rationale = place
-    models, tasks = list(published()["models"].values()), list(published()["tasks"].values())
-    return (
-        models.index(model) if model in models else len(models),
-        model,
-        tasks.index(task) if task in tasks else len(tasks),
-        task,
-        rationale,
-    )
+    return rank("models", model), rank("tasks", task), rationale
 
 
 def cells(runs: Sequence[RunResults], *, k: int | None = None) -> list[Cell]:
@@ -121,7 +121,7 @@ def _score(place: Place, table: ScoreTable, method: MethodScore, rule: str) -> d
     against = table.between(method.label + suffix, table.baseline + suffix)
     is_same = table.split == "test" and method.greedy.n == _paper_sizes(column).get("test")
     rows = published()["accuracy"].get(model, {}) if is_same else {}
-    return method.scores[rule].to_row() | {
+    return asdict(method.scores[rule]) | {
         "significant_against_baseline": None if against is None else against.significant,
         "paper": rows.get(method.method + suffix, {}).get(column),
     }
@@ -187,8 +187,8 @@ def _accuracies(
     several tasks use the same kind of rationale, an additional column contains their average."""
     places = sorted({("", cell["task"], cell["rationale"]) for cell in found}, key=_order)
     columns = {f"{task} {rationale}": rationale for _, task, rationale in places}
-    rationales = [of for of in columns.values() if list(columns.values()).count(of) > 1]
-    averaged = [of for of in published()["rationales"].values() if of in rationales]
+    counts = Counter(columns.values())
+    averaged = [name for name in published()["rationales"].values() if counts[name] > 1]
     rows: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for cell in found:
         for method, scores in cell["methods"].items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -62,9 +62,12 @@ class MetricRow:
     """The metrics of one step of one stage."""
 
     step: int
-    time: float
-    """Unix seconds."""
     values: Mapping[str, float]
+
+    @property
+    def passes(self) -> float:
+        """Number of sequences that the stage has trained on, or of steps if this was not logged."""
+        return self.values.get("compute/sequence_passes", float(self.step))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -169,17 +172,22 @@ def read_run(folder: Path | str) -> RunResults:
     metrics = _read_metrics(files.metrics)
     infos = {name: read_json(files.stage(name).info) for name in files.trained()}
     stages = {
-        name: _read_stage(files, name, spec, metrics.get(name, {}), infos.get(name, {}))
+        name: StageResults(
+            name=name,
+            kind=str(spec.get("kind", "")),
+            init=str(infos.get(name, {}).get("init") or spec.get("init") or "base"),
+            num_samples=int(spec.get("samples") or 1),
+            metrics=metrics.get(name, ()),
+            samples=SampleFile(files.stage(name).samples),
+            info=infos.get(name, {}),
+        )
         for stage, keys in recipe["stages"].items()
         for name, spec in _with_snapshots(stage, keys, infos)
     }
     wanted = _evaluated_methods(recipe, stages)
+    paths = {name: files.evaluation(name) for name in wanted if files.evaluation(name).exists()}
     evals = _whole(
-        {
-            name: _read_evals(files.evaluation(name), recipe)
-            for name in wanted
-            if files.evaluation(name).exists()
-        },
+        {name: _read_evals(path, recipe) for name, path in paths.items()},
         _num_problems(recipe, read_json(files.data)),
     )
     return RunResults(
@@ -246,11 +254,10 @@ def _evaluated_methods(recipe: Mapping[str, Any], stages: Mapping[str, StageResu
 
 
 def _num_problems(recipe: Mapping[str, Any], data: Mapping[str, Any]) -> int:
-    """Number of problems in a complete evaluation. `data` is the content of data.json. If it does
-    not contain the number, the result is 0."""
-    sizes, table = data.get("problems") or {}, recipe.get("evaluate") or {}
-    size = int(sizes.get(evaluated_split(recipe), 0))
-    return min(size, table.get("limit") or size)
+    """Number of problems in a complete evaluation; 0 if `data`, the content of data.json, does not
+    contain it."""
+    size = int((data.get("problems") or {}).get(evaluated_split(recipe), 0))
+    return min(size, (recipe.get("evaluate") or {}).get("limit") or size)
 
 
 def _whole(
@@ -307,43 +314,21 @@ def _read_lines(path: Path, parse: Callable[[dict[str, Any]], Parsed]) -> Iterat
                     raise DataError(f"{where}: {error}; expected one of {known}") from None
 
 
-def _read_metrics(path: Path) -> dict[str, dict[int, MetricRow]]:
-    """Stage → step → metrics. If a step has several rows, they are merged. If several of them
-    contain the same metric, its last value is used."""
-    stages: dict[str, dict[int, MetricRow]] = {}
-    for stage, row in _read_lines(path, _metric_row):
-        steps = stages.setdefault(stage, {})
-        known = steps[row.step].values if row.step in steps else {}
-        steps[row.step] = replace(row, values={**known, **row.values})
-    return stages
-
-
-def _metric_row(row: Mapping[str, Any]) -> tuple[str, MetricRow]:
-    values = {
-        key: float(value)
-        for key, value in row.items()
-        if "/" in key and isinstance(value, int | float)
+def _read_metrics(path: Path) -> dict[str, tuple[MetricRow, ...]]:
+    """Stage → metrics, sorted by step. If a step has several rows, they are merged. If several of
+    them contain the same metric, its last value is used."""
+    stages: dict[str, dict[int, dict[str, float]]] = {}
+    for stage, step, values in _read_lines(path, _metric_row):
+        stages.setdefault(stage, {}).setdefault(step, {}).update(values)
+    return {
+        stage: tuple(MetricRow(step=step, values=steps[step]) for step in sorted(steps))
+        for stage, steps in stages.items()
     }
-    step, time = int(row["step"]), float(row.get("time", 0))
-    return str(row["stage"]), MetricRow(step=step, time=time, values=values)
 
 
-def _read_stage(
-    files: RunFolder,
-    name: str,
-    spec: Mapping[str, Any],
-    metrics: Mapping[int, MetricRow],
-    info: Mapping[str, Any],
-) -> StageResults:
-    return StageResults(
-        name=name,
-        kind=str(spec.get("kind", "")),
-        init=str(info.get("init") or spec.get("init") or "base"),
-        num_samples=int(spec.get("samples") or 1),
-        metrics=tuple(metrics[step] for step in sorted(metrics)),
-        samples=SampleFile(files.stage(name).samples),
-        info=info,
-    )
+def _metric_row(row: Mapping[str, Any]) -> tuple[str, int, dict[str, float]]:
+    numbers = {key: v for key, v in row.items() if "/" in key and isinstance(v, int | float)}
+    return str(row["stage"]), int(row["step"]), {key: float(v) for key, v in numbers.items()}
 
 
 def _read_evals(path: Path, recipe: Mapping[str, Any]) -> tuple[EvalRow, ...]:

@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import stdtrit
 
-Z_95 = 1.959963984540054
-"""The 97.5% quantile of the standard normal distribution."""
+from reftune.stages.plateau import Z95
 
 Interval = tuple[float, float]
 
@@ -30,9 +29,9 @@ def wilson(num_correct: float, n: int) -> Interval:
     """
     if n == 0:
         return 0.0, 1.0
-    p, z2 = num_correct / n, Z_95**2
+    p, z2 = num_correct / n, Z95**2
     centre = p + z2 / (2 * n)
-    margin = Z_95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n**2))
+    margin = Z95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n**2))
     return max(0.0, (centre - margin) / (1 + z2 / n)), min(1.0, (centre + margin) / (1 + z2 / n))
 
 
@@ -129,10 +128,7 @@ def mcnemar_exact(only_a: int, only_b: int) -> float:
     Source: McNemar (1947), in the exact binomial form.
     """
     m = only_a + only_b
-    term = tail = 1
-    for i in range(1, min(only_a, only_b) + 1):
-        term = term * (m - i + 1) // i
-        tail += term
+    tail = sum(math.comb(m, i) for i in range(min(only_a, only_b) + 1))
     return float(min(Fraction(1), Fraction(2 * tail, 2**m)))
 
 
@@ -149,7 +145,7 @@ def paired_interval(differences: ArrayLike) -> Interval:
     own = np.asarray(differences, dtype=float)
     n = own.size + 2
     d, q = own.sum() / n, ((own**2).sum() + 2) / n
-    margin = Z_95 * math.sqrt((q - d**2) / n)
+    margin = Z95 * math.sqrt((q - d**2) / n)
     return max(-1.0, float(d - margin)), min(1.0, float(d + margin))
 
 
@@ -163,8 +159,8 @@ def seeds_interval(
     same_problems: bool,
 ) -> Interval:
     """95% interval of the average of the seeds' means, for new seeds and new problems. `values` has
-    one array per seed, and at least two arrays. `over_problems` returns the interval of one array's
-    mean, for new problems.
+    one array per seed. `over_problems` returns the interval of one array's mean, for new problems;
+    for a single seed, this is the result.
 
     If each seed has its own problems, the spread of the seeds' means also contains the chance that
     lies in the problems. The interval is Student's t interval of the means, but not narrower than
@@ -173,6 +169,8 @@ def seeds_interval(
     of the problems' averages over the seeds. Source: Student (1908); Zou and Donner (2008).
     """
     seeds = [np.asarray(each, dtype=float) for each in values]
+    if len(seeds) == 1:
+        return over_problems(seeds[0])
     means = [float(each.mean()) for each in seeds]
     mean, num_seeds = float(np.mean(means)), len(means)
     quantile = float(stdtrit(num_seeds - 1, 0.975))

@@ -52,18 +52,10 @@ class Group:
 class Score:
     """The share of problems solved, with its 95% interval."""
 
-    value: float
+    accuracy: float
     ci95: Interval
     n: int
     by_seed: tuple[float, ...]
-
-    def to_row(self) -> dict[str, Any]:
-        return {
-            "accuracy": self.value,
-            "ci95": list(self.ci95),
-            "n": self.n,
-            "by_seed": list(self.by_seed),
-        }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,13 +84,9 @@ class MethodScore:
         return {rule: s for rule, s in self.scores.items() if rule.partition("@")[0] not in apart}
 
     @property
-    def init(self) -> str:
-        return self.group.runs[0].stage(self.method).init
-
-    @property
-    def is_snapshot(self) -> bool:
-        """Whether the model is that of a given step, and was not chosen on dev."""
-        return bool(self.group.runs[0].stage(self.method).info.get("snapshot_of"))
+    def stage(self) -> StageResults:
+        """The stage or snapshot of the first run."""
+        return self.group.runs[0].stage(self.method)
 
     @property
     def looks(self) -> float | None:
@@ -128,18 +116,16 @@ class ScoreTable:
     comparisons: tuple[Comparison, ...]
     """Comparisons of greedy answers, and comparisons of votes. If votes are compared, the decision
     rule follows each method's label: `LABEL maj@k`."""
+    baseline: str
+    """Label of the method with which the others are compared: the first method called `sft` or, if
+    there is none, the first method."""
     num_seeds: int
     split: str
 
     @property
-    def baseline(self) -> str:
-        """Label of the method with which the others are compared."""
-        return _baseline(self.methods)
-
-    @property
     def starts(self) -> set[str]:
         """Labels of the methods that other methods started from."""
-        inits = {(method.group.label, method.init) for method in self.methods}
+        inits = {(method.group.label, method.stage.init) for method in self.methods}
         return {m.label for m in self.methods if (m.group.label, m.method) in inits}
 
     @property
@@ -184,10 +170,10 @@ def summarize(group: Group) -> dict[str, Any]:
 
 def _method_json(method: MethodScore) -> dict[str, Any]:
     greedy = method.greedy
-    result: dict[str, Any] = {"accuracy": greedy.value, "ci95": list(greedy.ci95), "n": greedy.n}
+    result: dict[str, Any] = {"accuracy": greedy.accuracy, "ci95": list(greedy.ci95), "n": greedy.n}
     for rule, score in method.scores.items():
         if rule != GREEDY:
-            result |= {rule: score.value, f"{rule}_ci95": list(score.ci95)}
+            result |= {rule: score.accuracy, f"{rule}_ci95": list(score.ci95)}
     result |= {"dev_accuracy": method.dev_accuracy, "looks": method.looks}
     path = RunFolder(method.group.runs[0].folder).choices(method.method)
     rows = choices.read_rows(path) if path.is_file() else []
@@ -286,9 +272,12 @@ def score_table(groups: Sequence[Group], *, k: int | None = None) -> ScoreTable:
         for group in groups
         for name in group.methods
     )
+    first = methods[0].label if methods else ""
+    baseline = next((method.label for method in methods if method.method == "sft"), first)
     return ScoreTable(
         methods=methods,
-        comparisons=tuple(_comparisons(methods, shared)),
+        comparisons=tuple(_comparisons(methods, baseline, shared)),
+        baseline=baseline,
         num_seeds=len(groups[0].runs),
         split=groups[0].runs[0].split,
     )
@@ -299,19 +288,13 @@ def label_of(groups: Sequence[Group], group: Group, method: str) -> str:
     return f"{group.label}/{method}" if len(groups) > 1 else method
 
 
-def _baseline(methods: Sequence[MethodScore]) -> str:
-    """The label of the first method called `sft` or, if there is none, of the first method."""
-    first = methods[0].label if methods else ""
-    return next((method.label for method in methods if method.method == "sft"), first)
-
-
 def leader(table: ScoreTable) -> MethodScore | None:
     """The method with the highest greedy accuracy. The baseline is left out. Methods that other
     methods start from are left out too, unless no method would remain. None if the baseline is the
     only method."""
     others = [method for method in table.methods if method.label != table.baseline]
     rivals = [method for method in others if method.label not in table.starts] or others
-    return max(rivals, key=lambda method: method.greedy.value, default=None)
+    return max(rivals, key=lambda method: method.greedy.accuracy, default=None)
 
 
 def _method_score(
@@ -326,20 +309,17 @@ def _method_score(
 
 def _score(seeds: Sequence[Outcomes], shared: bool) -> Score:
     by_seed = tuple(float(solved.mean()) for solved in seeds)
-    ci95 = (
-        stats.accuracy_interval(seeds[0])
-        if len(seeds) == 1
-        else stats.accuracy_over_seeds(seeds, same_problems=shared)
-    )
-    return Score(value=float(np.mean(by_seed)), ci95=ci95, n=seeds[0].size, by_seed=by_seed)
+    ci95 = stats.accuracy_over_seeds(seeds, same_problems=shared)
+    return Score(accuracy=float(np.mean(by_seed)), ci95=ci95, n=seeds[0].size, by_seed=by_seed)
 
 
-def _comparisons(methods: Sequence[MethodScore], shared: bool) -> Iterator[Comparison]:
+def _comparisons(
+    methods: Sequence[MethodScore], baseline: str, shared: bool
+) -> Iterator[Comparison]:
     """Compares each method with the methods before it in `methods`. Two methods of the same group
     are always compared; if they are one model, whose samples differ only by chance, their votes are
     not. Two methods of different groups are compared only if the groups can be paired, and if the
     methods have the same name or one of them is the baseline."""
-    baseline = _baseline(methods)
     for b, a in combinations(methods, 2):
         is_asked = a.method == b.method or baseline in (a.label, b.label)
         if a.group is b.group or (is_asked and _are_paired(a.group, b.group)):
@@ -389,11 +369,9 @@ def outcomes(rows: Sequence[EvalRow], k: int | None = None) -> dict[str, Outcome
     """Decision rule → outcomes, in the order of `rows`. Votes use the first `k` samples of each
     problem. If `k` is None, they use the first `num_samples(rows)` samples."""
     result = {GREEDY: np.array([row.greedy.correct for row in rows], dtype=float)}
-    drawn = num_samples(rows)
-    if drawn:
-        k = drawn if k is None else k
-        curves = voting_curves(rows, k)
-        result |= {f"{rule}@{k}": by_k[:, -1] for rule, by_k in curves.items()}
+    if drawn := num_samples(rows):
+        curves = voting_curves(rows, k or drawn)
+        result |= {f"{rule}@{k or drawn}": by_k[:, -1] for rule, by_k in curves.items()}
     return result
 
 
@@ -487,28 +465,16 @@ def last_rise(run: RunResults, method: str) -> tuple[Rise, float] | None:
     accuracy reached. For a snapshot, this is the last rise up to its step; for a stage, up to the
     end, because evaluations after the chosen model show that dev accuracy no longer rose. None if
     the method is not supervised, is not finished, or had too few evaluations."""
-    source = _source(run, method)
-    if source is None or _samples(source[0]):
-        return None
-    supervised, end = source
-    looks = [row.values for row in supervised.metrics if end is None or row.step <= end]
-    last: Mapping[str, float] = next((v for v in reversed(looks) if "dev/rise" in v), {})
-    if not last:
-        return None
-    found = Rise(value=last["dev/rise"], margin=last["dev/rise_margin"])
-    return found, last["dev/accuracy"]
-
-
-def _source(run: RunResults, method: str) -> tuple[StageResults, int | None] | None:
-    """The stage that trained `method`, and the snapshot's step (None for a stage). None alone if
-    the method is unknown or not finished."""
     found = run.stages.get(method)
     if found is None or "chosen_step" not in found.info:
         return None
     parent = found.info.get("snapshot_of")
-    if parent:
-        return run.stages[parent], int(found.info["chosen_step"])
-    return found, None
+    source, end = (run.stages[parent], found.info["chosen_step"]) if parent else (found, math.inf)
+    rises = [row.values for row in source.metrics if row.step <= end and "dev/rise" in row.values]
+    if not rises or _samples(source):
+        return None
+    last = rises[-1]
+    return Rise(value=last["dev/rise"], margin=last["dev/rise_margin"]), last["dev/accuracy"]
 
 
 def _samples(stage: StageResults) -> bool:

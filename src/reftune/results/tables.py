@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from reftune.errors import DataError
@@ -96,7 +96,7 @@ def headline(table: ScoreTable) -> Headline:
         )
     best, base, chosen = leader(table), table.method(table.baseline), _chosen_sentence(table)
     against = None if best is None else table.between(best.label, base.label)
-    base_solves = f"{display(base.label)} solves {percent(base.greedy.value)}"
+    base_solves = f"{display(base.label)} solves {percent(base.greedy.accuracy)}"
     if best is None or against is None:
         return Headline(title=base_solves, text=f"{_solves(base, table)}.", chosen=chosen)
     compared = f"{_solves(best, table)}, and {base_solves}"
@@ -119,7 +119,7 @@ def _title(against: Comparison) -> str:
 def _solves(method: MethodScore, table: ScoreTable) -> str:
     seeds = f", on average over {table.num_seeds} seeds," if table.num_seeds > 1 else ""
     return (
-        f"{display(method.label)}{seeds} solves {percent(method.greedy.value)} of"
+        f"{display(method.label)}{seeds} solves {percent(method.greedy.accuracy)} of"
         f" {method.greedy.n:,} {table.split} problems"
     )
 
@@ -133,16 +133,18 @@ def _evidence(against: Comparison) -> str:
 def _runner_up(best: MethodScore, base: MethodScore, table: ScoreTable) -> str:
     seen = {best.label, base.label} | table.starts
     others = [m for m in table.methods if m.group is best.group and m.label not in seen]
-    other = max(others, key=lambda method: method.greedy.value, default=None)
+    other = max(others, key=lambda method: method.greedy.accuracy, default=None)
     if other is None:
         return ""
     against = table.between(best.label, other.label)
     doubt = "" if against is None or against.significant else "; the difference is within the noise"
-    return f" Next is {display(other.label)} with {percent(other.greedy.value)}{doubt}."
+    return f" Next is {display(other.label)} with {percent(other.greedy.accuracy)}{doubt}."
 
 
 def _chosen_sentence(table: ScoreTable) -> str:
-    chosen = [m for m in table.methods if m.looks is not None and not m.is_snapshot]
+    chosen = [
+        m for m in table.methods if m.looks is not None and not m.stage.info.get("snapshot_of")
+    ]
     looks = [f"{display(m.label)} {m.looks}" for m in chosen]
     if not looks:
         return ""
@@ -195,26 +197,18 @@ def same_models(run: RunResults) -> list[str]:
 
 def sentence(handover: Handover) -> str:
     """A line that states whether the warm-up was finished when the RL stage began."""
-    rise = _rise_text(handover.rise)
+    init, began = handover.init, f"when {handover.stage} began"
+    rise, accuracy = _rise_text(handover.rise), handover.accuracy
     if handover.rise.is_beyond_chance:
         return (
-            f"{handover.init} was not finished when {handover.stage} began: dev accuracy was still"
-            f" rising ({rise}); more SFT may teach more than RL"
+            f"{init} was not finished {began}: dev accuracy was still rising ({rise}); more SFT"
+            " may teach more than RL"
         )
-    if handover.accuracy < NEEDED_ACCURACY:
-        return (
-            f"{handover.init} was flat at {percent(handover.accuracy)} on dev when"
-            f" {handover.stage} began ({rise}): {NEEDED}"
-        )
+    if accuracy < NEEDED_ACCURACY:
+        return f"{init} was flat at {percent(accuracy)} on dev {began} ({rise}): {NEEDED}"
     if handover.rise.is_uncertain:
-        return (
-            f"dev has too few problems to tell whether {handover.init} was finished when"
-            f" {handover.stage} began ({rise})"
-        )
-    return (
-        f"{handover.init} was finished when {handover.stage} began: dev accuracy had changed"
-        f" by {rise}"
-    )
+        return f"dev has too few problems to tell whether {init} was finished {began} ({rise})"
+    return f"{init} was finished {began}: dev accuracy had changed by {rise}"
 
 
 def reranker_sentence(found: Reranker) -> str:
@@ -256,7 +250,7 @@ def _score_cell(score: Score | None) -> str:
     if score is None:
         return "–"
     low, high = score.ci95
-    return f"{100 * score.value:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+    return f"{100 * score.accuracy:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def _gain_cells(method: MethodScore, table: ScoreTable) -> Row:
@@ -300,7 +294,7 @@ def render_table(table: ScoreTable, fmt: str) -> str:
         method.label: {
             "group": method.group.label,
             "method": method.method,
-            "scores": {rule: score.to_row() for rule, score in method.scores.items()},
+            "scores": {rule: asdict(score) for rule, score in method.scores.items()},
             "dev_accuracy": method.dev_accuracy,
             "looks": method.looks,
         }

@@ -16,7 +16,8 @@ the values 2 to 5."""
 LARGE_MARGIN = 0.1
 """Margins beyond this, as with fewer than about 100 dev problems, do not show whether a warm-up is
 finished."""
-Z95 = 1.959964
+Z95 = 1.959963984540054
+"""The 97.5% quantile of the standard normal distribution."""
 COOLDOWN = 10
 """Ratio of the number of steps before a cooldown to the number of steps in the cooldown."""
 

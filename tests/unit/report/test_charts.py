@@ -134,13 +134,13 @@ def test_a_snapshot_is_one_point_of_the_stage_that_left_it(write_run: WriteRun) 
 def test_group_metrics_are_drawn_for_stages_with_groups_only(write_run: WriteRun) -> None:
     folder = write_run()
     assert "groups/constant_reward" not in [
-        chart.key for chart in training_charts(read_groups([folder]), MACHINERY)
+        chart.metric.key for chart in training_charts(read_groups([folder]), MACHINERY)
     ]
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
     recipe["stages"]["reft"]["samples"] = 4
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     assert "groups/constant_reward" in [
-        chart.key for chart in training_charts(read_groups([folder]), MACHINERY)
+        chart.metric.key for chart in training_charts(read_groups([folder]), MACHINERY)
     ]
 
 
@@ -151,7 +151,7 @@ def test_signs_of_hacking_are_drawn_over_the_dev_evaluations(write_run: WriteRun
         folder, [{**look("reft", n, 0.5, n), "choices/agreement": 1 / n} for n in (1, 2, 4)]
     )
     (chart,) = training_charts(read_groups([folder]), HACKING)
-    assert (chart.key, chart.series[0].x, chart.series[0].y) == (
+    assert (chart.metric.key, chart.series[0].x, chart.series[0].y) == (
         "choices/agreement",
         [1, 2, 4],
         [1.0, 0.5, 0.25],
@@ -171,11 +171,12 @@ def test_equal_compute_stops_at_what_both_have_had(write_run: WriteRun) -> None:
     )
     chart = dev_chart(read_groups([folder]))
     assert chart is not None
-    found = equal_compute(chart, "ReFT", "SFT")
-    assert found is not None
     # both have had 20 passes; the .9 of reft came later
-    assert (found.best_a, found.best_b) == (0.4, 0.3)
-    assert equal_compute(chart, "ReFT", "nobody") is None
+    assert equal_compute(chart, "ReFT", "SFT") == (
+        "Within 20 training sequences, which both methods reached, the best dev accuracy was 40.0%"
+        " for ReFT and 30.0% for SFT."
+    )
+    assert equal_compute(chart, "ReFT", "nobody") == ""
 
 
 def test_seeds_become_a_mean_with_the_lowest_and_highest(write_run: WriteRun) -> None:
@@ -227,7 +228,7 @@ def test_metrics_nobody_measured_are_not_drawn(write_run: WriteRun) -> None:
 
 def test_verdict_shares_are_layers_of_one_chart_a_stage(write_run: WriteRun) -> None:
     (chart,) = verdict_charts(read_groups([write_run()]))
-    assert chart.title == "Verdicts: ReFT"
+    assert chart.metric.title == "Verdicts: ReFT"
     assert [series.label for series in chart.series][:2] == ["right", "wrong answer"]
     totals = [
         sum(share or 0 for share in shares)
@@ -252,7 +253,7 @@ def test_a_layer_that_was_not_measured_at_a_step_has_a_gap_there(write_run: Writ
 
 def test_voting_curves_need_samples(write_run: WriteRun) -> None:
     groups = read_groups([write_run("with", num_samples=4)])
-    assert [chart.key for chart in voting_charts(score_table(groups))] == ["maj@k", "pass@k"]
+    assert [chart.metric.key for chart in voting_charts(score_table(groups))] == ["maj@k", "pass@k"]
     groups = read_groups([write_run("without")])
     assert voting_charts(score_table(groups)) == []
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from reftune.results.metrics import Unit
+from reftune.results.metrics import Metric, Unit
 from reftune.results.page.charts import Chart, Number, Series
 from reftune.results.page.drawing import draw, nice_ticks, shown
 
@@ -21,8 +21,8 @@ def line(y: list[Number], *, label: str = "ReFT", x: list[float] | None = None) 
     return Series(label=label, colour="--method-2", x=steps, y=y)
 
 
-def chart(*series: Series, **options: Any) -> Chart:
-    return Chart(key="reward/mean", title="Reward", explain="", series=series, **options)
+def chart(*series: Series, kind: Any = "line", **options: Any) -> Chart:
+    return Chart(metric=Metric("reward/mean", "Reward", "", **options), series=series, kind=kind)
 
 
 def elements(drawn: str, name: str, kind: str = "") -> list[ElementTree.Element]:
@@ -71,7 +71,7 @@ def test_values_read_as_a_person_writes_them(value: Number, unit: Unit, text: st
 
 def test_the_highest_tick_names_the_unit() -> None:
     for unit, text in (("percent", "100%"), ("seconds", "1 s"), ("number", "1")):
-        drawn = draw(chart(line([0.0, 1.0]), unit=unit, zero=True), 320, 185).svg
+        drawn = draw(chart(line([0.0, 1.0]), unit=unit), 320, 185).svg
         texts = [element.text for element in elements(drawn, "text")]
         assert text in texts and not any(" %" in (found or "") for found in texts)
 
@@ -86,11 +86,11 @@ def test_a_gap_lifts_the_pen() -> None:
 
 
 def test_a_logarithmic_axis_gives_each_factor_the_same_room() -> None:
-    drawn = draw(chart(line([0.1, 0.2, 0.3], x=[1, 10, 100]), log_x=True), 320, 185).svg
+    drawn = draw(chart(line([0.1, 0.2, 0.3], x=[1, 10, 100]), axis="samples k"), 320, 185).svg
     (path,) = elements(drawn, "path", "line")
     (first, _), (second, _), (third, _) = points(path)
     assert second - first == pytest.approx(third - second, abs=0.15)
-    assert "100 steps" in [text.text for text in elements(drawn, "text")]
+    assert "100 samples k" in [text.text for text in elements(drawn, "text")]
 
 
 def test_layers_stand_on_each_other() -> None:

@@ -14,7 +14,7 @@ from reftune.stages.plateau import Rise
 
 
 def rows(*values: dict[str, float]) -> tuple[MetricRow, ...]:
-    return tuple(MetricRow(step=i, time=0, values=row) for i, row in enumerate(values, start=1))
+    return tuple(MetricRow(step=i, values=row) for i, row in enumerate(values, start=1))
 
 
 def stage(name: str, metrics: tuple[MetricRow, ...] = (), **info: Any) -> StageResults:

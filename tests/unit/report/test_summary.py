@@ -217,8 +217,8 @@ def test_runs_that_differ_in_the_seed_are_one_group(write_run: WriteRun) -> None
     assert table.num_seeds == 3
     score = table.method("reft").greedy
     assert len(score.by_seed) == 3
-    assert score.value == pytest.approx(np.mean(score.by_seed))
-    assert score.ci95[0] < score.value < score.ci95[1]
+    assert score.accuracy == pytest.approx(np.mean(score.by_seed))
+    assert score.ci95[0] < score.accuracy < score.ci95[1]
 
 
 def test_sizes_that_auto_chose_do_not_part_the_seeds(write_run: WriteRun) -> None:

@@ -10,19 +10,16 @@ from typing import Any, Literal
 
 import numpy as np
 
-from reftune.results.metrics import PHASES, VERDICTS, VOTING, Metric, Unit
+from reftune.results.metrics import PHASES, VERDICTS, VOTING, Metric
 from reftune.results.records import RunResults, StageResults, read_json
 from reftune.results.stats import wilson
 from reftune.results.summary import Group, ScoreTable, label_of, num_samples, voting_curves
-from reftune.results.tables import display
+from reftune.results.tables import display, percent
 from reftune.storage.run_folder import StageFolder
 
 MAX_POINTS = 300
 """Maximum number of points per series. A longer series is divided into this many buckets, and each
 bucket is averaged."""
-
-STEPS, PASSES = "steps", "sequences"
-"""Labels of the horizontal axes."""
 
 Number = float | None
 
@@ -44,28 +41,21 @@ class Series:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chart:
-    """A chart's lines or areas, axes and texts."""
+    """A chart's lines or areas."""
 
-    key: str
-    title: str
-    explain: str
-    """An explanation for newcomers."""
+    metric: Metric
     series: tuple[Series, ...]
     kind: Literal["line", "area"] = "line"
-    x_label: str = STEPS
-    unit: Unit = "number"
-    log_x: bool = False
-    zero: bool = True
-    """Whether the vertical axis must include 0."""
-    floor: float | None = None
-    """See `Metric.floor`."""
-    exact: bool = False
-    """Whether to draw lines without a running mean, however many points they have."""
+
+    @property
+    def is_log(self) -> bool:
+        """Whether the horizontal axis is logarithmic."""
+        return self.metric.axis == "samples k"
 
     def json(self) -> dict[str, Any]:
         """The data that the page's script needs to show values."""
         series = [{"label": s.label, "colour": s.colour, "x": s.x, "y": s.y} for s in self.series]
-        return {"x_label": self.x_label, "unit": self.unit, "series": series}
+        return {"x_label": self.metric.axis, "unit": self.metric.unit, "series": series}
 
 
 # --- colours --------------------------------------------------------------------------------------
@@ -144,38 +134,20 @@ def training_charts(groups: Sequence[Group], metrics: Sequence[Metric]) -> list[
         ]
         drawn = tuple(found for found in series if len(found.x) > 1)
         if drawn:
-            charts.append(
-                Chart(
-                    key=metric.key,
-                    title=metric.title,
-                    explain=metric.explain,
-                    series=drawn,
-                    unit=metric.unit,
-                    x_label=PASSES if metric.over_passes else STEPS,
-                    floor=metric.floor,
-                    exact=metric.exact,
-                )
-            )
+            charts.append(Chart(metric=metric, series=drawn))
     return charts
 
 
 def _metric_series(entry: Entry, metric: Metric) -> Series:
     x, by_run = _aligned(entry.stages, metric.key)
-    if metric.over_passes:
-        x = _passes_at(entry.group.runs[0], entry.method, x)
+    if metric.axis == "sequences":
+        before = _passes_before(entry.group.runs[0], entry.method)
+        passes = {row.step: row.passes for row in entry.stages[0].metrics}
+        x = [before + passes[int(step)] for step in x]
     series = Series(label=entry.name, colour=entry.colour, x=x, y=_clean(by_run.mean(axis=0)))
     if len(by_run) > 1:
         series = replace(series, low=_clean(by_run.min(axis=0)), high=_clean(by_run.max(axis=0)))
     return _thinned(series)
-
-
-def _passes_at(run: RunResults, method: str, steps: Sequence[float]) -> list[float]:
-    before = _passes_before(run, method)
-    by_step = {
-        row.step: row.values.get("compute/sequence_passes", float(row.step))
-        for row in run.stages[method].metrics
-    }
-    return [before + by_step[int(step)] for step in steps]
 
 
 def _aligned(
@@ -203,16 +175,16 @@ def _thinned(series: Series) -> Series:
         return series
     buckets = np.array_split(np.arange(len(series.x)), MAX_POINTS)
 
-    def means(values: Sequence[Number]) -> list[Number]:
+    def means(values: Sequence[Number]) -> list[float]:
         known = [[y for index in bucket if (y := values[index]) is not None] for bucket in buckets]
-        return _clean([float(np.mean(bucket)) if bucket else math.nan for bucket in known])
+        return [float(np.mean(bucket)) if bucket else math.nan for bucket in known]
 
     return replace(
         series,
-        x=[float(np.mean([series.x[index] for index in bucket])) for bucket in buckets],
-        y=means(series.y),
-        low=None if series.low is None else means(series.low),
-        high=None if series.high is None else means(series.high),
+        x=means(series.x),
+        y=_clean(means(series.y)),
+        low=None if series.low is None else _clean(means(series.low)),
+        high=None if series.high is None else _clean(means(series.high)),
     )
 
 
@@ -250,16 +222,14 @@ def dev_chart(groups: Sequence[Group]) -> Chart | None:
         if any(len(group.runs) > 1 for group in groups)
         else "The band is the 95% interval of each point."
     )
-    return Chart(
-        key="dev/accuracy",
-        title="Accuracy on dev problems, by training effort",
-        explain=(
-            f"Greedy accuracy by the number of sequences trained on since the base model. {band}"
-        ),
-        series=drawn,
-        x_label=PASSES,
+    metric = Metric(
+        "dev/accuracy",
+        "Accuracy on dev problems, by training effort",
+        f"Greedy accuracy by the number of sequences trained on since the base model. {band}",
         unit="percent",
+        axis="sequences",
     )
+    return Chart(metric=metric, series=drawn)
 
 
 def _dev_series(entry: Entry) -> Series | None:
@@ -303,7 +273,7 @@ def _looks(stage: StageResults) -> list[_Look]:
         return [
             _Look(
                 step=row.step,
-                passes=row.values.get("compute/sequence_passes", float(row.step)),
+                passes=row.passes,
                 accuracy=row.values["dev/accuracy"],
                 n=int(row.values.get("dev/n", 0)),
             )
@@ -356,34 +326,23 @@ def _passes_to(folder: Path) -> float:
     return passes
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EqualCompute:
-    """The best dev accuracy that each of two methods reached within `passes` gradient passes,
-    counted from the base model."""
-
-    a: str
-    b: str
-    passes: float
-    best_a: float
-    best_b: float
-
-
-def equal_compute(chart: Chart, a: str, b: str) -> EqualCompute | None:
-    """The best dev accuracies of `a` and `b` within the number of gradient passes that both
-    reached. None if either method has no dev accuracy within this number."""
-    found = {series.label: series for series in chart.series}
-    if a not in found or b not in found:
-        return None
-    passes = min(found[a].x[-1], found[b].x[-1])
-    best_a, best_b = _best_until(found[a], passes), _best_until(found[b], passes)
-    if best_a is None or best_b is None:
-        return None
-    return EqualCompute(a=a, b=b, passes=passes, best_a=best_a, best_b=best_b)
-
-
-def _best_until(series: Series, passes: float) -> float | None:
-    reached = [y for x, y in zip(series.x, series.y, strict=True) if x <= passes and y is not None]
-    return max(reached, default=None)
+def equal_compute(chart: Chart, a: str, b: str) -> str:
+    """A sentence with the best dev accuracies of `a` and `b` within the number of gradient passes
+    that both reached, counted from the base model. Empty if either method has no dev accuracy
+    within this number."""
+    found = [series for name in (a, b) for series in chart.series if series.label == name]
+    passes = min((series.x[-1] for series in found), default=0.0)
+    reached = [
+        [y for x, y in zip(series.x, series.y, strict=True) if x <= passes and y is not None]
+        for series in found
+    ]
+    if len(found) < 2 or not all(reached):
+        return ""
+    best_a, best_b = map(max, reached)
+    return (
+        f"Within {passes:,.0f} training sequences, which both methods reached, the best dev"
+        f" accuracy was {percent(best_a)} for {a} and {percent(best_b)} for {b}."
+    )
 
 
 # --- shares ---------------------------------------------------------------------------------------
@@ -392,24 +351,20 @@ def _best_until(series: Series, passes: float) -> float | None:
 def verdict_charts(groups: Sequence[Group]) -> list[Chart]:
     """A chart for each `rl` stage with several steps. It shows, step by step, the share of each
     verdict among the sampled solutions."""
-    layers = [
-        (f"verdict/{verdict}", words, f"--verdict-{verdict}") for verdict, words in VERDICTS.items()
-    ]
+    layers = [(f"verdict/{name}", words, f"--verdict-{name}") for name, words in VERDICTS.items()]
     explain = "Share of each verdict among sampled solutions, step by step."
-    return _area_charts(groups, layers, title="Verdicts", explain=explain, unit="percent")
+    return _area_charts(groups, layers, Metric("Verdicts", "Verdicts", explain, unit="percent"))
 
 
 def time_charts(groups: Sequence[Group]) -> list[Chart]:
     """A chart for each stage whose steps have several phases. It shows how many seconds each phase
     of a step takes."""
-    layers = [
-        (metric, words, f"--phase-{index}") for index, (metric, words) in enumerate(PHASES.items())
-    ]
+    layers = [(key, words, f"--phase-{i}") for i, (key, words) in enumerate(PHASES.items())]
     explain = (
         "Seconds of each step spent on sampling solutions, grading them, scoring their tokens and"
         " updating weights."
     )
-    return _area_charts(groups, layers, title="Time", explain=explain, unit="seconds")
+    return _area_charts(groups, layers, Metric("Time", "Time", explain, unit="seconds"))
 
 
 def _means(stages: Sequence[StageResults], metric: str) -> dict[float, Number]:
@@ -418,15 +373,11 @@ def _means(stages: Sequence[StageResults], metric: str) -> dict[float, Number]:
 
 
 def _area_charts(
-    groups: Sequence[Group],
-    layers: Sequence[tuple[str, str, str]],
-    *,
-    title: str,
-    explain: str,
-    unit: Unit,
+    groups: Sequence[Group], layers: Sequence[tuple[str, str, str]], whole: Metric
 ) -> list[Chart]:
-    """One chart for each stage that measured the metrics of at least two `layers` at several steps.
-    A layer consists of a metric, a name and a colour. The layers are listed from the bottom up."""
+    """One chart of `whole` for each stage that measured at least two `layers` at several steps. A
+    layer consists of a metric's key, a name and a colour. The layers are listed from the bottom
+    up."""
     charts = []
     for entry in entries(groups):
         found = [(name, colour, _means(entry.stages, key)) for key, name, colour in layers]
@@ -437,16 +388,9 @@ def _area_charts(
             if len(means) > 1
         )
         if len(series) > 1:
-            charts.append(
-                Chart(
-                    key=f"{title}/{entry.name}",
-                    title=f"{title}: {entry.name}",
-                    explain=explain,
-                    series=series,
-                    kind="area",
-                    unit=unit,
-                )
-            )
+            key, title = f"{whole.key}/{entry.name}", f"{whole.title}: {entry.name}"
+            metric = replace(whole, key=key, title=title)
+            charts.append(Chart(metric=metric, series=series, kind="area"))
     return charts
 
 
@@ -475,19 +419,9 @@ def voting_charts(table: ScoreTable) -> list[Chart]:
             if rule in (found := curves.get(method.label, {}))
         )
         if series:
-            charts.append(
-                Chart(
-                    key=f"{rule}@k",
-                    title=title,
-                    explain=explain,
-                    series=series,
-                    x_label="samples k",
-                    unit="percent",
-                    log_x=True,
-                    zero=False,
-                    exact=True,
-                )
-            )
+            texts = f"{rule}@k", title, explain
+            metric = Metric(*texts, unit="percent", axis="samples k", exact=True)
+            charts.append(Chart(metric=metric, series=series))
     return charts
 
 

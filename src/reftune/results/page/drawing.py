@@ -109,18 +109,18 @@ def _tick_text(tick: float, unit: Unit, is_last: bool) -> str:
 def _described(chart: Chart) -> str:
     known = [(series.label, [y for y in series.y if y is not None]) for series in chart.series]
     parts = [
-        f"{label} from {shown(y[0], chart.unit)} to {shown(y[-1], chart.unit)}"
+        f"{label} from {shown(y[0], chart.metric.unit)} to {shown(y[-1], chart.metric.unit)}"
         for label, y in known
         if y
     ]
-    return f"{chart.title}. {'; '.join(parts)}. Use the arrow keys to read values."
+    return f"{chart.metric.title}. {'; '.join(parts)}. Use the arrow keys to read values."
 
 
 def _keys(chart: Chart) -> list[tuple[str, str]]:
     if chart.kind == "line":
         return [(series.colour, series.label) for series in chart.series]
     last = [(series, [y for y in series.y if y is not None]) for series in chart.series]
-    return [(s.colour, f"{s.label} {shown(y[-1], chart.unit)}") for s, y in last if any(y)]
+    return [(s.colour, f"{s.label} {shown(y[-1], chart.metric.unit)}") for s, y in last if any(y)]
 
 
 # --- positions ------------------------------------------------------------------------------------
@@ -174,7 +174,7 @@ def _lay_out(chart: Chart, width: int, height: int, is_hero: bool) -> _Plot:
     if not is_area:
         step = ticks[1] - ticks[0] if len(ticks) > 1 else high - low
         high = max(high, low + step) + 0.04 * (high - low)
-    texts = [_tick_text(tick, chart.unit, tick == ticks[-1]) for tick in ticks]
+    texts = [_tick_text(tick, chart.metric.unit, tick == ticks[-1]) for tick in ticks]
     return _Plot(
         width=width,
         height=height,
@@ -182,9 +182,9 @@ def _lay_out(chart: Chart, width: int, height: int, is_hero: bool) -> _Plot:
         right=width - (name_room if is_named else 6),
         top=14,
         bottom=height - 24,
-        first_x=0 if not chart.log_x and min(xs) < 0.1 * max(xs) else min(xs),
+        first_x=0 if not chart.is_log and min(xs) < 0.1 * max(xs) else min(xs),
         last_x=max(xs),
-        is_log=chart.log_x,
+        is_log=chart.is_log,
         low=low,
         high=high,
         ticks=[tick for tick in ticks if tick <= high],
@@ -203,13 +203,13 @@ def _range(chart: Chart) -> tuple[float, float]:
         if not len(ys):
             return 0.0, 1.0
         low, high = float(ys.min()), _without_spikes(ys)
-    if chart.floor is not None and high > chart.floor:
-        low = max(low, chart.floor)
-    if chart.zero:
+    if chart.metric.floor is not None and high > chart.metric.floor:
+        low = max(low, chart.metric.floor)
+    if not chart.is_log:
         low, high = min(0.0, low), max(0.0, high)
     if high - low < SMALLEST_RANGE:
         high = low + (abs(low) if abs(low) >= SMALLEST_RANGE else 1)
-    if (not chart.zero or low < 0) and low != chart.floor:
+    if (chart.is_log or low < 0) and low != chart.metric.floor:
         low -= 0.05 * (high - low)
     return low, high
 
@@ -237,16 +237,17 @@ def nice_ticks(low: float, high: float, count: int) -> list[float]:
 def _axes(chart: Chart, plot: _Plot) -> list[Markup]:
     drawn = []
     for tick in plot.ticks:
-        y, text = round(plot.y(tick)) + 0.5, _tick_text(tick, chart.unit, tick == plot.ticks[-1])
+        text = _tick_text(tick, chart.metric.unit, tick == plot.ticks[-1])
+        y = round(plot.y(tick)) + 0.5
         line = "base" if tick == 0 else "grid"
         drawn.append(tag("line", class_=line, x1=px(plot.left), x2=px(plot.right), y1=y, y2=y))
         drawn.append(tag("text", text, x=0, y=y + 4))
     count = max(3, int((plot.right - plot.left) / 110))
-    candidates = LOG_TICKS if chart.log_x else nice_ticks(plot.first_x, plot.last_x, count)
+    candidates = LOG_TICKS if chart.is_log else nice_ticks(plot.first_x, plot.last_x, count)
     ticks = [tick for tick in candidates if plot.first_x <= tick <= plot.last_x]
     texts = [_step_text(tick, is_short=plot.width <= 560) for tick in ticks]
     places = [float(plot.x(tick)) for tick in ticks]
-    texts[-1:] = [f"{text} {chart.x_label}" for text in texts[-1:]]
+    texts[-1:] = [f"{text} {chart.metric.axis}" for text in texts[-1:]]
     free = math.inf  # from right to left, each label is drawn unless it would collide
     for x, text in reversed(list(zip(places, texts, strict=True))):
         size = LETTER * len(text)
@@ -295,7 +296,7 @@ def _areas(chart: Chart, plot: _Plot) -> list[Markup]:
 
 
 def _lines(chart: Chart, plot: _Plot) -> list[Markup]:
-    clip = f"clip-{re.sub(r'[^a-zA-Z0-9]', '-', chart.key)}-{plot.width}"
+    clip = f"clip-{re.sub(r'[^a-zA-Z0-9]', '-', chart.metric.key)}-{plot.width}"
     frame = tag("rect", x=0, y=0, width=plot.width, height=plot.bottom + 1)
     drawn, names = [tag("clipPath", frame, id=clip)], []
 
@@ -307,7 +308,7 @@ def _lines(chart: Chart, plot: _Plot) -> list[Markup]:
         if series.low is not None:
             band = _band(plot, series.x, _values(series.low), _values(series.high))
             drawn.append(path("band", band, f"fill: var({series.colour})"))
-        if len(y) > MANY_POINTS and not plot.is_hero and not chart.exact:
+        if len(y) > MANY_POINTS and not plot.is_hero and not chart.metric.exact:
             drawn.append(path("raw", _path(x, plot.y(y)), stroke))
             y = _running_mean(y, max(3, round(len(y) / 16)) // 2)
         drawn.append(path("line", _path(x, plot.y(y)), stroke))
@@ -321,10 +322,7 @@ def _lines(chart: Chart, plot: _Plot) -> list[Markup]:
 def _running_mean(values: Values, half: int) -> Values:
     known = ~np.isnan(values)
     ones = np.ones(2 * half + 1)
-    sums, counts = (
-        np.convolve(each, ones, mode="full")[half : half + len(values)]
-        for each in (np.nan_to_num(values), known.astype(float))
-    )
+    sums, counts = (np.convolve(x, ones, mode="same") for x in (np.nan_to_num(values), known))
     return np.where(known, sums / np.maximum(counts, 1), math.nan)
 
 

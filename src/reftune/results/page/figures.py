@@ -39,8 +39,8 @@ def write_figures(run_dirs: Sequence[Path | str], folder: Path | str) -> list[Pa
     ]
     bars = {"accuracy": _bars(table)} if table.methods else {}
     figures = bars | {
-        chart.key.replace("/", "_"): _titled(
-            chart.title, draw(chart, WIDTH, HEIGHT, is_hero=True).svg, HEIGHT
+        chart.metric.key.replace("/", "_"): _titled(
+            chart.metric.title, draw(chart, WIDTH, HEIGHT, is_hero=True).svg, HEIGHT
         )
         for chart in curves
     }
@@ -94,11 +94,13 @@ def _bars(table: ScoreTable) -> str:
         middle = top + ROW // 2 - 4
         drawn += [
             tag("text", name, x=0, y=middle + 4),
-            tag("rect", x=px(left), y=top, width=px(scale * score.value), height=BAR, style=fill),
+            tag(
+                "rect", x=px(left), y=top, width=px(scale * score.accuracy), height=BAR, style=fill
+            ),
             tag("line", class_="cross", x1=px(low), x2=px(high), y1=middle, y2=middle),
             tag(
                 "text",
-                f"{100 * score.value:.1f}%",
+                f"{100 * score.accuracy:.1f}%",
                 class_="name",
                 x=px(high + 8),
                 y=middle + 4,

@@ -46,6 +46,7 @@ def render_report(groups: Sequence[Group]) -> str:
     """The page's HTML. All text from a model or a data file is escaped: `script_json` escapes the
     text in JSON, and the template escapes all other text."""
     table = score_table(groups)
+    table_head, table_body = rows(table)
     dev = charts.dev_chart(groups)
     panels = _panels(groups, table)
     return _template().render(
@@ -72,8 +73,8 @@ def render_report(groups: Sequence[Group]) -> str:
         dev=dev,
         draw=draw,
         panels=panels,
-        table_head=rows(table)[0] if table.methods else [],
-        table_body=rows(table)[1] if table.methods else [],
+        table_head=table_head,
+        table_body=table_body,
         caption=caption(table),
         comparisons=table.comparisons,
         runs=_runs(groups),
@@ -161,7 +162,7 @@ def _payload(
 ) -> dict[str, Any]:
     drawn = [*([dev] if dev else []), *(chart for panel in panels for chart in panel.charts)]
     return {
-        "charts": {chart.key: chart.json() for chart in drawn},
+        "charts": {chart.metric.key: chart.json() for chart in drawn},
         "problems": gallery.problems(table.methods),
         "samples": gallery.samples(groups),
         "verdicts": VERDICTS,
@@ -283,10 +284,10 @@ def _pair(table: ScoreTable) -> dict[str, Any] | None:
     return {"a": best.label, "b": base.label, "counts": counts}
 
 
-def _equal(dev: charts.Chart | None, table: ScoreTable) -> charts.EqualCompute | None:
+def _equal(dev: charts.Chart | None, table: ScoreTable) -> str:
     best = leader(table)
     if dev is None or best is None:
-        return None
+        return ""
     return charts.equal_compute(dev, display(best.label), display(table.baseline))
 
 
