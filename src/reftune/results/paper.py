@@ -79,12 +79,9 @@ def _order(place: Place) -> tuple[Any, ...]:
 
 
 def cells(runs: Sequence[RunResults], *, k: int | None = None) -> list[Cell]:
-    """One cell for each combination of model, task and kind of rationale. Votes use the first `k`
-    samples of each problem, or all samples if `k` is None.
-
-    Raises: the errors of `comparable_groups` and `score_table`; DataError if two recipes would fill
-    the same cell.
-    """
+    """One cell for each combination of model, task and kind of rationale; see `score_table` for
+    `k`. Raises: the errors of `comparable_groups` and `score_table`; DataError if two recipes would
+    fill the same cell."""
     places: dict[Place, list[RunResults]] = {}
     for run in runs:
         places.setdefault(_place(run), []).append(run)
@@ -157,22 +154,16 @@ def _column(cell: Cell) -> str:
 def _sizes(found: Sequence[Cell], fmt: str) -> str:
     columns = list(dict.fromkeys(map(_column, found)))
     body = [
-        [
-            f"{split} questions",
-            *(
-                _size([c["problems"] for c in found if _column(c) == name], split, name)
-                for name in columns
-            ),
-        ]
+        [f"{split} questions", *(_size(found, split, column) for column in columns)]
         for split in ("train", "dev", "test")
     ]
-    return grid(
-        ["", *columns], body, fmt, title="Questions", note="In brackets: the paper's numbers."
-    )
+    note = "In brackets: the paper's numbers."
+    return grid(["", *columns], body, fmt, title="Questions", note=note)
 
 
-def _size(problems: Sequence[Mapping[str, int]], split: str, column: str) -> str:
+def _size(found: Sequence[Cell], split: str, column: str) -> str:
     """The number of questions of a split, or its range if the models of a column differ in it."""
+    problems = [cell["problems"] for cell in found if _column(cell) == column]
     sizes = [each[split] for each in problems if split in each]
     ours = "–".join(f"{size:,}" for size in sorted({min(sizes), max(sizes)})) if sizes else "–"
     paper = _paper_sizes(column).get(split)
@@ -217,10 +208,8 @@ def _text(score: Mapping[str, Any] | None) -> str:
     if score is None:
         return "–"
     low, high = score["ci95"]
-    is_significant = score["significant_against_baseline"]
-    doubt = f" {NOT_COMPARED if is_significant is None else NOT_SIGNIFICANT}"
-    if is_significant or score["is_baseline"]:
-        doubt = ""
+    is_significant = score["is_baseline"] or score["significant_against_baseline"]
+    doubt = {True: "", False: f" {NOT_SIGNIFICANT}", None: f" {NOT_COMPARED}"}[is_significant]
     paper = "" if score["paper"] is None else f" [{score['paper']:g}]"
     return f"{100 * score['accuracy']:.1f} ± {50 * (high - low):.1f}{doubt}{paper}"
 

@@ -184,11 +184,14 @@ def read_run(folder: Path | str) -> RunResults:
         for stage, keys in recipe["stages"].items()
         for name, spec in _with_snapshots(stage, keys, infos)
     }
-    wanted = _evaluated_methods(recipe, stages)
+    chosen = (recipe.get("evaluate") or {}).get("stages")
+    answering = [name for name, stage in stages.items() if stage.is_method]
+    wanted = answering if chosen is None else [m for m in ("base", *answering) if m in chosen]
     paths = {name: files.evaluation(name) for name in wanted if files.evaluation(name).exists()}
     evals = _whole(
         {name: _read_evals(path, recipe) for name, path in paths.items()},
-        _num_problems(recipe, read_json(files.data)),
+        recipe,
+        read_json(files.data).get("problems") or {},
     )
     return RunResults(
         folder=files.path,
@@ -247,29 +250,17 @@ def _with_snapshots(
     return [(each, keys) for each in names]
 
 
-def _evaluated_methods(recipe: Mapping[str, Any], stages: Mapping[str, StageResults]) -> list[str]:
-    chosen = (recipe.get("evaluate") or {}).get("stages")
-    answering = [name for name, stage in stages.items() if stage.is_method]
-    return answering if chosen is None else [m for m in ("base", *answering) if m in chosen]
-
-
-def _num_problems(recipe: Mapping[str, Any], data: Mapping[str, Any]) -> int:
-    """Number of problems in a complete evaluation; 0 if `data`, the content of data.json, does not
-    contain it."""
-    size = int((data.get("problems") or {}).get(evaluated_split(recipe), 0))
-    return min(size, (recipe.get("evaluate") or {}).get("limit") or size)
-
-
 def _whole(
-    evals: Mapping[str, tuple[EvalRow, ...]], num_problems: int
+    evals: Mapping[str, tuple[EvalRow, ...]], recipe: Mapping[str, Any], sizes: Mapping[str, int]
 ) -> dict[str, tuple[EvalRow, ...]]:
-    """The evaluations that are complete. An evaluation is incomplete if it has fewer than
-    `num_problems` problems or contains only the first part of the longest evaluation's problems.
-    Evaluations of different problems all count as complete, so that the caller can report the
-    difference."""
+    """The evaluations that are complete. An evaluation is incomplete if it has fewer problems than
+    `sizes`, the split sizes in data.json, and the recipe's limit imply, or contains only the first
+    part of the longest evaluation's problems. Evaluations of different problems all count as
+    complete, so that the caller can report the difference."""
     ids = {name: [row.id for row in rows] for name, rows in evals.items()}
     longest = max(ids.values(), key=len, default=[])
-    size = max(num_problems, len(longest))
+    size = sizes.get(evaluated_split(recipe), 0)
+    size = max(len(longest), min(size, (recipe.get("evaluate") or {}).get("limit") or size))
     return {
         name: evals[name]
         for name, found in ids.items()

@@ -65,7 +65,7 @@ class MethodScore:
     group: Group
     method: str
     label: str
-    """The name shown to the user. If there are several groups, it includes the group's label."""
+    """See `label_of`."""
     outcomes: Mapping[str, Sequence[Outcomes]]
     """Decision rule → outcomes, one array per seed. Every method has the rule `greedy`. A method
     with samples also has the rules `maj@k` and `pass@k`. If a reward model scored the samples, the
@@ -92,9 +92,7 @@ class MethodScore:
     def looks(self) -> float | None:
         """Number of dev evaluations from which the model was chosen, averaged over seeds."""
         mean = self.mean("looks")
-        if mean is None:
-            return None
-        return int(mean) if mean % 1 == 0 else round(mean, 1)
+        return mean if mean is None else int(mean) if mean % 1 == 0 else round(mean, 1)
 
     @property
     def dev_accuracy(self) -> float | None:
@@ -138,12 +136,8 @@ class ScoreTable:
 
     def between(self, a: str, b: str) -> Comparison | None:
         """The comparison of `a` with `b`; None if they were not compared."""
-        for found in self.comparisons:
-            if (found.a, found.b) == (a, b):
-                return found
-            if (found.a, found.b) == (b, a):
-                return found.turned()
-        return None
+        found = next((each for each in self.comparisons if {each.a, each.b} == {a, b}), None)
+        return found.turned() if found and found.a == b else found
 
     def method(self, label: str) -> MethodScore:
         return next(method for method in self.methods if method.label == label)
@@ -153,8 +147,7 @@ class ScoreTable:
 
 
 def summarize(group: Group) -> dict[str, Any]:
-    """The content of `summary.json` for a single run, including a comparison of every pair of
-    evaluated methods."""
+    """The content of `summary.json`, for a group of a single run."""
     (run,) = group.runs
     table = score_table([group])
     return {
@@ -184,18 +177,14 @@ def _method_json(method: MethodScore) -> dict[str, Any]:
 
 
 def read_groups(run_dirs: Sequence[Path | str], *, finished: bool = True) -> list[Group]:
-    """Read the runs and group them with `comparable_groups`.
-
-    Raises: DataError if a run is missing or damaged, if a run is unfinished and `finished` is True,
-    or if the groups are not comparable.
-    """
+    """Read the runs and group them. Raises: the errors of `read_runs` and `comparable_groups`."""
     return comparable_groups(read_runs(run_dirs, finished=finished))
 
 
 def comparable_groups(runs: Sequence[RunResults]) -> list[Group]:
     """The groups that `group_runs` makes. Raises: DataError if the methods of a run answered
-    different problems. If there are several groups, DataError is also raised if two runs answered
-    different problems, or if the groups have different numbers of seeds."""
+    different problems or, if there are several groups, if two runs answered different problems or
+    the groups have different numbers of seeds."""
     for run in runs:
         if not _same_problems(run.evals.values()):
             raise DataError(
@@ -262,9 +251,7 @@ def score_table(groups: Sequence[Group], *, k: int | None = None) -> ScoreTable:
     fewer than `k` samples for some problem.
     """
     if k is not None:
-        evals = [
-            run.evals[name] for group in groups for name in group.methods for run in group.runs
-        ]
+        evals = [run.evals[m] for group in groups for m in group.methods for run in group.runs]
         voting.check_k(k, max(map(num_samples, evals), default=0))
     shared = all(_share_problems(group.runs) for group in groups)
     methods = tuple(
@@ -427,10 +414,8 @@ class Handover:
     stage: str
     init: str
     rise: Rise
-    """The rise over the last four dev evaluations in the initial model's training; for a snapshot,
-    the last four up to its step."""
     accuracy: float
-    """Dev accuracy at the last of the four evaluations."""
+    """Dev accuracy after the rise; see `last_rise`."""
 
     @property
     def is_ready(self) -> bool:
@@ -451,8 +436,7 @@ class Handover:
 
 
 def handovers(run: RunResults) -> list[Handover]:
-    """The hand-overs to all RL stages that start from a supervised method of the run. A hand-over
-    is left out if too few dev evaluations were logged before it."""
+    """The hand-overs to all RL stages whose start `last_rise` can judge."""
     return [
         Handover(stage=name, init=stage.init, rise=found[0], accuracy=found[1])
         for name, stage in run.stages.items()
@@ -464,7 +448,7 @@ def last_rise(run: RunResults, method: str) -> tuple[Rise, float] | None:
     """The last rise in dev accuracy that was measured in a supervised method's training, and the
     accuracy reached. For a snapshot, this is the last rise up to its step; for a stage, up to the
     end, because evaluations after the chosen model show that dev accuracy no longer rose. None if
-    the method is not supervised, is not finished, or had too few evaluations."""
+    the method is unknown, not supervised or not finished, or had too few evaluations."""
     found = run.stages.get(method)
     if found is None or "chosen_step" not in found.info:
         return None
@@ -491,13 +475,11 @@ class Reranker:
 
     stage: str
     num_samples: int
-    """Number of samples per problem."""
+    """Number of samples per problem. Those without an answer are never chosen."""
     accuracy: float
-    """Share of problems whose highest-scoring sample is correct. Samples without an answer are left
-    out."""
+    """Share of problems whose highest-scoring sample is correct."""
     chance: float
-    """Expected accuracy of a random choice among a problem's samples, averaged over problems.
-    Samples without an answer are left out."""
+    """Expected accuracy of a random choice among a problem's samples, averaged over problems."""
     margin: float
     """Half the width of the 95% interval of `accuracy` − `chance`, paired by problem."""
 

@@ -99,21 +99,21 @@ def headline(table: ScoreTable) -> Headline:
     base_solves = f"{display(base.label)} solves {percent(base.greedy.accuracy)}"
     if best is None or against is None:
         return Headline(title=base_solves, text=f"{_solves(base, table)}.", chosen=chosen)
-    compared = f"{_solves(best, table)}, and {base_solves}"
-    text = f"{compared}{_evidence(against)}.{_runner_up(best, base, table)}"
+    (low, high), p = against.ci95, against.p_mcnemar
+    text = (
+        f"{_solves(best, table)}, and {base_solves} (95% interval of the difference {points(low)}"
+        f" to {points(high)} points{'' if p is None else f'; exact McNemar {p_text(p)}'})."
+    )
+    text += _runner_up(best, base, table)
     return Headline(title=_title(against), text=text, chosen=chosen)
 
 
 def _title(against: Comparison) -> str:
     a, b = display(against.a), display(against.b)
-    size = f"{abs(100 * against.difference):.1f} points"
     if not against.significant:
         return f"{a} and {b} are too close to call"
-    return (
-        f"{a} beats {b} by {size}"
-        if against.difference > 0
-        else f"{b} stays ahead of {a} by {size}"
-    )
+    outcome = f"{a} beats {b}" if against.difference > 0 else f"{b} stays ahead of {a}"
+    return f"{outcome} by {abs(100 * against.difference):.1f} points"
 
 
 def _solves(method: MethodScore, table: ScoreTable) -> str:
@@ -122,12 +122,6 @@ def _solves(method: MethodScore, table: ScoreTable) -> str:
         f"{display(method.label)}{seeds} solves {percent(method.greedy.accuracy)} of"
         f" {method.greedy.n:,} {table.split} problems"
     )
-
-
-def _evidence(against: Comparison) -> str:
-    (low, high), p = against.ci95, against.p_mcnemar
-    test = "" if p is None else f"; exact McNemar {p_text(p)}"
-    return f" (95% interval of the difference {points(low)} to {points(high)} points{test})"
 
 
 def _runner_up(best: MethodScore, base: MethodScore, table: ScoreTable) -> str:
@@ -142,10 +136,11 @@ def _runner_up(best: MethodScore, base: MethodScore, table: ScoreTable) -> str:
 
 
 def _chosen_sentence(table: ScoreTable) -> str:
-    chosen = [
-        m for m in table.methods if m.looks is not None and not m.stage.info.get("snapshot_of")
+    looks = [
+        f"{display(m.label)} {m.looks}"
+        for m in table.methods
+        if m.looks is not None and not m.stage.info.get("snapshot_of")
     ]
-    looks = [f"{display(m.label)} {m.looks}" for m in chosen]
     if not looks:
         return ""
     apart = f"; {table.split} problems played no part in this choice"
@@ -185,13 +180,11 @@ def same_models(run: RunResults) -> list[str]:
     lines = []
     for name in run.evals:
         stage = run.stage(name)
-        whole = run.whole_of(stage)
         if stage.chosen_step == 0:
             lines.append(f"{name} never beat {stage.init} on dev, so they are the same model")
-        if whole is not None:
-            lines.append(
-                f"{whole.name} was best on dev when {name} was saved: they are the same model"
-            )
+        if whole := run.whole_of(stage):
+            same = "they are the same model"
+            lines.append(f"{whole.name} was best on dev when {name} was saved: {same}")
     return lines
 
 
@@ -339,11 +332,8 @@ def _aligned(head: Row, body: Sequence[Row]) -> list[str]:
 def choices_table(summary: Mapping[str, Any]) -> str:
     """A table of the warning signs of reward hacking that a run's summary contains. If the run has
     no multiple-choice questions, the result is an empty string."""
-    found = {
-        name: scores["choices"]
-        for name, scores in summary["methods"].items()
-        if "choices" in scores
-    }
+    methods = summary["methods"].items()
+    found = {name: scores["choices"] for name, scores in methods if "choices" in scores}
     if not found:
         return ""
     counts = sorted({count for signs in found.values() for count in signs["by_options"]}, key=int)
@@ -352,17 +342,11 @@ def choices_table(summary: Mapping[str, Any]) -> str:
         *(metric.title for metric in HACKING),
         *(f"Above chance, {count} options" for count in counts),
     ]
-    body = [
-        [
-            display(name),
-            *(_share_cell(signs.get(metric.key.removeprefix("choices/"))) for metric in HACKING),
-            *(
-                _share_cell(signs["by_options"].get(count, {}).get("above_chance"))
-                for count in counts
-            ),
-        ]
-        for name, signs in found.items()
-    ]
+    body = []
+    for name, signs in found.items():
+        shares = [signs.get(metric.key.removeprefix("choices/")) for metric in HACKING]
+        shares += [signs["by_options"].get(count, {}).get("above_chance") for count in counts]
+        body.append([display(name), *map(_share_cell, shares)])
     return "\n".join(_aligned(head, body))
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from reftune.results.metrics import PHASES, VERDICTS, VOTING, Metric
-from reftune.results.records import RunResults, StageResults, read_json
+from reftune.results.records import MetricRow, RunResults, StageResults, read_json
 from reftune.results.stats import wilson
 from reftune.results.summary import Group, ScoreTable, label_of, num_samples, voting_curves
 from reftune.results.tables import display, percent
@@ -82,11 +82,7 @@ def method_colours(labels: Sequence[str]) -> dict[str, str]:
         return {
             label: f"--method-{1 + places.get(label, -1) % (NUM_COLOURS - 1)}" for label in labels
         }
-    spare = iter(
-        index
-        for index in range(NUM_COLOURS)
-        if index not in [_COLOURS.get(label) for label in labels]
-    )
+    spare = iter(sorted(set(range(NUM_COLOURS)) - {_COLOURS.get(label) for label in labels}))
     return {
         label: f"--method-{_COLOURS[label] if label in _COLOURS else next(spare, 7)}"
         for label in labels
@@ -127,14 +123,14 @@ def training_charts(groups: Sequence[Group], metrics: Sequence[Metric]) -> list[
     seeds, lines show the mean over seeds, and bands show the range."""
     charts = []
     for metric in metrics:
-        series = [
-            _metric_series(entry, metric)
+        series = tuple(
+            found
             for entry in entries(groups)
             if entry.stages[0].num_samples > 1 or not metric.of_groups
-        ]
-        drawn = tuple(found for found in series if len(found.x) > 1)
-        if drawn:
-            charts.append(Chart(metric=metric, series=drawn))
+            if len((found := _metric_series(entry, metric)).x) > 1
+        )
+        if series:
+            charts.append(Chart(metric=metric, series=series))
     return charts
 
 
@@ -191,45 +187,25 @@ def _thinned(series: Series) -> Series:
 # --- the main curve -------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Look:
-    step: int
-    passes: float
-    """Number of sequences that the stage had trained on before the evaluation."""
-    accuracy: float
-    n: int
-
-    @property
-    def ci95(self) -> tuple[float, float]:
-        if not self.n:
-            return self.accuracy, self.accuracy
-        return wilson(round(self.accuracy * self.n), self.n)
-
-
 def dev_chart(groups: Sequence[Group]) -> Chart | None:
     """A chart of the dev accuracy of every stage that trains a method, against the number of
     sequences trained on since the base model. None if there is no dev evaluation yet."""
-    series = [
-        _dev_series(entry)
-        for entry in entries(groups)
-        if entry.stages[0].is_method  # a reward model's dev accuracy is the accuracy of reranking
-    ]
-    drawn = tuple(found for found in series if found is not None)
-    if not drawn:
+    # a reward model's dev accuracy is the accuracy of reranking
+    solvers = [entry for entry in entries(groups) if entry.stages[0].is_method]
+    series = tuple(filter(None, map(_dev_series, solvers)))
+    if not series:
         return None
-    band = (
-        "The band shows the range over seeds."
-        if any(len(group.runs) > 1 for group in groups)
-        else "The band is the 95% interval of each point."
-    )
+    are_means = any(len(group.runs) > 1 for group in groups)
+    band = "shows the range over seeds" if are_means else "is the 95% interval of each point"
     metric = Metric(
         "dev/accuracy",
         "Accuracy on dev problems, by training effort",
-        f"Greedy accuracy by the number of sequences trained on since the base model. {band}",
+        "Greedy accuracy by the number of sequences trained on since the base model. The band"
+        f" {band}.",
         unit="percent",
         axis="sequences",
     )
-    return Chart(metric=metric, series=drawn)
+    return Chart(metric=metric, series=series)
 
 
 def _dev_series(entry: Entry) -> Series | None:
@@ -237,13 +213,13 @@ def _dev_series(entry: Entry) -> Series | None:
     length = min(map(len, curves))
     if length == 0:
         return None
-    points = np.array([[(k.passes, k.accuracy, *k.ci95) for k in c[:length]] for c in curves])
+    points = np.array([[(x, *_accuracy(row)) for x, row in c[:length]] for c in curves])
     x, y, low, high = points.mean(axis=0).T
     mark = None
     if len(curves) > 1:
         low, high = points[..., 1].min(axis=0), points[..., 1].max(axis=0)
     else:
-        steps, chosen = [look.step for look in curves[0]], entry.stages[0].chosen_step
+        steps, chosen = [row.step for _, row in curves[0]], entry.stages[0].chosen_step
         mark = steps.index(chosen) if chosen in steps else None
     return Series(
         label=entry.name,
@@ -256,43 +232,37 @@ def _dev_series(entry: Entry) -> Series | None:
     )
 
 
-def _dev_curve(run: RunResults, method: str) -> list[_Look]:
-    """The stage's dev evaluations, in which `passes` counts from the base model. If the stage's
-    initial model was evaluated, that evaluation comes first."""
+def _accuracy(look: MetricRow) -> tuple[float, float, float]:
+    """A dev evaluation's accuracy and the ends of its 95% interval."""
+    accuracy, n = look.values["dev/accuracy"], int(look.values.get("dev/n", 0))
+    return accuracy, *(wilson(round(accuracy * n), n) if n else (accuracy, accuracy))
+
+
+def _dev_curve(run: RunResults, method: str) -> list[tuple[float, MetricRow]]:
+    """The stage's dev evaluations, each after the number of sequences trained on since the base
+    model. If the stage's initial model was evaluated, that evaluation comes first."""
     stage, before = run.stages[method], _passes_before(run, method)
     looks, start = _looks(stage), _chosen(run, stage.init)
+    curve = [(before + look.passes, look) for look in looks]
     if start is not None and stage.metrics and looks and looks[0].step != 0:
-        looks = [replace(start, step=0, passes=0.0), *looks]
-    return [replace(look, passes=before + look.passes) for look in looks]
+        return [(before, replace(start, step=0)), *curve]
+    return curve
 
 
-def _looks(stage: StageResults) -> list[_Look]:
+def _looks(stage: StageResults) -> list[MetricRow]:
     """The dev evaluations in the stage's metrics or, for a snapshot, the dev evaluation in its
     `stage.json`."""
-    if stage.metrics or stage.chosen_step is None:
-        return [
-            _Look(
-                step=row.step,
-                passes=row.passes,
-                accuracy=row.values["dev/accuracy"],
-                n=int(row.values.get("dev/n", 0)),
-            )
-            for row in stage.metrics
-            if "dev/accuracy" in row.values
-        ]
-    if stage.info.get("dev_accuracy") is None:
-        return []
-    return [
-        _Look(
-            step=stage.chosen_step,
-            passes=float(stage.info.get("sequence_passes") or stage.chosen_step),
-            accuracy=float(stage.info["dev_accuracy"]),
-            n=int(stage.info.get("dev_n") or 0),
-        )
-    ]
+    if stage.metrics or stage.chosen_step is None or stage.info.get("dev_accuracy") is None:
+        return [row for row in stage.metrics if "dev/accuracy" in row.values]
+    values = {
+        "dev/accuracy": float(stage.info["dev_accuracy"]),
+        "dev/n": float(stage.info.get("dev_n") or 0),
+        "compute/sequence_passes": float(stage.info.get("sequence_passes") or stage.chosen_step),
+    }
+    return [MetricRow(step=stage.chosen_step, values=values)]
 
 
-def _chosen(run: RunResults, method: str) -> _Look | None:
+def _chosen(run: RunResults, method: str) -> MetricRow | None:
     """The dev evaluation of a method's chosen model; None if that model was not evaluated."""
     stage = run.stages.get(method)
     looks = [] if stage is None else _looks(stage)

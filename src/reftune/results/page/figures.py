@@ -62,10 +62,8 @@ def _titled(title: str, drawing: Markup, height: int) -> str:
     """A complete SVG file: a title above the drawing, in the colours of the page's light theme."""
     css = (ASSETS / "page.css").read_text(encoding="utf-8")
     colours = dict(re.findall(r"(--[\w-]+): (#[0-9a-f]{6})", css.partition("data-theme")[0]))
-    rules = "\n".join(re.findall(r"^\.chart (?:text|\.).*$", css, re.MULTILINE)).replace(
-        ".chart ", ""
-    )
-    rules = rules.replace("var(--sans)", "sans-serif")
+    rules = "\n".join(re.findall(r"^\.chart (?:text|\.).*$", css, re.MULTILINE))
+    rules = rules.replace(".chart ", "").replace("var(--sans)", "sans-serif")
     page = tag(
         "svg",
         tag("style", Markup(rules)),
@@ -91,12 +89,10 @@ def _bars(table: ScoreTable) -> str:
     for index, (method, name) in enumerate(zip(table.methods, names, strict=True)):
         score, top, fill = method.greedy, index * ROW, f"fill: var({colours[method.label]})"
         low, high = (left + scale * bound for bound in score.ci95)
-        middle = top + ROW // 2 - 4
+        middle, length = top + ROW // 2 - 4, px(scale * score.accuracy)
         drawn += [
             tag("text", name, x=0, y=middle + 4),
-            tag(
-                "rect", x=px(left), y=top, width=px(scale * score.accuracy), height=BAR, style=fill
-            ),
+            tag("rect", x=px(left), y=top, width=length, height=BAR, style=fill),
             tag("line", class_="cross", x1=px(low), x2=px(high), y1=middle, y2=middle),
             tag(
                 "text",

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from reftune.results.page.charts import entries, method_colours
-from reftune.results.records import TrainingSample
+from reftune.results.records import EvalRow, TrainingSample
 from reftune.results.summary import Group, MethodScore
 from reftune.results.tables import display
 from reftune.types import Attempt
@@ -38,9 +38,12 @@ def problems(methods: Sequence[MethodScore]) -> Json:
     columns = [method.group.runs[0].evals[method.method] for method in methods]
     rows = list(zip(*columns, strict=True))
     order = sorted(
-        range(len(rows)), key=lambda index: len({row.greedy.correct for row in rows[index]}) == 1
+        range(len(rows)), key=lambda i: len({row.greedy.correct for row in rows[i]}) == 1
     )
-    packed = ((index, _problem(rows[index])) for index in order[:MAX_PROBLEMS])
+    packed = (
+        (i, _asked(rows[i][0]) | {"answers": [_answer(row.greedy) for row in rows[i]]})
+        for i in order[:MAX_PROBLEMS]
+    )
     return {
         "methods": [{"label": display(name), "colour": colour} for name, colour in colours.items()],
         "rows": _within(packed, PROBLEMS_BYTES),
@@ -104,19 +107,11 @@ def _order(pool: Iterable[TrainingSample]) -> list[int]:
         for place in sorted(places, key=lambda place: -costs[place][kind])[:EXTREMES]
         if costs[place][kind]
     }
-    return sorted(
-        places, key=lambda place: (place not in extreme, -(place & -place or len(places)))
-    )
+    return sorted(places, key=lambda x: (x not in extreme, -(x & -x or len(places))))
 
 
-def _problem(rows: Sequence[Any]) -> Json:
-    first = rows[0]
-    return {
-        "id": first.id,
-        "question": _cut(first.question),
-        "gold": _cut(first.gold),
-        "answers": [_answer(row.greedy) for row in rows],
-    }
+def _asked(row: EvalRow | TrainingSample) -> Json:
+    return {"id": row.id, "question": _cut(row.question), "gold": _cut(row.gold)}
 
 
 def _answer(attempt: Attempt) -> Json:
@@ -125,41 +120,23 @@ def _answer(attempt: Attempt) -> Json:
         "verdict": attempt.graded.verdict.value,
         "value": None if attempt.graded.value is None else _cut(attempt.graded.value),
         "reason": _cut(attempt.graded.reason),
-        "reward": _finite(attempt.reward),
+        "reward": attempt.reward if math.isfinite(attempt.reward or 0) else None,
         "tokens": attempt.num_tokens,
         "cut": attempt.finish_reason == "length",
     }
 
 
 def _sample(sample: TrainingSample, method: int, seed: int) -> Json:
-    row = _answer(sample.attempt) | {
-        "method": method,
-        "seed": seed,
-        "step": sample.step,
-        "program_s": sample.attempt.graded.program_s,
-        "id": sample.id,
-        "question": _cut(sample.question),
-        "gold": _cut(sample.gold),
-    }
-    if (
-        sample.tokens
-        and len(sample.tokens) == len(sample.logprobs)
-        and len(sample.attempt.completion) <= MAX_TEXT
-    ):
+    seconds, is_whole = sample.attempt.graded.program_s, len(sample.attempt.completion) <= MAX_TEXT
+    row = _answer(sample.attempt)
+    row |= {"method": method, "seed": seed, "step": sample.step, "program_s": seconds}
+    row |= _asked(sample)
+    if is_whole and 0 < len(sample.tokens) == len(sample.logprobs):
         row["pieces"] = list(sample.tokens)
-        row["logprobs"] = [
-            round(logprob, 3) if math.isfinite(logprob) else None for logprob in sample.logprobs
-        ]
+        row["logprobs"] = [round(x, 3) if math.isfinite(x) else None for x in sample.logprobs]
     return row
 
 
 def _cut(text: str) -> str:
-    return (
-        text
-        if len(text) <= MAX_TEXT
-        else f"{text[:MAX_TEXT]}… ({len(text) - MAX_TEXT:,} more characters)"
-    )
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
+    rest = len(text) - MAX_TEXT
+    return text if rest <= 0 else f"{text[:MAX_TEXT]}… ({rest:,} more characters)"

@@ -45,9 +45,11 @@ def write_report(groups: Sequence[Group], path: Path) -> None:
 def render_report(groups: Sequence[Group]) -> str:
     """The page's HTML. All text from a model or a data file is escaped: `script_json` escapes the
     text in JSON, and the template escapes all other text."""
-    table = score_table(groups)
+    table, runs = score_table(groups), _runs(groups)
     table_head, table_body = rows(table)
-    dev = charts.dev_chart(groups)
+    bounds = [end for m in table.methods for score in m.scores.values() for end in score.ci95]
+    dev, best = charts.dev_chart(groups), leader(table)
+    names = (display(best.label), display(table.baseline)) if best else None
     panels = _panels(groups, table)
     return _template().render(
         css=_asset("page.css"),
@@ -56,32 +58,24 @@ def render_report(groups: Sequence[Group]) -> str:
         heading=_heading(groups, table),
         title_parts=_coloured_parts(headline(table).title, table),
         kicker=_kicker(groups),
-        remarks=[line for run in _runs(groups) for line in remarks(run)],
-        live=any(run.missing for group in groups for run in group.runs),
-        scale=_scale(
-            bound
-            for method in table.methods
-            for score in method.scores.values()
-            for bound in score.ci95
-        ),
-        methods=table.methods,
+        remarks=[line for run in runs for line in remarks(run)],
+        live=any(run.missing for run in runs),
+        scale=_scale(bounds),
+        table=table,
         colours=charts.method_colours([method.label for method in table.methods]),
         votes=_votes(table),
         differences=_difference_rows(table),
         pair=_pair(table),
-        equal=_equal(dev, table),
+        equal=charts.equal_compute(dev, *names) if dev and names else "",
         dev=dev,
         draw=draw,
         panels=panels,
         table_head=table_head,
         table_body=table_body,
         caption=caption(table),
-        comparisons=table.comparisons,
-        runs=_runs(groups),
+        runs=runs,
         recipe_differences=_recipe_differences(groups),
-        group_labels=[group.label for group in groups],
-        num_seeds=table.num_seeds,
-        split=table.split,
+        groups=groups,
     )
 
 
@@ -258,7 +252,7 @@ def _difference_rows(table: ScoreTable) -> dict[str, Any] | None:
     that includes 0 and all their intervals. None if there are no such comparisons."""
     labels, best = {method.label for method in table.methods}, leader(table)
     greedy = [found for found in table.comparisons if {found.a, found.b} <= labels]
-    ends = [table.baseline, *([] if best is None else [best.label])]
+    ends = [table.baseline, best and best.label]
     shown = dict.fromkeys(found for end in ends for found in greedy if end in (found.a, found.b))
     if not shown:
         return None
@@ -284,13 +278,6 @@ def _pair(table: ScoreTable) -> dict[str, Any] | None:
     return {"a": best.label, "b": base.label, "counts": counts}
 
 
-def _equal(dev: charts.Chart | None, table: ScoreTable) -> str:
-    best = leader(table)
-    if dev is None or best is None:
-        return ""
-    return charts.equal_compute(dev, display(best.label), display(table.baseline))
-
-
 # --- the run --------------------------------------------------------------------------------------
 
 
@@ -299,11 +286,8 @@ def _recipe_differences(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
     `groups`."""
     flat = [dict(_leaves(group.runs[0].settings)) for group in groups]
     keys = dict.fromkeys(key for leaves in flat for key in leaves)
-    return [
-        (key, [leaves.get(key, "–") for leaves in flat])
-        for key in keys
-        if len({leaves.get(key, "–") for leaves in flat}) > 1
-    ]
+    found = ((key, [leaves.get(key, "–") for leaves in flat]) for key in keys)
+    return [(key, values) for key, values in found if len(set(values)) > 1]
 
 
 def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
