@@ -104,9 +104,7 @@ def compare(a: str, correct_a: ArrayLike, b: str, correct_b: ArrayLike) -> Compa
     """Compare methods `a` and `b`. `correct_a` states for each problem whether `a` solved it.
     `correct_b` states the same for `b`, with the problems in the same order."""
     right_a, right_b = np.asarray(correct_a, dtype=bool), np.asarray(correct_b, dtype=bool)
-    assert right_a.shape == right_b.shape and right_a.size, (
-        "paired outcomes must have the same length, which must not be zero"
-    )
+    assert right_a.shape == right_b.shape and right_a.size, "needs pairs of outcomes"
     return Comparison(
         a=a,
         b=b,

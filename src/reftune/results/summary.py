@@ -92,7 +92,9 @@ class MethodScore:
     def looks(self) -> float | None:
         """Number of dev evaluations from which the model was chosen, averaged over seeds."""
         mean = self.mean("looks")
-        return mean if mean is None else int(mean) if mean % 1 == 0 else round(mean, 1)
+        if mean is None:
+            return None
+        return int(mean) if mean % 1 == 0 else round(mean, 1)
 
     @property
     def dev_accuracy(self) -> float | None:

@@ -89,11 +89,8 @@ class Headline:
 def headline(table: ScoreTable) -> Headline:
     """Compares the best method with the baseline, and states the evidence and the runner-up."""
     if not table.methods:
-        return Headline(
-            title="Nothing evaluated yet",
-            text="The final evaluation of a method comes after its stage.",
-            chosen="",
-        )
+        text = "The final evaluation of a method comes after its stage."
+        return Headline(title="Nothing evaluated yet", text=text, chosen="")
     best, base, chosen = leader(table), table.method(table.baseline), _chosen_sentence(table)
     against = None if best is None else table.between(best.label, base.label)
     base_solves = f"{display(base.label)} solves {percent(base.greedy.accuracy)}"
@@ -283,22 +280,21 @@ def render_table(table: ScoreTable, fmt: str) -> str:
     DataError for an unknown format."""
     if fmt != "json":
         return grid(*rows(table), fmt, note=caption(table))
-    methods = {
-        method.label: {
-            "group": method.group.label,
-            "method": method.method,
-            "scores": {rule: asdict(score) for rule, score in method.scores.items()},
-            "dev_accuracy": method.dev_accuracy,
-            "looks": method.looks,
-        }
-        for method in table.methods
-    }
     document = {
         "split": table.split,
         "seeds": table.num_seeds,
         "seeds_apart": table.seeds_apart,
         "baseline": table.baseline,
-        "methods": methods,
+        "methods": {
+            method.label: {
+                "group": method.group.label,
+                "method": method.method,
+                "scores": {rule: asdict(score) for rule, score in method.scores.items()},
+                "dev_accuracy": method.dev_accuracy,
+                "looks": method.looks,
+            }
+            for method in table.methods
+        },
         "comparisons": [found.to_row() for found in table.comparisons],
     }
     return json.dumps(document, indent=2)

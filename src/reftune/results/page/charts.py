@@ -123,14 +123,13 @@ def training_charts(groups: Sequence[Group], metrics: Sequence[Metric]) -> list[
     seeds, lines show the mean over seeds, and bands show the range."""
     charts = []
     for metric in metrics:
-        series = tuple(
-            found
+        series = [
+            _metric_series(entry, metric)
             for entry in entries(groups)
             if entry.stages[0].num_samples > 1 or not metric.of_groups
-            if len((found := _metric_series(entry, metric)).x) > 1
-        )
-        if series:
-            charts.append(Chart(metric=metric, series=series))
+        ]
+        if drawn := tuple(found for found in series if len(found.x) > 1):
+            charts.append(Chart(metric=metric, series=drawn))
     return charts
 
 
@@ -300,7 +299,8 @@ def equal_compute(chart: Chart, a: str, b: str) -> str:
     """A sentence with the best dev accuracies of `a` and `b` within the number of gradient passes
     that both reached, counted from the base model. Empty if either method has no dev accuracy
     within this number."""
-    found = [series for name in (a, b) for series in chart.series if series.label == name]
+    by_name = {series.label: series for series in chart.series}
+    found = [by_name[name] for name in (a, b) if name in by_name]
     passes = min((series.x[-1] for series in found), default=0.0)
     reached = [
         [y for x, y in zip(series.x, series.y, strict=True) if x <= passes and y is not None]

@@ -108,11 +108,8 @@ def _tick_text(tick: float, unit: Unit, is_last: bool) -> str:
 
 def _described(chart: Chart) -> str:
     known = [(series.label, [y for y in series.y if y is not None]) for series in chart.series]
-    parts = [
-        f"{label} from {shown(y[0], chart.metric.unit)} to {shown(y[-1], chart.metric.unit)}"
-        for label, y in known
-        if y
-    ]
+    unit = chart.metric.unit
+    parts = [f"{name} from {shown(y[0], unit)} to {shown(y[-1], unit)}" for name, y in known if y]
     return f"{chart.metric.title}. {'; '.join(parts)}. Use the arrow keys to read values."
 
 

@@ -12,7 +12,7 @@ from reftune.results.metrics import CHARACTER, LEARNING
 from reftune.results.page.charts import dev_chart, method_colours, training_charts, voting_charts
 from reftune.results.page.drawing import LETTER, draw, px, tag
 from reftune.results.summary import ScoreTable, read_groups, score_table
-from reftune.results.tables import display
+from reftune.results.tables import display, percent
 from reftune.storage.files import writing
 
 ASSETS = Path(__file__).parent / "assets"
@@ -25,11 +25,8 @@ ROW, BAR = 34, 26
 
 def write_figures(run_dirs: Sequence[Path | str], folder: Path | str) -> list[Path]:
     """Write the bar chart `accuracy`, and a line chart for each curve, such as `dev_accuracy` or
-    `maj@k`. Each figure is written as .png and .svg. Returns: the paths.
-
-    Raises: DataError if a run is missing, damaged or unfinished, or if runs are not comparable;
-    CheckpointError if the folder cannot be written.
-    """
+    `maj@k`. Each figure is written as .png and .svg. Returns: the paths. Raises: the errors of
+    `read_groups`; CheckpointError if the folder cannot be written."""
     groups = read_groups(run_dirs)
     table, dev = score_table(groups), dev_chart(groups)
     curves = [
@@ -89,19 +86,13 @@ def _bars(table: ScoreTable) -> str:
     for index, (method, name) in enumerate(zip(table.methods, names, strict=True)):
         score, top, fill = method.greedy, index * ROW, f"fill: var({colours[method.label]})"
         low, high = (left + scale * bound for bound in score.ci95)
-        middle, length = top + ROW // 2 - 4, px(scale * score.accuracy)
+        middle, length = top + ROW // 2 - 4, scale * score.accuracy
+        share = percent(score.accuracy)
         drawn += [
             tag("text", name, x=0, y=middle + 4),
-            tag("rect", x=px(left), y=top, width=length, height=BAR, style=fill),
+            tag("rect", x=px(left), y=top, width=px(length), height=BAR, style=fill),
             tag("line", class_="cross", x1=px(low), x2=px(high), y1=middle, y2=middle),
-            tag(
-                "text",
-                f"{100 * score.accuracy:.1f}%",
-                class_="name",
-                x=px(high + 8),
-                y=middle + 4,
-                style=fill,
-            ),
+            tag("text", share, class_="name", x=px(high + 8), y=middle + 4, style=fill),
         ]
     seeds = f", mean of {table.num_seeds} seeds" if table.num_seeds > 1 else ""
     title = (

@@ -37,9 +37,8 @@ def problems(methods: Sequence[MethodScore]) -> Json:
     colours = method_colours([method.label for method in methods])
     columns = [method.group.runs[0].evals[method.method] for method in methods]
     rows = list(zip(*columns, strict=True))
-    order = sorted(
-        range(len(rows)), key=lambda i: len({row.greedy.correct for row in rows[i]}) == 1
-    )
+    agreed = [len({row.greedy.correct for row in problem}) == 1 for problem in rows]
+    order = sorted(range(len(rows)), key=agreed.__getitem__)
     packed = (
         (i, _asked(rows[i][0]) | {"answers": [_answer(row.greedy) for row in rows[i]]})
         for i in order[:MAX_PROBLEMS]
@@ -127,10 +126,10 @@ def _answer(attempt: Attempt) -> Json:
 
 
 def _sample(sample: TrainingSample, method: int, seed: int) -> Json:
-    seconds, is_whole = sample.attempt.graded.program_s, len(sample.attempt.completion) <= MAX_TEXT
-    row = _answer(sample.attempt)
-    row |= {"method": method, "seed": seed, "step": sample.step, "program_s": seconds}
-    row |= _asked(sample)
+    seconds = sample.attempt.graded.program_s
+    where = {"method": method, "seed": seed, "step": sample.step, "program_s": seconds}
+    row = _answer(sample.attempt) | where | _asked(sample)
+    is_whole = len(sample.attempt.completion) <= MAX_TEXT
     if is_whole and 0 < len(sample.tokens) == len(sample.logprobs):
         row["pieces"] = list(sample.tokens)
         row["logprobs"] = [round(x, 3) if math.isfinite(x) else None for x in sample.logprobs]

@@ -142,13 +142,11 @@ def _panels(groups: Sequence[Group], table: ScoreTable) -> list[_Panel]:
         ("time", "Where did the time go?", (), charts.time_charts(groups)),
         ("voting", "Does asking more than once help?", (), charts.voting_charts(table)),
     ]
-    panels = [
-        _Panel(
-            anchor=anchor, title=title, charts=(*charts.training_charts(groups, metrics), *others)
-        )
-        for anchor, title, metrics, others in found
-    ]
-    return [panel for panel in panels if panel.charts]
+    panels = []
+    for anchor, title, metrics, others in found:
+        if drawn := (*charts.training_charts(groups, metrics), *others):
+            panels.append(_Panel(anchor=anchor, title=title, charts=drawn))
+    return panels
 
 
 def _payload(
@@ -252,7 +250,7 @@ def _difference_rows(table: ScoreTable) -> dict[str, Any] | None:
     that includes 0 and all their intervals. None if there are no such comparisons."""
     labels, best = {method.label for method in table.methods}, leader(table)
     greedy = [found for found in table.comparisons if {found.a, found.b} <= labels]
-    ends = [table.baseline, best and best.label]
+    ends = [table.baseline, best.label] if best else [table.baseline]
     shown = dict.fromkeys(found for end in ends for found in greedy if end in (found.a, found.b))
     if not shown:
         return None
