@@ -161,7 +161,11 @@ def _verified(gold: str, answer: str) -> Comparison:
     known = _KNOWN.get((gold, answer))
     if known is not None:
         return known
-    reply = _asked(json.dumps({"gold": gold, "answer": answer}).encode())
+    worker = _IDLE.get()
+    try:
+        reply = worker.ask(json.dumps({"gold": gold, "answer": answer}).encode())
+    finally:
+        _IDLE.put(worker)
     if reply is None:
         return Comparison("timeout", reason=f"comparing took more than {TIMEOUT_S:g} s")
     result = json.loads(reply or b'{"error": "the worker died twice"}')
@@ -267,14 +271,6 @@ class _Worker:
 
 
 _IDLE: queue.LifoQueue[_Worker] = queue.LifoQueue()
-
-
-def _asked(request: bytes) -> bytes | None:
-    worker = _IDLE.get()
-    try:
-        return worker.ask(request)
-    finally:
-        _IDLE.put(worker)
 
 
 def _forget() -> None:

@@ -22,10 +22,12 @@ the answer is right."""
 
 
 def _known(grading: str) -> str:
-    if grading not in RULES and ":" not in grading:
+    if grading in RULES:
+        return grading
+    if ":" not in grading:
         expected = "robust, paper or your own grader as file.py:Name"
         raise refusal("grading", f"{grading}: unknown rules; expected {expected}")
-    if grading not in RULES and not callable(own_grader(grading)):
+    if not callable(own_grader(grading)):
         raise refusal("grader", f"{grading}: cannot be called; expected a function")
     return grading
 
