@@ -16,6 +16,7 @@ from typing import Any, Literal
 import regex
 
 from reftune.errors import DataError
+from reftune.grading.decimals import COMMA_LIST, with_points
 from reftune.grading.markers import (
     DEFAULT,
     SIDE_BY_SIDE,
@@ -28,7 +29,7 @@ from reftune.grading.markers import (
 )
 from reftune.grading.mathematics import looks_like_math
 from reftune.grading.numbers import Number, numeral_at, same_number
-from reftune.grading.plain_text import plain, same_text, with_decimal_points
+from reftune.grading.plain_text import plain, same_text
 from reftune.grading.units import is_unit
 from reftune.text import shown
 from reftune.types import Answer, AnswerKind
@@ -88,24 +89,40 @@ def number_gold(raw: object, reading: Reading = DEFAULT) -> Answer | None:
 
 def number_in_gold(raw: object, reading: Reading = DEFAULT) -> Number | None:
     """The number in a cell, read as in `number_gold`. A boolean does not count as a number."""
-    if isinstance(raw, bool):
-        return None
     if isinstance(raw, int):
-        return Number(Fraction(raw), 0)
-    if isinstance(raw, float):
-        return _whole_number(repr(raw))
-    if not isinstance(raw, str) or len(raw) > MAX_GOLD_CHARS:
+        return None if isinstance(raw, bool) else Number(Fraction(raw), 0)
+    if not isinstance(raw, str | float) or len(str(raw)) > MAX_GOLD_CHARS:
         return None
-    return _whole_number(with_points(raw, reading))
+    text = with_points(raw, reading.decimal)
+    formula = _FORMULA.fullmatch(text.strip())
+    if text.lstrip(" $").startswith("~"):
+        return None
+    text = _SPACED_MINUS.sub("-", text)
+    line = " ".join(plain(text if formula is None else formula[1]).split())
+    bare = line if line.endswith("...") else line.removesuffix(".").rstrip()
+    if bare[:1] + bare[-1:] in ("()", "[]", '""', "''") and "," not in bare:
+        bare = bare[1:-1].strip()
+    found = numeral_at(bare, 0)
+    if found is None:
+        return None
+    number, end = found
+    written, rest = bare[:end], bare[end:]
+    if _NOT_WHOLE.search(written):
+        return None
+    ordinal = _ORDINAL.match(rest)
+    if ordinal is not None and number.value.denominator == 1:
+        rest = rest[ordinal.end() :]
+    return number if is_unit(rest) else None
 
 
-def with_points(cell: object, reading: Reading) -> str:
-    """A cell as text in which numbers have decimal points. A cell that is not a string needs no
-    conversion. Pairs such as "(1,2)" stay unchanged."""
-    if not isinstance(cell, str) or reading.decimal == ".":
-        return str(cell)
-    parts = _PAIR.split(cell)
-    return "".join(part if n % 2 else with_decimal_points(part) for n, part in enumerate(parts))
+_SPACED_MINUS = re.compile(r"^ *– +(?=[\d.])")
+_FORMULA = re.compile(r"\$+((?:[^$\\]|\\.)*)\$+", re.DOTALL)
+_ORDINAL = re.compile(r"\^?[{(]? ?(?:st|nd|rd|th)\b ?[})]?")
+_NOT_WHOLE = re.compile(
+    r"\d ?- ?\d+ ?/|\band\b|/ ?0\d|\b0\d ?/|_(?!\d{3}(?!\d))|\d ?(?:[kmbt]|[bmt]n)$", re.IGNORECASE
+)
+"""Matches spellings that are accepted in completions, but not in gold answers: 3-1/2 may be 5/2,
+05/06 may be a date, and reading 5_8 or 5k would be a guess."""
 
 
 def stated_gold(raw: object, reading: Reading = DEFAULT) -> object:
@@ -242,7 +259,7 @@ def _option_gold(text: str, reading: Reading) -> Answer | None:
     letter, said = found["letter"], found["text"]
     if said is None:
         return Answer(kind="text", value=letter)
-    return Answer(kind="any_of", value=letter, items=(letter, with_points(said, reading)))
+    return Answer(kind="any_of", value=letter, items=(letter, with_points(said, reading.decimal)))
 
 
 def worded_gold(text: str, reading: Reading = DEFAULT) -> Answer:
@@ -254,8 +271,8 @@ def worded_gold(text: str, reading: Reading = DEFAULT) -> Answer:
         return option
     parts: tuple[str, ...] = ()
     if _LISTED.fullmatch(text):
-        is_decimal = reading.decimal == "," and (_DECIMALS.fullmatch(text) or not literal(text))
-        parts = split_items(with_points(text, reading) if is_decimal else text)
+        is_decimal = COMMA_LIST.fullmatch(text) or not literal(text)
+        parts = split_items(with_points(text, reading.decimal) if is_decimal else text)
     if len(parts) > 2 or (len(parts) == 2 and all(part.isalpha() for part in parts)):
         return Answer(kind="list", value=", ".join(parts), items=parts)
     return Answer(kind="latex" if looks_like_math(text) else "text", value=text)
@@ -280,19 +297,15 @@ def _values(raw: Any, kind: str, reading: Reading) -> Iterator[str]:
         said = _stated(raw, reading)
         raw = said[0] if len(said) == 1 else said or raw
     if isinstance(raw, str) and raw.lstrip()[:1] == "[":
-        is_decimal = reading.decimal == "," and _DECIMALS.fullmatch(raw.strip())
+        is_decimal = reading.decimal == "," and COMMA_LIST.fullmatch(raw.strip())
         raw = split_items(raw) if is_decimal else literal(raw.strip()) or raw
     if isinstance(raw, str) and kind != "any_of":
-        yield from split_items(with_points(raw, reading))
+        yield from split_items(with_points(raw, reading.decimal))
         return
     for each in raw if isinstance(raw, Sequence) and not isinstance(raw, str) else [raw]:
         if not isinstance(each, str | int | float) or isinstance(each, bool):
             raise DataError(f"{shown(raw)}; expected a list of strings or numbers")
-        yield with_points(each, reading).strip()
-
-
-_DECIMALS = re.compile(r"\[(?=.*\d,\d)(?=.*,\s)[-\d\s,.]+\]", re.DOTALL)
-"""Matches a list of numbers with decimal commas, such as "[1,5, 2,5]"."""
+        yield with_points(each, reading.decimal).strip()
 
 
 def literal(text: str) -> object:
@@ -340,44 +353,6 @@ _BRACKETED = re.compile(
 )
 
 
-# --- numbers --------------------------------------------------------------------------------------
-
-
-_PAIR = re.compile(r"([(\[] ?-?\d+ ?, ?-?\d+ ?(?:\\right)?[)\]])")
-"""Matches two whole numbers in brackets (a point, an interval or a list). The comma between them
-is not a decimal comma."""
-_SPACED_MINUS = re.compile(r"^ *– +(?=[\d.])")
-_FORMULA = re.compile(r"\$+((?:[^$\\]|\\.)*)\$+", re.DOTALL)
-_ORDINAL = re.compile(r"\^?[{(]? ?(?:st|nd|rd|th)\b ?[})]?")
-_NOT_WHOLE = re.compile(
-    r"\d ?- ?\d+ ?/|\band\b|/ ?0\d|\b0\d ?/|_(?!\d{3}(?!\d))|\d ?(?:[kmbt]|[bmt]n)$", re.IGNORECASE
-)
-"""Matches spellings that are accepted in completions, but not in gold answers: 3-1/2 may be 5/2,
-05/06 may be a date, and reading 5_8 or 5k would be a guess."""
-
-
-def _whole_number(text: str) -> Number | None:
-    formula = _FORMULA.fullmatch(text.strip())
-    if text.lstrip(" $").startswith("~"):
-        return None
-    text = _SPACED_MINUS.sub("-", text)
-    line = " ".join(plain(text if formula is None else formula[1]).split())
-    bare = line if line.endswith("...") else line.removesuffix(".").rstrip()
-    if bare[:1] + bare[-1:] in ("()", "[]", '""', "''") and "," not in bare:
-        bare = bare[1:-1].strip()
-    found = numeral_at(bare, 0)
-    if found is None:
-        return None
-    number, end = found
-    written, rest = bare[:end], bare[end:]
-    if _NOT_WHOLE.search(written):
-        return None
-    ordinal = _ORDINAL.match(rest)
-    if ordinal is not None and number.value.denominator == 1:
-        rest = rest[ordinal.end() :]
-    return number if is_unit(rest) else None
-
-
 # --- choices --------------------------------------------------------------------------------------
 
 
@@ -391,7 +366,8 @@ def _letter(stated: object, choices: Sequence[str], reading: Reading) -> str:
     """The letter of the option that a gold answer names. The gold answer may be the letter, the
     letter with the option's text, or a text or number that only this option has. Without `choices`,
     any letter is accepted."""
-    text, choices = with_points(stated, reading), [with_points(c, reading) for c in choices]
+    text = with_points(stated, reading.decimal)
+    choices = [with_points(choice, reading.decimal) for choice in choices]
     match = _LETTER.fullmatch(" ".join(plain(text).split()))
     if match is not None:
         letter, rest = match["letter"].lower(), match["rest"].lstrip()
@@ -402,9 +378,8 @@ def _letter(stated: object, choices: Sequence[str], reading: Reading) -> str:
         spellings = (said, re.sub(r"^[-—] *", "", said))
         if option is not None and (not said or any(same_option(s, option) for s in spellings)):
             return letter
-    equal = [index for index, choice in enumerate(choices) if same_text(text, choice)]
-    if not equal:
-        equal = [index for index, choice in enumerate(choices) if same_option(text, choice)]
+    texts = [index for index, choice in enumerate(choices) if same_text(text, choice)]
+    equal = texts or [index for index, each in enumerate(choices) if same_option(text, each)]
     if len(equal) != 1:
         last = chr(ord("a") + len(choices) - 1)
         expected = f" from a to {last} or the text of one option" if choices else ""

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
-from math import gcd, inf
+from itertools import count
+from math import inf
 
 from reftune.grading.plain_text import MAX_SEGMENT_CHARS, plain
 from reftune.grading.words import ONE_TO_TWELVE
@@ -43,10 +44,10 @@ class Number:
 
 
 def numeral_at(line: str, start: int) -> tuple[Number, int] | None:
-    """The number at index `start` of a line of plain text, and the index after the number; None if
-    there is no number. A minus or plus sign, a currency, a percent sign and a word such as
-    "million" are part of the number. The caller must check whether the text after the number makes
-    the number part of something larger, such as a range."""
+    """The number at index `start` of a line of plain text, and the index after it; None if there is
+    no number. A sign, a currency, a percent sign and a word such as "million" are part of the
+    number. Whether the text after it makes it part of something larger is for the caller to check.
+    """
     match = _NUMBER.match(line, start)
     number = None if match is None else _number(match)
     if match is None or number is None:
@@ -246,10 +247,6 @@ def number_of(answer: Answer) -> Number:
 def num_decimals(value: Fraction) -> float:
     """Number of decimal digits that are needed to spell `value` exactly; inf if the digits never
     end."""
-    rest, count = value.denominator, 0
-    while rest > 1 and count < MAX_EXPONENT + MAX_DIGITS:
-        shared = gcd(rest, 10)
-        if shared == 1:
-            return inf
-        rest, count = rest // shared, count + 1
-    return count
+    if 10 ** (MAX_EXPONENT + MAX_DIGITS) % value.denominator:
+        return inf
+    return next(n for n in count() if 10**n % value.denominator == 0)

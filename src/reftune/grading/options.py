@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from reftune.grading.golds import is_opposite, number_in_gold, same_option, with_points
-from reftune.grading.markers import Reading
+from reftune.grading.decimals import with_points
+from reftune.grading.golds import is_opposite, number_in_gold, same_option
 from reftune.grading.numbers import same_number
 from reftune.grading.plain_text import first_line, same_text
 from reftune.grading.sentences import parse_number, stated_number
@@ -50,8 +50,7 @@ def unlettered(choices: Sequence[str]) -> tuple[str, ...]:
 
 def option_values(problem: Problem) -> list[str]:
     """The problem's options, with decimal points."""
-    reading = Reading(decimal=problem.decimal)
-    return [with_points(choice, reading) for choice in problem.choices]
+    return [with_points(choice, problem.decimal) for choice in problem.choices]
 
 
 def read_choice(text: str, choices: Sequence[str]) -> str | None:

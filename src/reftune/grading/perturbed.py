@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 
+from reftune.grading.decimals import with_separator
 from reftune.grading.markers import answer_text, reasoning_text
-from reftune.grading.plain_text import with_separator
 from reftune.types import Problem, spell_decimal
 
 MAX_SIZE = 10**6

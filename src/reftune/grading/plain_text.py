@@ -143,38 +143,12 @@ def _plain_char(char: str) -> str:
     return char
 
 
-_DIGITS = re.compile(r"\d[\d.,]*\d")
-_GROUPED_BY_POINTS = re.compile(r"[1-9]\d{0,2}(?:\.\d{3})+(?:,\d+)?")
-_SWAPPED = str.maketrans(".,", ",.")
 _GROUPED_BY_SPACES = re.compile(r"(?<![\d.,])(?<!\d )[1-9]\d{0,2}(?: \d{3})+(?! ?\d)")
 
 
-def with_decimal_points(text: str) -> str:
-    """Convert numbers with decimal commas to English notation: "3,5" becomes "3.5", and "1.250,75"
-    becomes "1,250.75". A point that cannot group thousands stays a decimal point."""
-    text = _GROUPED_BY_SPACES.sub(lambda match: match[0].replace(" ", ""), text)
-    return _DIGITS.sub(_with_decimal_point, text.replace("{,}", ","))
-
-
-def _with_decimal_point(match: re.Match[str]) -> str:
-    digits = match[0]
-    if _GROUPED_BY_POINTS.fullmatch(digits):
-        return digits.translate(_SWAPPED)
-    return digits.replace(",", ".") if digits.count(",") == 1 and "." not in digits else digits
-
-
-_ENGLISH = re.compile(r"(?:[1-9]\d{0,2}(?:,\d{3})+|\d+)(?:\.\d+)?")
-
-
-def with_separator(text: str, decimal: str) -> str:
-    """Give numbers in English notation the decimal separator `decimal`. With a comma, "1,250.75"
-    becomes "1.250,75"."""
-    return _DIGITS.sub(_with_decimal_comma, text) if decimal == "," else text
-
-
-def _with_decimal_comma(match: re.Match[str]) -> str:
-    digits = match[0]
-    return digits.translate(_SWAPPED) if _ENGLISH.fullmatch(digits) else digits
+def without_grouping_spaces(text: str) -> str:
+    """`text` without the spaces that group thousands in numbers."""
+    return _GROUPED_BY_SPACES.sub(lambda match: match[0].replace(" ", ""), text)
 
 
 def same_text(first: str, second: str) -> bool:
@@ -193,7 +167,7 @@ def _bare(text: str) -> str:
 def without_gaps(text: str, *, underscores: str = "_+") -> str:
     """`text` without spaces, quotation marks, emphasis and `underscores` (a pattern). Between two
     digits, they stay, because "1 2" is not 12. Spaces that group thousands are removed."""
-    text = _GROUPED_BY_SPACES.sub(lambda match: match[0].replace(" ", ""), text)
+    text = without_grouping_spaces(text)
     return re.sub(rf"{_BETWEEN_DIGITS}|[\s\"'`*]+|{underscores}", _kept_gap, text)
 
 

@@ -20,7 +20,8 @@ from typing import Any
 
 import regex
 
-from reftune.grading.golds import number_gold, split_items, with_points, worded_gold
+from reftune.grading.decimals import with_points
+from reftune.grading.golds import number_gold, split_items, worded_gold
 from reftune.grading.markers import (
     DEFAULT,
     Reading,
@@ -33,7 +34,7 @@ from reftune.grading.markers import (
 from reftune.grading.mathematics import same_expression
 from reftune.grading.numbers import FLOAT_DIGITS, MAX_DIGITS, number_of, same_number
 from reftune.grading.options import names_option, option_values, read_choice
-from reftune.grading.plain_text import MAX_SEGMENT_CHARS, first_line, same_text, with_decimal_points
+from reftune.grading.plain_text import MAX_SEGMENT_CHARS, first_line, same_text
 from reftune.grading.sentences import parse_number
 from reftune.grading.words import GROUPS, ONE_TO_TWELVE, TAKEN_BACK, bare_words, states_words
 from reftune.text import printable
@@ -177,19 +178,12 @@ def describe(value: Any) -> str:
 # --- answers by kind ------------------------------------------------------------------------------
 
 
-NUMERIC: tuple[AnswerKind, ...] = ("number", "choice", "any_of", "list", "set")
-"""Kinds of answers in which decimal commas are converted to decimal points."""
-
-
 def grade_answer(text: str, problem: Problem, reading: Reading = DEFAULT) -> Graded:
     """Grade an answer. The text may contain units and prose around the answer."""
     if not text.strip():
         return no_answer("the answer is empty")
     kind, written = problem.answer.kind, text
-    if kind == "number" and reading.decimal == ",":
-        text = with_decimal_points(text)  # in "(3,5)" too, which is not a pair here
-    elif kind in NUMERIC:
-        text = with_points(text, reading)
+    text = with_points(text, reading.decimal, kind)
     if kind in ("latex", "list", "set"):
         text = _without_bold(text)
     if problem.scorer is not None:

@@ -9,13 +9,13 @@ from fractions import Fraction
 from typing import Literal
 
 from reftune.errors import DataError
+from reftune.grading.decimals import with_separator
 from reftune.grading.formats._grading import Grading, graded_by, own_grader
 from reftune.grading.formats._prompts import Prompted, gold_rationale, paper_prompt, question_text
 from reftune.grading.markers import DEFAULT, Reading
 from reftune.grading.mathematics import NUM_WORKERS
 from reftune.grading.paper_rules import PAPER_TRIGGER, grade_completion_paper
-from reftune.grading.plain_text import with_separator
-from reftune.grading.verdicts import NUMERIC, grade_completion, needs_worker
+from reftune.grading.verdicts import grade_completion, needs_worker
 from reftune.types import Answer, Conversation, Graded, Problem, Verdict, spell_decimal
 
 DEFINITION = re.compile(r"^def solution\(", re.MULTILINE)
@@ -80,10 +80,9 @@ class Nl(Prompted):
 
     def _spelled(self, gold: Answer, spell: Callable[[Answer], str] = str) -> str:
         """The gold answer as `spell` writes it, with the decimal separator of targets."""
-        if self.gold_decimal == "." or gold.kind not in NUMERIC:
-            return spell(gold)
-        text = "; ".join(gold.items) if gold.kind in ("list", "set") else spell(gold)
-        return with_separator(text, self.gold_decimal)
+        is_comma_list = self.gold_decimal == "," and gold.kind in ("list", "set")
+        text = "; ".join(gold.items) if is_comma_list else spell(gold)
+        return with_separator(text, self.gold_decimal, gold.kind)
 
     def grade(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Graded]:
         """One grade per completion, in the same order. Expressions are compared in parallel."""

@@ -140,9 +140,8 @@ class FunctionReward(Component):
             if not isinstance(reward, str | bytes) and math.isfinite(float(reward)):
                 return float(reward)
         line = repr(reward).partition("\n")[0][:100]
-        raise RewardError(
-            f"reward {self.kind}: sample {sample[0].id}: expected a finite number or None, got {line}"
-        )
+        where = f"reward {self.kind}: sample {sample[0].id}"
+        raise RewardError(f"{where}: expected a finite number or None, got {line}")
 
 
 class _TimeUpError(BaseException):
