@@ -79,12 +79,10 @@ def read_gold(
 def number_gold(raw: object, reading: Reading = DEFAULT) -> Answer | None:
     """The gold answer in a cell that is one number, with or without a currency or unit; None for
     any other cell."""
-    number = number_in_gold(raw, reading)
-    if number is None:
+    found = number_in_gold(raw, reading)
+    if found is None:
         return None
-    return Answer(
-        kind="number", value=number.value, decimals=number.decimals, percent=number.percent
-    )
+    return Answer(kind="number", value=found.value, decimals=found.decimals, percent=found.percent)
 
 
 def number_in_gold(raw: object, reading: Reading = DEFAULT) -> Number | None:
@@ -126,9 +124,8 @@ _NOT_WHOLE = re.compile(
 
 
 def stated_gold(raw: object, reading: Reading = DEFAULT) -> object:
-    """The answer after the last marker in a cell. Markers that announce no answer are ignored. If
-    there is no marker, the answer is the whole cell or, if the cell contains `</think>`, the text
-    after this tag.
+    """The answer after the last marker in a cell that announces one. Without a marker, the answer
+    is the whole cell or the text after its `</think>`.
 
     Raises: DataError if different answers stand side by side, as in "\\boxed{3} or \\boxed{4}", or
     if there are markers but none announces an answer.
@@ -149,9 +146,9 @@ def stated_gold(raw: object, reading: Reading = DEFAULT) -> object:
 
 
 def listed_item(stated: object, reading: Reading = DEFAULT) -> object:
-    """The item of a list that is written as text and has one item, in quotes: `3` for '["3"]'. Any
-    other answer is returned unchanged. Raises: DataError if the list has several items, unless
-    `worded_gold` reads it as the list of these items."""
+    """The item of a list written as text with one item, in quotes: `3` for '["3"]'. Other answers
+    stay unchanged. Raises: DataError if the list has several items, unless `worded_gold` reads it
+    as the list of these items."""
     text = stated.strip() if isinstance(stated, str) else ""
     if not (text.startswith("[") and re.search("[\"']", text)):
         return stated
@@ -170,9 +167,8 @@ would read the lone backslash and the letter f as a form feed."""
 
 
 def _stated(text: str, reading: Reading) -> list[str]:
-    """The last marked answer, any marked answers side by side with it, and an unmarked number after
-    "or", in order of appearance. Two answers are side by side if hardly anything stands between
-    them except a marker, symbols, "or" or "and"."""
+    """The last marked answer, any marked answers side by side with it (hardly anything between them
+    except a marker, symbols, "or" or "and"), and an unmarked number after "or", in order."""
     found = [each for each in statements(text, reading) if each.text is not None]
     following = [each.start for each in found[1:]] + [len(text)] * bool(found)
     pairs = zip(found, following, strict=True)
@@ -251,7 +247,7 @@ _LISTED = re.compile(r"\[\s*(.+?)\s*\]", re.DOTALL)
 
 
 def _option_gold(text: str, reading: Reading) -> Answer | None:
-    """The answer in a gold text that is the letter of an option in brackets. If the option's text
+    """The answer in a gold text that is an option's letter in brackets. If the option's text
     follows, as in "\\textbf{(B)}\\ 12", both are accepted spellings. None for any other text."""
     found = _OPTION.fullmatch(" ".join(plain(text).split()))
     if found is None:
@@ -264,8 +260,8 @@ def _option_gold(text: str, reading: Reading) -> Answer | None:
 
 def worded_gold(text: str, reading: Reading = DEFAULT) -> Answer:
     """The answer in a gold text that is not a number: an option's letter (see `_option_gold`), a
-    list, an expression (`latex`) or plain `text`. Text in square brackets is a list if it has at
-    least three items, or two items that are words."""
+    list in square brackets (of three or more items, or two words), an expression (`latex`) or plain
+    `text`."""
     text = text.strip()
     if option := _option_gold(text, reading):
         return option
@@ -279,12 +275,9 @@ def worded_gold(text: str, reading: Reading = DEFAULT) -> Answer:
 
 
 def _several(raw: object, kind: Literal["any_of", "list", "set"], reading: Reading) -> Answer:
-    """A gold answer with parts: accepted spellings (`any_of`), an ordered `list` or a `set`.
-
-    The cell may be a list, text that spells a list ("[1, 2]"), or text that marks each part with a
-    marker of its own. For a `list` or `set`, the cell may also be text such as "1, 2", which
-    `split_items` splits.
-    """
+    """A gold answer with parts: accepted spellings (`any_of`), an ordered `list` or a `set`. The
+    cell may be a list, text that spells one ("[1, 2]"), text that marks each part or, for a `list`
+    or `set`, text such as "1, 2" that `split_items` splits."""
     values = list(_values(raw, kind, reading))
     parts = tuple(dict.fromkeys(values) if kind in ("any_of", "set") else values)
     if not parts or not all(part.strip() for part in parts):
@@ -328,9 +321,9 @@ def _pattern(raw: object) -> Answer:
 
 def split_items(text: str, words: str = "and") -> tuple[str, ...]:
     """The items of a written list, with or without brackets. Commas, semicolons, line breaks and
-    `words` (a pattern) separate items, except inside inner brackets. If some commas are followed by
-    a space, the other commas do not separate items. If no comma is followed by a space but there
-    are other separators, commas that may group thousands do not separate items."""
+    `words` (a pattern) separate items, except inside inner brackets. If a space follows some
+    commas, the others separate nothing. If none, but there are other separators, commas that may
+    group thousands separate nothing."""
     text = re.sub(r"\\(?:left|right)\b|\\(?=[{}])", "", text.strip().strip("$")).strip()
     if _BRACKETED.fullmatch(text):
         text = text.rstrip(".")[1:-1]
@@ -363,9 +356,8 @@ _LETTER = re.compile(
 
 
 def _letter(stated: object, choices: Sequence[str], reading: Reading) -> str:
-    """The letter of the option that a gold answer names. The gold answer may be the letter, the
-    letter with the option's text, or a text or number that only this option has. Without `choices`,
-    any letter is accepted."""
+    """The letter of the option that a gold answer names by this letter, by the letter and the text,
+    or by a text or number that only this option has. Without `choices`, any letter is accepted."""
     text = with_points(stated, reading.decimal)
     choices = [with_points(choice, reading.decimal) for choice in choices]
     match = _LETTER.fullmatch(" ".join(plain(text).split()))

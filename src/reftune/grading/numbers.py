@@ -103,9 +103,8 @@ def _decimal(digits: str, power: str = "0") -> Number | None:
 
 
 def _repeating(head: str, period: str) -> Number:
-    """The value of a decimal such as 0.1(6), which is 1/6. If a block of n digits repeats after d
-    decimals, it adds b / ((10^n − 1)·10^d) to the value, where b is the number that the block
-    spells."""
+    """The value of a decimal such as 0.1(6), which is 1/6. A block of n digits that spells b and
+    repeats after d decimals adds b / ((10^n − 1)·10^d)."""
     decimals = len(head.partition(".")[2])
     tail = Fraction(int(period), (10 ** len(period) - 1) * 10**decimals)
     return Number(tail + Fraction(head + "0"))
@@ -180,10 +179,9 @@ _BASES = dict(zip(ONE_TO_TWELVE.split("|"), range(1, 13), strict=True)) | {"sixt
 
 
 def same_number(predicted: Number, gold: Number) -> bool:
-    """Whether two numbers are equal according to `numbers_equal`. If only one of the two numbers
-    has a percent sign, they also count as equal if the number without the sign is a hundredth of
-    the other number. This second rule does not apply if the number without the sign is whole and
-    its absolute value is above 1. Thus 25% equals both 25 and 0.25, but 2500% does not equal 25."""
+    """Whether two numbers are equal according to `numbers_equal`, or only one has a percent sign
+    and the other is a hundredth of it. This does not apply if the other is whole and its absolute
+    value is above 1: 25% equals both 25 and 0.25, but 2500% does not equal 25."""
     if numbers_equal(predicted, gold):
         return True
     if predicted.percent == gold.percent:
@@ -207,9 +205,8 @@ FLOAT_DIGITS, PRINTED_FLOAT_DIGITS = 12, 15
 
 
 def numbers_equal(predicted: Number, gold: Number) -> bool:
-    """Whether `predicted` (p) equals `gold` (g), at the precision to which they are written. If
-    `gold` is whole, the values must be exactly equal. Otherwise, both of the following conditions
-    must hold in exact arithmetic:
+    """Whether `predicted` (p) equals `gold` (g), at the precision to which they are written. A
+    whole `gold` must be equalled exactly. For any other, both must hold in exact arithmetic:
 
         |p − g| < 10^−d   and   |p − g| ≤ 0.01·|g|
 
@@ -237,16 +234,14 @@ def _without_float_noise(number: Number) -> Number:
 
 
 def number_of(answer: Answer) -> Number:
-    """The number in a gold answer. If `answer.decimals` is None, the number has as many decimals as
-    its exact value needs (inf for 1/3)."""
+    """The number in a gold answer, with the decimals its value needs if `answer` states none."""
     assert isinstance(answer.value, Fraction)
     decimals = num_decimals(answer.value) if answer.decimals is None else answer.decimals
     return Number(answer.value, decimals, answer.percent)
 
 
 def num_decimals(value: Fraction) -> float:
-    """Number of decimal digits that are needed to spell `value` exactly; inf if the digits never
-    end."""
+    """Number of decimals that `value` needs; inf if they never end."""
     if 10 ** (MAX_EXPONENT + MAX_DIGITS) % value.denominator:
         return inf
     return next(n for n in count() if 10**n % value.denominator == 0)

@@ -37,23 +37,15 @@ _SPACED_DASH = re.compile(r"(?:(?<=\s)(?<!=\s)|^)[–—](?=\s)|—")  # not in 
 _OVERLINED = re.compile(r"(?<=[\d.])((?:\d[\u0304\u0305])+)")
 _RAISED = re.compile(r"[⁺⁻]?[⁰¹²³⁴-⁹]+")
 _LOWERED = re.compile(r"[₀-₉]+")
-_FRAC, _PART = r"\\(?:[dtc]|nice|s)?frac", r"\{ ?(-? ?[\d.,]{1,200}) ?\}"
+_FRAC, _PART = r"\\(?:[dtc]|nice|s)?frac", r"(?:\{ ?(-? ?[\d.,]{1,200}) ?\}|(\d))"
+_FONT = r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox|boldsymbol|boxed|fbox)"
 _LATEX = [
     (re.compile(pattern), replacement)
     for pattern, replacement in [
         (r"(?<=\d)(?:\\[,;: ]|\\thinspace\b ?|~)(?=\d{3}(?!\d))", ","),
         (r"(?<=[\d.])\\(?:overline|bar|dot) ?\{ ?(\d{1,40}) ?\}", r"(\1)"),
-        (rf"{_FRAC} ?{_PART} ?{_PART}", r" \1/\2 "),
-        (rf"{_FRAC} ?(\d) ?(\d)", r" \1/\2 "),
-        (rf"{_FRAC} ?(\d) ?{_PART}", r" \1/\2 "),
-        (rf"{_FRAC} ?{_PART} ?(\d)", r" \1/\2 "),
-        (
-            (
-                r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox|boldsymbol|boxed|fbox)"
-                r" ?\{([^{}]{0,200})\}"
-            ),
-            r"\1",
-        ),
+        (rf"{_FRAC} ?{_PART} ?{_PART}", r" \1\2/\3\4 "),
+        (rf"{_FONT} ?\{{([^{{}}]{{0,200}})\}}", r"\1"),
         (r"\{ ?\\(?:bf|rm|it|bfseries|sf|tt)\b ?([^{}]{0,200})\}", r"\1"),
         (r"(?<=[\w)])_ ?\{ ?(\w{1,10}) ?\}", r"_\1"),
         (r"\^ ?(?:\{ ?\\circ ?\}|\\circ)", " degrees "),
@@ -93,10 +85,9 @@ def first_line(text: str) -> str:
 
 
 def plain_lines(text: str) -> Iterator[Line]:
-    """The lines of `text` that contain a letter or digit, as plain text. If the text is longer than
-    `MAX_SEGMENT_CHARS`, the rest is cut off and replaced by a backslash, so that a number cut in
-    two is not read. The first line of the text is never a list item, because a dash at its start
-    may be a minus sign."""
+    """The lines of `text` that contain a letter or digit, as plain text. A backslash replaces the
+    text after `MAX_SEGMENT_CHARS`, so that a number cut in two is not read. The first line is never
+    a list item, because a dash at its start may be a minus sign."""
     start, count = text.lstrip(), 0
     is_first = "\n" not in text[: len(text) - len(start)]
     segment = start[:MAX_SEGMENT_CHARS] + "\\" * (len(start) > MAX_SEGMENT_CHARS)

@@ -29,13 +29,10 @@ _Token = tokenize.TokenInfo
 
 
 def without_unused_imports(program: str) -> str:
-    """`program` without its unused imports. If a statement imports only unused names, it becomes
-    `pass`.
-
-    A name counts as used if it occurs in an f-string, or anywhere in code except after a dot. In a
-    program that uses `eval`, `exec` or `compile`, a name in any string counts as used. Imports of
-    forbidden modules are kept, so that the sandbox notices them. `import *` is kept too.
-    """
+    """`program` without its unused imports. A statement that imports only unused names becomes
+    `pass`. Names count as used in f-strings and in code except after a dot, and in any string if
+    the program uses `eval`, `exec` or `compile`. `import *` is kept and so are imports of forbidden
+    modules, so that the sandbox notices them."""
     if "import" not in program:
         return program
     try:

@@ -51,13 +51,11 @@ class Nl(Prompted):
         return paper_prompt(problem) if self.style == "paper" else f"{question_text(problem)}\n"
 
     def target(self, problem: Problem) -> str:
-        """The gold rationale, followed by a line that states the answer, such as "The answer is 7".
-        If the rationale's last line already states the answer, no line is added, unless the style
-        or grading is `paper`.
+        """The gold rationale, followed by a line such as "The answer is 7" unless its last line
+        already states the answer. If the style or grading is `paper`, a line is always added.
 
-        Raises: DataError if there is no rationale, or if the rationale is a program. DataError is
-        also raised if the gold answer is a `regex` and the last line states no answer that matches
-        it, unless the style or grading is `paper`.
+        Raises: DataError if there is no rationale, if it is a program, or if no line can be added
+        because the gold answer is a `regex`.
         """
         rationale = gold_rationale(problem)
         if DEFINITION.search(rationale):
@@ -103,6 +101,5 @@ class Nl(Prompted):
 
 
 def _decimal(answer: Answer) -> str:
-    """The answer as text. A number is spelled as a decimal without a percent sign, so that
-    `float()` can read it."""
+    """The answer as text. `float()` can read a number: a decimal without a percent sign."""
     return spell_decimal(answer.value) if isinstance(answer.value, Fraction) else answer.value

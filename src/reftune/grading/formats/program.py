@@ -119,12 +119,11 @@ class Program(Prompted):
         return f"{question_text(problem)}\n{HEADER}".removesuffix("\n")
 
     def target(self, problem: Problem) -> str:
-        """The gold program without the docstring of `solution`. If the prompt already contains the
-        function's header, the target is only the body of `solution`.
+        """The gold program without the docstring of `solution`, and without the header if the
+        prompt contains it. In the `compact` style, the target begins with the line break before the
+        body, because many tokenizers merge it and the following indent into one token.
 
-        In the `compact` style, the target begins with the line break before the body, because many
-        tokenizers merge this line break and the following indent into one token. Raises: DataError
-        if there is no program.
+        Raises: DataError if there is no program.
         """
         body = body_of(gold_rationale(problem))
         if not body:
@@ -163,8 +162,8 @@ class Program(Prompted):
         return (*scripts_in(completion), *functions) if self.scripts == "read" else functions
 
     def _graded(self, problem: Problem, results: Sequence[ExecutionResult]) -> Graded:
-        """The grade of the first program that does not end in an error. If all programs end in an
-        error, the result is the grade of the first program."""
+        """The grade of the first program that does not end in an error or, if all do, of the first
+        program."""
         if not results:
             expected = ", nor does it assign or print an answer" * (self.scripts == "read")
             reason = f"the text defines no solution() and returns nothing{expected}"
@@ -225,11 +224,10 @@ def programs_in(completion: str) -> tuple[str, ...]:
 
 
 def scripts_in(completion: str) -> tuple[Script, ...]:
-    """The programs to try, one after the other; none if the completion defines `solution`. If the
-    text is indented and contains no fenced blocks, it is the body of `solution`. Otherwise, the
-    program is the last fenced block that prints, or that assigns to `result` or one of
-    `ANSWER_NAMES` at the left margin. If there is no such block but the whole text prints or makes
-    such an assignment, the program is the whole text."""
+    """The programs to try, one after the other; none if the completion defines `solution`. Indented
+    text without fenced blocks is the body of `solution`. Otherwise, the program is the last fenced
+    block, or else the whole text, if it prints or assigns to `result` or one of `ANSWER_NAMES` at
+    the left margin."""
     text, blocks = _text_and_blocks(completion)
     if any(map(_SOLUTION.search, (*blocks, text))):
         return ()
@@ -297,8 +295,8 @@ def _without_prose(program: str) -> str:
 
 
 def _chunks(program: str) -> list[str]:
-    """The lines at the left margin, each with the following lines that belong to it: indented or
-    blank lines, closing brackets, and text inside triple quotes."""
+    """The lines at the left margin, each with the lines after it that are indented, blank, closing
+    brackets or inside triple quotes."""
     chunks: list[list[str]] = []
     in_quotes = False
     for line in program.split("\n"):
@@ -314,8 +312,7 @@ def _chunks(program: str) -> list[str]:
 
 
 def _indented(body: str) -> str:
-    """The body, indented as in a function. If only the first line has lost its indent, or if the
-    whole body is at the left margin, the missing indent is added."""
+    """The body, indented as in a function, even if its first line or all of it was not."""
     lines = re.sub(r"\A\s*\n", "", body).rstrip().split("\n")
     lines[0] = " " * _first_indent(lines) + lines[0].lstrip()
     if _indent(lines[0]) > 0:

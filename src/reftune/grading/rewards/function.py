@@ -109,7 +109,8 @@ class FunctionReward(Component):
         return list(rewards)
 
     def _arguments(self, samples: Sequence[Sample]) -> dict[str, list[Any]]:
-        offered, named = _columns(samples), set()
+        offered = _columns(samples)
+        named: set[str] = set()
         for each in inspect.signature(_function(self.kind)).parameters.values():
             if each.kind is each.VAR_KEYWORD:
                 named.update(offered)
@@ -145,8 +146,7 @@ class FunctionReward(Component):
 
 
 class _TimeUpError(BaseException):
-    """A call ran out of time. This class does not derive from `Exception`, because the user's code
-    might catch every `Exception`."""
+    """A call ran out of time. Not an `Exception`, because the user's code might catch these."""
 
 
 @contextmanager
@@ -192,8 +192,8 @@ def _columns(samples: Sequence[Sample]) -> dict[str, list[Any]]:
 
 
 def _finished(result: Any) -> Any:
-    """`result` itself or, if it is awaitable, the result of awaiting it. An awaitable is awaited in
-    a new thread, because the current thread may already be running an event loop."""
+    """`result`, awaited if it is awaitable. This needs a new thread, because the current one may
+    already be running an event loop."""
     if not inspect.isawaitable(result):
         return result
 
@@ -205,8 +205,7 @@ def _finished(result: Any) -> Any:
 
 
 def _by_sample(parts: Mapping[Any, Any], count: int) -> Any:
-    """Turn a mapping from part names to lists into one mapping per sample. Any other mapping is
-    returned unchanged."""
+    """One mapping per sample if `parts` maps names to lists, otherwise `parts` itself."""
     columns = list(parts.values())
     if not columns or not all(isinstance(c, list | tuple) and len(c) == count for c in columns):
         return parts
