@@ -454,6 +454,7 @@ def test_a_script_is_read_if_the_format_allows_it(scripts: Program, completion: 
         ("print('not 5')", Verdict.NO_ANSWER),
         ("print('at least 5')", Verdict.NO_ANSWER),
         ("print(4)\nQuestion: What is 2+3?\nprint(5)", Verdict.WRONG),
+        (" \n ", Verdict.NO_ANSWER),
     ],
 )
 def test_a_script_answers_once_and_nothing_else_in_it_counts(

@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reftune.errors import DataError
+from reftune.grading.decimals import with_points
 from reftune.grading.golds import literal, number_in_gold, read_gold
 from reftune.grading.markers import Reading
 from reftune.grading.numbers import Number
-from reftune.grading.plain_text import with_decimal_points
 from reftune.grading.sentences import parse_number
 from reftune.types import Answer
 
@@ -144,7 +144,7 @@ def test_decimal_commas_are_read_if_the_data_have_them() -> None:
     values = [read_gold(gold, reading=german).value for gold in golds]
     right = ("3.5", "1250.75", "1250", "0.125", "12.5", "1000.5", "12345678")
     assert values == [Fraction(n) for n in right]
-    assert parse_number(with_decimal_points("1 000,5 km")) == Number(Fraction("1000.5"), 1)
+    assert parse_number(with_points("1 000,5 km", ",")) == Number(Fraction("1000.5"), 1)
 
 
 @pytest.mark.parametrize(

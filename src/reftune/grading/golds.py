@@ -16,6 +16,7 @@ from typing import Any, Literal
 import regex
 
 from reftune.errors import DataError
+from reftune.grading.decimals import COMMA_LIST, with_points
 from reftune.grading.markers import (
     DEFAULT,
     SIDE_BY_SIDE,
@@ -28,7 +29,7 @@ from reftune.grading.markers import (
 )
 from reftune.grading.mathematics import looks_like_math
 from reftune.grading.numbers import Number, numeral_at, same_number
-from reftune.grading.plain_text import plain, same_text, with_decimal_points
+from reftune.grading.plain_text import plain, same_text
 from reftune.grading.units import is_unit
 from reftune.text import shown
 from reftune.types import Answer, AnswerKind
@@ -78,40 +79,53 @@ def read_gold(
 def number_gold(raw: object, reading: Reading = DEFAULT) -> Answer | None:
     """The gold answer in a cell that is one number, with or without a currency or unit; None for
     any other cell."""
-    number = number_in_gold(raw, reading)
-    if number is None:
+    found = number_in_gold(raw, reading)
+    if found is None:
         return None
-    return Answer(
-        kind="number", value=number.value, decimals=number.decimals, percent=number.percent
-    )
+    return Answer(kind="number", value=found.value, decimals=found.decimals, percent=found.percent)
 
 
 def number_in_gold(raw: object, reading: Reading = DEFAULT) -> Number | None:
     """The number in a cell, read as in `number_gold`. A boolean does not count as a number."""
-    if isinstance(raw, bool):
-        return None
     if isinstance(raw, int):
-        return Number(Fraction(raw), 0)
-    if isinstance(raw, float):
-        return _whole_number(repr(raw))
-    if not isinstance(raw, str) or len(raw) > MAX_GOLD_CHARS:
+        return None if isinstance(raw, bool) else Number(Fraction(raw), 0)
+    if not isinstance(raw, str | float) or len(str(raw)) > MAX_GOLD_CHARS:
         return None
-    return _whole_number(with_points(raw, reading))
+    text = with_points(raw, reading.decimal)
+    formula = _FORMULA.fullmatch(text.strip())
+    if text.lstrip(" $").startswith("~"):
+        return None
+    text = _SPACED_MINUS.sub("-", text)
+    line = " ".join(plain(text if formula is None else formula[1]).split())
+    bare = line if line.endswith("...") else line.removesuffix(".").rstrip()
+    if bare[:1] + bare[-1:] in ("()", "[]", '""', "''") and "," not in bare:
+        bare = bare[1:-1].strip()
+    found = numeral_at(bare, 0)
+    if found is None:
+        return None
+    number, end = found
+    written, rest = bare[:end], bare[end:]
+    if _NOT_WHOLE.search(written):
+        return None
+    ordinal = _ORDINAL.match(rest)
+    if ordinal is not None and number.value.denominator == 1:
+        rest = rest[ordinal.end() :]
+    return number if is_unit(rest) else None
 
 
-def with_points(cell: object, reading: Reading) -> str:
-    """A cell as text in which numbers have decimal points. A cell that is not a string needs no
-    conversion. Pairs such as "(1,2)" stay unchanged."""
-    if not isinstance(cell, str) or reading.decimal == ".":
-        return str(cell)
-    parts = _PAIR.split(cell)
-    return "".join(part if n % 2 else with_decimal_points(part) for n, part in enumerate(parts))
+_SPACED_MINUS = re.compile(r"^ *– +(?=[\d.])")
+_FORMULA = re.compile(r"\$+((?:[^$\\]|\\.)*)\$+", re.DOTALL)
+_ORDINAL = re.compile(r"\^?[{(]? ?(?:st|nd|rd|th)\b ?[})]?")
+_NOT_WHOLE = re.compile(
+    r"\d ?- ?\d+ ?/|\band\b|/ ?0\d|\b0\d ?/|_(?!\d{3}(?!\d))|\d ?(?:[kmbt]|[bmt]n)$", re.IGNORECASE
+)
+"""Matches spellings that are accepted in completions, but not in gold answers: 3-1/2 may be 5/2,
+05/06 may be a date, and reading 5_8 or 5k would be a guess."""
 
 
 def stated_gold(raw: object, reading: Reading = DEFAULT) -> object:
-    """The answer after the last marker in a cell. Markers that announce no answer are ignored. If
-    there is no marker, the answer is the whole cell or, if the cell contains `</think>`, the text
-    after this tag.
+    """The answer after the last marker in a cell that announces one. Without a marker, the answer
+    is the whole cell or the text after its `</think>`.
 
     Raises: DataError if different answers stand side by side, as in "\\boxed{3} or \\boxed{4}", or
     if there are markers but none announces an answer.
@@ -132,9 +146,9 @@ def stated_gold(raw: object, reading: Reading = DEFAULT) -> object:
 
 
 def listed_item(stated: object, reading: Reading = DEFAULT) -> object:
-    """The item of a list that is written as text and has one item, in quotes: `3` for '["3"]'. Any
-    other answer is returned unchanged. Raises: DataError if the list has several items, unless
-    `worded_gold` reads it as the list of these items."""
+    """The item of a list written as text with one item, in quotes: `3` for '["3"]'. Other answers
+    stay unchanged. Raises: DataError if the list has several items, unless `worded_gold` reads it
+    as the list of these items."""
     text = stated.strip() if isinstance(stated, str) else ""
     if not (text.startswith("[") and re.search("[\"']", text)):
         return stated
@@ -153,9 +167,8 @@ would read the lone backslash and the letter f as a form feed."""
 
 
 def _stated(text: str, reading: Reading) -> list[str]:
-    """The last marked answer, any marked answers side by side with it, and an unmarked number after
-    "or", in order of appearance. Two answers are side by side if hardly anything stands between
-    them except a marker, symbols, "or" or "and"."""
+    """The last marked answer, any marked answers side by side with it (hardly anything between them
+    except a marker, symbols, "or" or "and"), and an unmarked number after "or", in order."""
     found = [each for each in statements(text, reading) if each.text is not None]
     following = [each.start for each in found[1:]] + [len(text)] * bool(found)
     pairs = zip(found, following, strict=True)
@@ -234,7 +247,7 @@ _LISTED = re.compile(r"\[\s*(.+?)\s*\]", re.DOTALL)
 
 
 def _option_gold(text: str, reading: Reading) -> Answer | None:
-    """The answer in a gold text that is the letter of an option in brackets. If the option's text
+    """The answer in a gold text that is an option's letter in brackets. If the option's text
     follows, as in "\\textbf{(B)}\\ 12", both are accepted spellings. None for any other text."""
     found = _OPTION.fullmatch(" ".join(plain(text).split()))
     if found is None:
@@ -242,32 +255,29 @@ def _option_gold(text: str, reading: Reading) -> Answer | None:
     letter, said = found["letter"], found["text"]
     if said is None:
         return Answer(kind="text", value=letter)
-    return Answer(kind="any_of", value=letter, items=(letter, with_points(said, reading)))
+    return Answer(kind="any_of", value=letter, items=(letter, with_points(said, reading.decimal)))
 
 
 def worded_gold(text: str, reading: Reading = DEFAULT) -> Answer:
     """The answer in a gold text that is not a number: an option's letter (see `_option_gold`), a
-    list, an expression (`latex`) or plain `text`. Text in square brackets is a list if it has at
-    least three items, or two items that are words."""
+    list in square brackets (of three or more items, or two words), an expression (`latex`) or plain
+    `text`."""
     text = text.strip()
     if option := _option_gold(text, reading):
         return option
     parts: tuple[str, ...] = ()
     if _LISTED.fullmatch(text):
-        is_decimal = reading.decimal == "," and (_DECIMALS.fullmatch(text) or not literal(text))
-        parts = split_items(with_points(text, reading) if is_decimal else text)
+        is_decimal = COMMA_LIST.fullmatch(text) or not literal(text)
+        parts = split_items(with_points(text, reading.decimal) if is_decimal else text)
     if len(parts) > 2 or (len(parts) == 2 and all(part.isalpha() for part in parts)):
         return Answer(kind="list", value=", ".join(parts), items=parts)
     return Answer(kind="latex" if looks_like_math(text) else "text", value=text)
 
 
 def _several(raw: object, kind: Literal["any_of", "list", "set"], reading: Reading) -> Answer:
-    """A gold answer with parts: accepted spellings (`any_of`), an ordered `list` or a `set`.
-
-    The cell may be a list, text that spells a list ("[1, 2]"), or text that marks each part with a
-    marker of its own. For a `list` or `set`, the cell may also be text such as "1, 2", which
-    `split_items` splits.
-    """
+    """A gold answer with parts: accepted spellings (`any_of`), an ordered `list` or a `set`. The
+    cell may be a list, text that spells one ("[1, 2]"), text that marks each part or, for a `list`
+    or `set`, text such as "1, 2" that `split_items` splits."""
     values = list(_values(raw, kind, reading))
     parts = tuple(dict.fromkeys(values) if kind in ("any_of", "set") else values)
     if not parts or not all(part.strip() for part in parts):
@@ -280,19 +290,15 @@ def _values(raw: Any, kind: str, reading: Reading) -> Iterator[str]:
         said = _stated(raw, reading)
         raw = said[0] if len(said) == 1 else said or raw
     if isinstance(raw, str) and raw.lstrip()[:1] == "[":
-        is_decimal = reading.decimal == "," and _DECIMALS.fullmatch(raw.strip())
+        is_decimal = reading.decimal == "," and COMMA_LIST.fullmatch(raw.strip())
         raw = split_items(raw) if is_decimal else literal(raw.strip()) or raw
     if isinstance(raw, str) and kind != "any_of":
-        yield from split_items(with_points(raw, reading))
+        yield from split_items(with_points(raw, reading.decimal))
         return
     for each in raw if isinstance(raw, Sequence) and not isinstance(raw, str) else [raw]:
         if not isinstance(each, str | int | float) or isinstance(each, bool):
             raise DataError(f"{shown(raw)}; expected a list of strings or numbers")
-        yield with_points(each, reading).strip()
-
-
-_DECIMALS = re.compile(r"\[(?=.*\d,\d)(?=.*,\s)[-\d\s,.]+\]", re.DOTALL)
-"""Matches a list of numbers with decimal commas, such as "[1,5, 2,5]"."""
+        yield with_points(each, reading.decimal).strip()
 
 
 def literal(text: str) -> object:
@@ -315,9 +321,9 @@ def _pattern(raw: object) -> Answer:
 
 def split_items(text: str, words: str = "and") -> tuple[str, ...]:
     """The items of a written list, with or without brackets. Commas, semicolons, line breaks and
-    `words` (a pattern) separate items, except inside inner brackets. If some commas are followed by
-    a space, the other commas do not separate items. If no comma is followed by a space but there
-    are other separators, commas that may group thousands do not separate items."""
+    `words` (a pattern) separate items, except inside inner brackets. If a space follows some
+    commas, the others separate nothing. If none, but there are other separators, commas that may
+    group thousands separate nothing."""
     text = re.sub(r"\\(?:left|right)\b|\\(?=[{}])", "", text.strip().strip("$")).strip()
     if _BRACKETED.fullmatch(text):
         text = text.rstrip(".")[1:-1]
@@ -340,44 +346,6 @@ _BRACKETED = re.compile(
 )
 
 
-# --- numbers --------------------------------------------------------------------------------------
-
-
-_PAIR = re.compile(r"([(\[] ?-?\d+ ?, ?-?\d+ ?(?:\\right)?[)\]])")
-"""Matches two whole numbers in brackets (a point, an interval or a list). The comma between them
-is not a decimal comma."""
-_SPACED_MINUS = re.compile(r"^ *– +(?=[\d.])")
-_FORMULA = re.compile(r"\$+((?:[^$\\]|\\.)*)\$+", re.DOTALL)
-_ORDINAL = re.compile(r"\^?[{(]? ?(?:st|nd|rd|th)\b ?[})]?")
-_NOT_WHOLE = re.compile(
-    r"\d ?- ?\d+ ?/|\band\b|/ ?0\d|\b0\d ?/|_(?!\d{3}(?!\d))|\d ?(?:[kmbt]|[bmt]n)$", re.IGNORECASE
-)
-"""Matches spellings that are accepted in completions, but not in gold answers: 3-1/2 may be 5/2,
-05/06 may be a date, and reading 5_8 or 5k would be a guess."""
-
-
-def _whole_number(text: str) -> Number | None:
-    formula = _FORMULA.fullmatch(text.strip())
-    if text.lstrip(" $").startswith("~"):
-        return None
-    text = _SPACED_MINUS.sub("-", text)
-    line = " ".join(plain(text if formula is None else formula[1]).split())
-    bare = line if line.endswith("...") else line.removesuffix(".").rstrip()
-    if bare[:1] + bare[-1:] in ("()", "[]", '""', "''") and "," not in bare:
-        bare = bare[1:-1].strip()
-    found = numeral_at(bare, 0)
-    if found is None:
-        return None
-    number, end = found
-    written, rest = bare[:end], bare[end:]
-    if _NOT_WHOLE.search(written):
-        return None
-    ordinal = _ORDINAL.match(rest)
-    if ordinal is not None and number.value.denominator == 1:
-        rest = rest[ordinal.end() :]
-    return number if is_unit(rest) else None
-
-
 # --- choices --------------------------------------------------------------------------------------
 
 
@@ -388,10 +356,10 @@ _LETTER = re.compile(
 
 
 def _letter(stated: object, choices: Sequence[str], reading: Reading) -> str:
-    """The letter of the option that a gold answer names. The gold answer may be the letter, the
-    letter with the option's text, or a text or number that only this option has. Without `choices`,
-    any letter is accepted."""
-    text, choices = with_points(stated, reading), [with_points(c, reading) for c in choices]
+    """The letter of the option that a gold answer names by this letter, by the letter and the text,
+    or by a text or number that only this option has. Without `choices`, any letter is accepted."""
+    text = with_points(stated, reading.decimal)
+    choices = [with_points(choice, reading.decimal) for choice in choices]
     match = _LETTER.fullmatch(" ".join(plain(text).split()))
     if match is not None:
         letter, rest = match["letter"].lower(), match["rest"].lstrip()
@@ -402,9 +370,8 @@ def _letter(stated: object, choices: Sequence[str], reading: Reading) -> str:
         spellings = (said, re.sub(r"^[-—] *", "", said))
         if option is not None and (not said or any(same_option(s, option) for s in spellings)):
             return letter
-    equal = [index for index, choice in enumerate(choices) if same_text(text, choice)]
-    if not equal:
-        equal = [index for index, choice in enumerate(choices) if same_option(text, choice)]
+    texts = [index for index, choice in enumerate(choices) if same_text(text, choice)]
+    equal = texts or [index for index, each in enumerate(choices) if same_option(text, each)]
     if len(equal) != 1:
         last = chr(ord("a") + len(choices) - 1)
         expected = f" from a to {last} or the text of one option" if choices else ""

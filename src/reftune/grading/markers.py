@@ -40,13 +40,11 @@ class Statement:
     start: int = 0
     """Index in the completion at which the marker begins."""
     end: int = 0
-    """Index in the completion at which the statement ends. If the statement has a closing brace or
-    tag, this is the index after it. Otherwise, it is the end of the text that counts (see
-    `statements`)."""
+    """Index in the completion after the statement's closing brace or tag or, if it has none, at the
+    end of the text that counts (see `statements`)."""
 
     def up_to(self, end: int) -> Statement:
-        """The statement, cut off at the index `end`. A statement that is closed or has no text is
-        returned unchanged."""
+        """The statement, cut off at the index `end` unless it is closed or has no text."""
         if self.text is None or self.is_closed:
             return self
         return replace(self, text=self.text[: end - self.end], end=end)
@@ -99,16 +97,11 @@ def statements(completion: str, reading: Reading = DEFAULT) -> list[Statement]:
 
 def _is_remark(completion: str, before: Statement, statement: Statement) -> bool:
     """Whether a statement only says that the statement before it is right. Because "right" may also
-    be a direction, a statement is a remark only if its marker begins with "our" or "my", or if the
-    text of the statement before it is closed or begins with a number. A doubt, as in "check whether
-    the answer is right", is not a remark."""
-    begin = statement.end - len(statement.text or "")
-    phrase = completion[statement.start : begin]
-    if (
-        statement.is_closed
-        or not _SAYS_IS.search(phrase)
-        or not _REMARK.match(statement.text or "")
-    ):
+    be a direction, its marker must begin with "our" or "my", or the text before it must be closed
+    or begin with a number. A doubt, as in "check whether the answer is right", is not a remark."""
+    text = statement.text or ""
+    phrase = completion[statement.start : statement.end - len(text)]
+    if statement.is_closed or not _SAYS_IS.search(phrase) or not _REMARK.match(text):
         return False
     if _NOT_ASSERTED.search(completion[max(0, statement.start - 60) : statement.start]):
         return False
@@ -153,8 +146,8 @@ def is_alternative(completion: str, before: Statement, after: Statement) -> bool
 
 
 def alternative_behind(completion: str, statement: Statement) -> str | None:
-    """The rest of the line after "or" if a closed box or tag is followed by "or" and a number, such
-    as "4" in "\\boxed{3} or 4". None in any other case."""
+    """The rest of the line after "or" if "or" and a number follow a closed box or tag, such as "4"
+    in "\\boxed{3} or 4"; None otherwise."""
     found = _OR_NUMBER.match(completion, statement.end) if statement.is_closed else None
     return None if found is None else completion[found.end() :].partition("\n")[0]
 
@@ -163,24 +156,21 @@ _OR_NUMBER = re.compile(rf"{_SIGNS}\bor\b{_SIGNS}(?=-?\d|\\[dt]?frac)", re.IGNOR
 
 
 def answer_text(completion: str, reading: Reading = DEFAULT) -> str | None:
-    """The text that the last marker of a completion announces; None if there is no marker, or if
-    the last one opens a box that is never closed."""
+    """The text that the last marker announces; None if there is no marker, or if it opens a box
+    that is never closed."""
     found = statements(completion, reading)
     return found[-1].text if found else None
 
 
 def open_thought(text: str) -> str:
-    """The part of a text from its last `<think>` on; empty if this `<think>` is closed, or if the
-    text contains no `<think>`."""
+    """The part of a text from its last `<think>` on; empty if there is none or it is closed."""
     last = UP_TO_LAST_TAG.match(text)
     return "" if last is None or last["closes"] else text[last.start("tag") :]
 
 
 def reasoning_text(completion: str) -> str:
-    """The reasoning that leads to the answer: the text before the first built-in marker, or the
-    whole completion if there is none."""
-    marker = marker_pattern(()).search(completion)
-    return completion if marker is None else completion[: marker.start()]
+    """The reasoning that leads to the answer: the text before the first built-in marker, if any."""
+    return marker_pattern(()).split(completion, maxsplit=1)[0]
 
 
 def _answering_part(completion: str, reading: Reading) -> tuple[int, int]:
@@ -189,7 +179,7 @@ def _answering_part(completion: str, reading: Reading) -> tuple[int, int]:
     if last is not None and not last["closes"]:
         return len(completion), len(completion)
     start = 0 if last is None else last.end()
-    begins = start + len(completion[start:]) - len(completion[start:].lstrip())
+    begins = len(completion) - len(completion[start:].lstrip())
     ends = [completion.find(stop, begins) for stop in reading.stop_at if stop]
     return start, min((end for end in ends if end >= 0), default=len(completion))
 
@@ -224,9 +214,8 @@ _OPENS_BOX = re.compile(r"\s{0,9}\{")
 
 
 def _box(text: str, start: int) -> tuple[str | None, int]:
-    """The content of the braces at `start`, and the index right after the braces. If a percent sign
-    follows the braces, the sign is added to the content, and the index is right after the sign. The
-    content is None unless the braces are closed within `MAX_BOX_CHARS` characters."""
+    """The content of the braces at `start`, with a percent sign that follows them, and the index
+    after both. The content is None unless the braces close within `MAX_BOX_CHARS` characters."""
     opening, depth = text.index("{", start), 0
     for index in range(opening, min(len(text), start + MAX_BOX_CHARS)):
         depth += (text[index] == "{") - (text[index] == "}")

@@ -84,9 +84,8 @@ class Comparison:
 
 
 def looks_like_math(text: str) -> bool:
-    """Whether the text is a mathematical expression, such as an equation, an interval or LaTeX, and
-    not just a number. Text with words does not count, unless the expression is between math
-    delimiters."""
+    """Whether the text is an expression, such as an equation, an interval or LaTeX, and not just a
+    number. Text with words does not count, unless the expression is between math delimiters."""
     bare, is_price = expression_in(text), text.count("$") == 1
     if is_price or _words_in(bare) or _NOT_MATH.search(text.strip()):
         return False
@@ -95,9 +94,8 @@ def looks_like_math(text: str) -> bool:
 
 
 def expression_in(text: str) -> str:
-    """The expression in `text`, with symbols such as π spelled in LaTeX. If there is exactly one
-    pair of math delimiters, the expression is the text between them. Otherwise, it is the text
-    before any aside, such as a reason. Final punctuation is removed."""
+    """The expression in `text`, with symbols such as π in LaTeX and no final punctuation: the text
+    between the only pair of math delimiters or, without one, before any aside, such as a reason."""
     text = "".join(_SIGNS.get(char, char) for char in text.strip()[: 2 * MAX_EXPRESSION_CHARS])
     parts: list[str] = [next(filter(None, each.groups())) for each in _DELIMITED.finditer(text)]
     if len(parts) == 1:
@@ -127,9 +125,8 @@ def same_expression(gold: str, answer: str) -> Comparison:
 
 def _in_order(expression: str, other: str) -> str:
     """The values of an expression such as "y = 2, x = 3", as a tuple in the alphabetical order of
-    the variables: "(3, 2)". Such an expression stays unchanged unless `other` has values for the
-    same variables, or is a tuple and the variables are consecutive letters. Any other expression is
-    returned unchanged."""
+    the variables: "(3, 2)". The expression stays unchanged unless it is of this kind, and `other`
+    has values for the same variables or is a tuple and the variables are consecutive letters."""
     values, others = _assigned(expression), _assigned(other)
     names = sorted(values)
     is_same = names == sorted(others)
@@ -140,8 +137,7 @@ def _in_order(expression: str, other: str) -> str:
 
 
 def _assigned(expression: str) -> dict[str, str]:
-    """Variable → value, if an expression consists of assignments to different variables; otherwise
-    empty."""
+    """Variable → value, if an expression only assigns to different variables; otherwise empty."""
     clauses = re.split(r",|;|\band\b", expression)
     found = [_ASSIGNMENT.fullmatch(clause) for clause in clauses]
     values = {match[1]: match[2].strip() for match in found if match is not None}
@@ -161,7 +157,11 @@ def _verified(gold: str, answer: str) -> Comparison:
     known = _KNOWN.get((gold, answer))
     if known is not None:
         return known
-    reply = _asked(json.dumps({"gold": gold, "answer": answer}).encode())
+    worker = _IDLE.get()
+    try:
+        reply = worker.ask(json.dumps({"gold": gold, "answer": answer}).encode())
+    finally:
+        _IDLE.put(worker)
     if reply is None:
         return Comparison("timeout", reason=f"comparing took more than {TIMEOUT_S:g} s")
     result = json.loads(reply or b'{"error": "the worker died twice"}')
@@ -178,8 +178,8 @@ def _verified(gold: str, answer: str) -> Comparison:
 
 
 def _words_in(expression: str) -> bool:
-    """Whether an expression contains a word. Three or more letters in a row are a word unless they
-    are the name of a function or belong to LaTeX. Common two-letter words count too."""
+    """Whether an expression contains a word: a common one of two letters, or three or more letters
+    in a row that neither name a function nor belong to LaTeX."""
     bare = _COMMAND.sub(" ", _TEXT.sub(" ", _ENVIRONMENT.sub(" ", expression)))
     words = [word.lower() for word in re.findall(r"[^\W\d_]{2,}", bare)]
     return any(word in _SHORT_WORDS or (len(word) > 2 and word not in FUNCTIONS) for word in words)
@@ -191,15 +191,15 @@ def _spelling(expression: str) -> str:
 
 
 def same_spelling(first: str, second: str) -> bool:
-    """Whether two expressions have the same spelling, apart from spaces, case, dollar signs and
-    final punctuation."""
+    """Whether two expressions have the same spelling, apart from spaces, case, "$" and final
+    punctuation."""
     first, second = (_spelling(text.strip(' "$').rstrip(".,;:")) for text in (first, second))
     return first.casefold() == second.casefold()
 
 
 def _brackets(expression: str) -> str:
-    """`set` if an expression consists of several parts in braces, and `point` (a tuple or interval)
-    if it consists of several parts in round or square brackets. Empty for any other expression."""
+    """`set` for several parts in braces, `point` (a tuple or interval) for several parts in round
+    or square brackets; empty for any other expression."""
     text = _spelling(expression).replace("\\{", "{").replace("\\}", "}")
     if not re.search(r"[,;]", text):
         return ""
@@ -267,14 +267,6 @@ class _Worker:
 
 
 _IDLE: queue.LifoQueue[_Worker] = queue.LifoQueue()
-
-
-def _asked(request: bytes) -> bytes | None:
-    worker = _IDLE.get()
-    try:
-        return worker.ask(request)
-    finally:
-        _IDLE.put(worker)
 
 
 def _forget() -> None:

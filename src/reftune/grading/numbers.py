@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
-from math import gcd, inf
+from itertools import count
+from math import inf
 
 from reftune.grading.plain_text import MAX_SEGMENT_CHARS, plain
 from reftune.grading.words import ONE_TO_TWELVE
@@ -43,10 +44,10 @@ class Number:
 
 
 def numeral_at(line: str, start: int) -> tuple[Number, int] | None:
-    """The number at index `start` of a line of plain text, and the index after the number; None if
-    there is no number. A minus or plus sign, a currency, a percent sign and a word such as
-    "million" are part of the number. The caller must check whether the text after the number makes
-    the number part of something larger, such as a range."""
+    """The number at index `start` of a line of plain text, and the index after it; None if there is
+    no number. A sign, a currency, a percent sign and a word such as "million" are part of the
+    number. Whether the text after it makes it part of something larger is for the caller to check.
+    """
     match = _NUMBER.match(line, start)
     number = None if match is None else _number(match)
     if match is None or number is None:
@@ -102,9 +103,8 @@ def _decimal(digits: str, power: str = "0") -> Number | None:
 
 
 def _repeating(head: str, period: str) -> Number:
-    """The value of a decimal such as 0.1(6), which is 1/6. If a block of n digits repeats after d
-    decimals, it adds b / ((10^n − 1)·10^d) to the value, where b is the number that the block
-    spells."""
+    """The value of a decimal such as 0.1(6), which is 1/6. A block of n digits that spells b and
+    repeats after d decimals adds b / ((10^n − 1)·10^d)."""
     decimals = len(head.partition(".")[2])
     tail = Fraction(int(period), (10 ** len(period) - 1) * 10**decimals)
     return Number(tail + Fraction(head + "0"))
@@ -179,10 +179,9 @@ _BASES = dict(zip(ONE_TO_TWELVE.split("|"), range(1, 13), strict=True)) | {"sixt
 
 
 def same_number(predicted: Number, gold: Number) -> bool:
-    """Whether two numbers are equal according to `numbers_equal`. If only one of the two numbers
-    has a percent sign, they also count as equal if the number without the sign is a hundredth of
-    the other number. This second rule does not apply if the number without the sign is whole and
-    its absolute value is above 1. Thus 25% equals both 25 and 0.25, but 2500% does not equal 25."""
+    """Whether two numbers are equal according to `numbers_equal`, or only one has a percent sign
+    and the other is a hundredth of it. This does not apply if the other is whole and its absolute
+    value is above 1: 25% equals both 25 and 0.25, but 2500% does not equal 25."""
     if numbers_equal(predicted, gold):
         return True
     if predicted.percent == gold.percent:
@@ -206,9 +205,8 @@ FLOAT_DIGITS, PRINTED_FLOAT_DIGITS = 12, 15
 
 
 def numbers_equal(predicted: Number, gold: Number) -> bool:
-    """Whether `predicted` (p) equals `gold` (g), at the precision to which they are written. If
-    `gold` is whole, the values must be exactly equal. Otherwise, both of the following conditions
-    must hold in exact arithmetic:
+    """Whether `predicted` (p) equals `gold` (g), at the precision to which they are written. A
+    whole `gold` must be equalled exactly. For any other, both must hold in exact arithmetic:
 
         |p − g| < 10^−d   and   |p − g| ≤ 0.01·|g|
 
@@ -236,20 +234,14 @@ def _without_float_noise(number: Number) -> Number:
 
 
 def number_of(answer: Answer) -> Number:
-    """The number in a gold answer. If `answer.decimals` is None, the number has as many decimals as
-    its exact value needs (inf for 1/3)."""
+    """The number in a gold answer, with the decimals its value needs if `answer` states none."""
     assert isinstance(answer.value, Fraction)
     decimals = num_decimals(answer.value) if answer.decimals is None else answer.decimals
     return Number(answer.value, decimals, answer.percent)
 
 
 def num_decimals(value: Fraction) -> float:
-    """Number of decimal digits that are needed to spell `value` exactly; inf if the digits never
-    end."""
-    rest, count = value.denominator, 0
-    while rest > 1 and count < MAX_EXPONENT + MAX_DIGITS:
-        shared = gcd(rest, 10)
-        if shared == 1:
-            return inf
-        rest, count = rest // shared, count + 1
-    return count
+    """Number of decimals that `value` needs; inf if they never end."""
+    if 10 ** (MAX_EXPONENT + MAX_DIGITS) % value.denominator:
+        return inf
+    return next(n for n in count() if 10**n % value.denominator == 0)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from reftune.grading.golds import is_opposite, number_in_gold, same_option, with_points
-from reftune.grading.markers import Reading
+from reftune.grading.decimals import with_points
+from reftune.grading.golds import is_opposite, number_in_gold, same_option
 from reftune.grading.numbers import same_number
 from reftune.grading.plain_text import first_line, same_text
 from reftune.grading.sentences import parse_number, stated_number
@@ -50,17 +50,13 @@ def unlettered(choices: Sequence[str]) -> tuple[str, ...]:
 
 def option_values(problem: Problem) -> list[str]:
     """The problem's options, with decimal points."""
-    reading = Reading(decimal=problem.decimal)
-    return [with_points(choice, reading) for choice in problem.choices]
+    return [with_points(choice, problem.decimal) for choice in problem.choices]
 
 
 def read_choice(text: str, choices: Sequence[str]) -> str | None:
-    """The letter of the option that `text` chooses. `text` may state this letter, or a value or
-    text that equals exactly one of the `choices`.
-
-    If `choices` is empty, any letter is accepted. None if `text` does not choose a single option,
-    for example if it names two letters.
-    """
+    """The letter of the option that `text` chooses, by this letter or by a value or text that
+    equals exactly one of the `choices`. Without `choices`, any letter is accepted. None if `text`
+    does not choose a single option, for example if it names two letters."""
     line, choices = _NEGATED.sub("", first_line(text)), unlettered(choices)
     line = re.sub(r"\b(?:i\. ?e|e\. ?g)\b\.?", "that is", line, flags=re.IGNORECASE)
     match = _CHOICE.match(line)
@@ -73,8 +69,8 @@ def read_choice(text: str, choices: Sequence[str]) -> str | None:
 
 
 def _is_choice(letter: str, rest: str, choices: Sequence[str]) -> bool:
-    """Whether the letter at the start of a line is a choice, given the rest of the line. A
-    variable, as in "c = 5", and an article, as in "a 5% rise", are not choices."""
+    """Whether the letter at the start of a line, before `rest`, is a choice, unlike a variable
+    ("c = 5") or an article ("a 5% rise")."""
     position = ord(letter.lower()) - ord("a")
     if choices and position >= len(choices):
         return False
@@ -90,16 +86,15 @@ _NOT_AN_ARTICLE = re.compile(r" (?:because|since)\b")
 
 
 def names_option(line: str, choices: Sequence[str]) -> bool:
-    """Whether a line of plain text contains the letter of an option as a word, or begins with the
-    text of an option."""
+    """Whether a line of plain text contains an option's letter as a word, or begins with its
+    text."""
     last = chr(ord("a") + len(choices) - 1) if choices else "z"
     letter = re.search(rf"(?<![^\W_])[a-{last}](?![^\W_])", line, re.IGNORECASE)
     return letter is not None or any(_begins_with(line, choice) for choice in choices)
 
 
 def _begins_with(line: str, choice: str) -> bool:
-    """Whether a line is the text of an option, or begins with this text and continues with
-    punctuation or a reason."""
+    """Whether a line is an option's text, alone or before punctuation or a reason."""
     head = re.split(r"[,.;:] | \(|[.!]$| - | because\b", line, maxsplit=1)[0]
     return same_text(line, choice) or same_text(head, choice)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from fractions import Fraction
 from typing import Any
 
@@ -14,33 +15,26 @@ PAPER_HEADER = "\nAnswer reasoning:\n"
 
 def grade_completion_paper(completion: str, problem: Problem) -> Graded:
     """The authors' rule for worked solutions: `grade_value_paper` grades the text after the last
-    `PAPER_TRIGGER`, or the whole text if there is none. If the gold answer is a number, the answers
-    nan and inf are wrong. If the gold answer is not a number, any text is accepted as an answer and
-    compared with the gold answer."""
+    `PAPER_TRIGGER`, or the whole text if there is none."""
     text = paper_response(completion).split(PAPER_TRIGGER)[-1].strip()
     return grade_value_paper(text, problem)
 
 
 def grade_value_paper(value: Any, problem: Problem) -> Graded:
     """The authors' rule for a program's value. If the gold answer is a number, `float(value)` may
-    differ from this number by at most 0.01. Any other gold answer is compared with the value's
-    text, ignoring case and quotation marks."""
-    gold = problem.answer
-    if gold.kind != "number":
-        return _grade_string_paper(value, str(gold.value))
-    assert isinstance(gold.value, Fraction)
+    differ from this number by at most 0.01; nan and inf are wrong. Any other gold answer is
+    compared with the value's text, ignoring case and quotation marks."""
+    gold = problem.answer.value
+    if not isinstance(gold, Fraction):
+        text = value if isinstance(value, str) else value_text(value) or describe(value)
+        words, expected_words = (re.sub("[\"']", "", each.lower()).strip() for each in (text, gold))
+        return judge(words == expected_words, words, gold)
     try:
-        predicted, expected = float(value), float(gold.value)
+        predicted, expected = float(value), float(gold)
     except (TypeError, ValueError, OverflowError):
         shown = quote(value) if isinstance(value, str) else describe(value)
         return no_answer(f"float() cannot read {shown}")
     return judge(abs(predicted - expected) <= 0.01, repr(predicted), repr(expected))
-
-
-def _grade_string_paper(value: Any, gold: str) -> Graded:
-    text = value if isinstance(value, str) else value_text(value) or describe(value)
-    words = text.lower().replace('"', "").replace("'", "").strip()
-    return judge(words == gold.lower().replace('"', "").replace("'", "").strip(), words, gold)
 
 
 def paper_response(completion: str) -> str:

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 
+from reftune.grading.decimals import with_separator
 from reftune.grading.markers import answer_text, reasoning_text
-from reftune.grading.plain_text import with_separator
 from reftune.types import Problem, spell_decimal
 
 MAX_SIZE = 10**6
@@ -35,24 +35,19 @@ def wrong_solutions(problem: Problem, target: str, decimal: str = ".") -> Iterat
     """Solutions that look like the gold solution `target` but state another answer, two answers or
     none. Yields nothing if `target` is a solution in words and its answer cannot be found. Outside
     programs, numbers have the decimal separator `decimal`."""
-    if found := _RETURN.search(target):
-        yield from _wrong_programs(problem, target, found)
-    else:
-        yield from _wrong_words(problem, target, decimal)
+    end = _RETURN.search(target)
+    return _wrong_programs(problem, end) if end else _wrong_words(problem, target, decimal)
 
 
 def right_solutions(problem: Problem, target: str, decimal: str = ".") -> Iterator[Perturbed]:
     """Solutions with the same answer as the gold solution `target`, written slightly
     differently. Outside programs, numbers have the decimal separator `decimal`."""
-    if found := _RETURN.search(target):
-        yield from _right_programs(problem, target, found)
-    else:
-        yield from _right_words(problem, target, decimal)
+    end = _RETURN.search(target)
+    return _right_programs(problem, end) if end else _right_words(problem, target, decimal)
 
 
 def other_answers(problem: Problem) -> dict[str, str]:
-    """Kind of change → the gold answer after this change. Empty if no change is certain to make the
-    answer wrong."""
+    """Kind of change → the changed gold answer, if the change is certain to make it wrong."""
     gold = problem.answer.value
     if problem.answer.kind == "choice" and len(problem.choices) > 1:
         position = (ord(str(gold)) - ord("a") + 1) % len(problem.choices)
@@ -70,29 +65,26 @@ def other_answers(problem: Problem) -> dict[str, str]:
 # --- programs -------------------------------------------------------------------------------------
 
 
-def _wrong_programs(problem: Problem, target: str, end: re.Match[str]) -> Iterator[Perturbed]:
-    head, indent, value = target[: end.start()], end["indent"], end["value"]
+def _wrong_programs(problem: Problem, end: re.Match[str]) -> Iterator[Perturbed]:
+    head, indent, value = end.string[: end.start()] + end["indent"], end["indent"], end["value"]
     for kind, answer in other_answers(problem).items():
         literal = repr(answer) if problem.answer.kind == "choice" else answer
-        yield Perturbed(kind, f"{head}{indent}return {literal}")
-    yield Perturbed("computed and not returned", f"{head}{indent}result = {value}")
-    yield Perturbed(PRINTED, f"{head}{indent}print({value})")
-    yield Perturbed(
-        "an error before the answer", f"{head}{indent}undefined_name\n{indent}return {value}"
-    )
+        yield Perturbed(kind, f"{head}return {literal}")
+    yield Perturbed("computed and not returned", f"{head}result = {value}")
+    yield Perturbed(PRINTED, f"{head}print({value})")
+    yield Perturbed("an error before the answer", f"{head}undefined_name\n{indent}return {value}")
 
 
-def _right_programs(problem: Problem, target: str, end: re.Match[str]) -> Iterator[Perturbed]:
-    head, indent, value = target[: end.start()], end["indent"], end["value"]
-    yield Perturbed("a comment", f"{head}{indent}# so the answer is\n{indent}return {value}")
-    yield Perturbed("a blank line", f"{head}\n{indent}return {value}" if head else target)
-    yield Perturbed("an import", f"{head}{indent}import math\n{indent}return {value}")
-    yield Perturbed(
-        "a variable", f"{head}{indent}final_answer = {value}\n{indent}return final_answer"
-    )
+def _right_programs(problem: Problem, end: re.Match[str]) -> Iterator[Perturbed]:
+    above, indent, value = end.string[: end.start()], end["indent"], end["value"]
+    head = above + indent
+    yield Perturbed("a comment", f"{head}# so the answer is\n{indent}return {value}")
+    yield Perturbed("a blank line", f"{above}\n{indent}return {value}" if above else end.string)
+    yield Perturbed("an import", f"{head}import math\n{indent}return {value}")
+    yield Perturbed("a variable", f"{head}final_answer = {value}\n{indent}return final_answer")
     if problem.answer.kind == "number":
-        yield Perturbed("a float", f"{head}{indent}return float({value})")
-        yield Perturbed("a string", f"{head}{indent}return str({value})")
+        yield Perturbed("a float", f"{head}return float({value})")
+        yield Perturbed("a string", f"{head}return str({value})")
 
 
 # --- words ----------------------------------------------------------------------------------------
@@ -101,12 +93,11 @@ def _right_programs(problem: Problem, target: str, end: re.Match[str]) -> Iterat
 def _parts(target: str) -> tuple[str, str] | None:
     """The text before the answer of a solution in words, and the answer; None if no answer can be
     found."""
-    tail = answer_text(target)
-    found = _STATED.fullmatch(tail) if tail else None
-    if tail is None or found is None or not target.endswith(tail):
+    tail = answer_text(target) or ""
+    found = _STATED.fullmatch(tail)
+    if found is None or not target.endswith(tail):
         return None
-    before = target[: len(target) - len(tail)]
-    return before + tail[: found.start("answer")], found["answer"]
+    return target[: len(target) - len(tail) + found.start("answer")], found["answer"]
 
 
 def _wrong_words(problem: Problem, target: str, decimal: str) -> Iterator[Perturbed]:

@@ -37,23 +37,15 @@ _SPACED_DASH = re.compile(r"(?:(?<=\s)(?<!=\s)|^)[–—](?=\s)|—")  # not in 
 _OVERLINED = re.compile(r"(?<=[\d.])((?:\d[\u0304\u0305])+)")
 _RAISED = re.compile(r"[⁺⁻]?[⁰¹²³⁴-⁹]+")
 _LOWERED = re.compile(r"[₀-₉]+")
-_FRAC, _PART = r"\\(?:[dtc]|nice|s)?frac", r"\{ ?(-? ?[\d.,]{1,200}) ?\}"
+_FRAC, _PART = r"\\(?:[dtc]|nice|s)?frac", r"(?:\{ ?(-? ?[\d.,]{1,200}) ?\}|(\d))"
+_FONT = r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox|boldsymbol|boxed|fbox)"
 _LATEX = [
     (re.compile(pattern), replacement)
     for pattern, replacement in [
         (r"(?<=\d)(?:\\[,;: ]|\\thinspace\b ?|~)(?=\d{3}(?!\d))", ","),
         (r"(?<=[\d.])\\(?:overline|bar|dot) ?\{ ?(\d{1,40}) ?\}", r"(\1)"),
-        (rf"{_FRAC} ?{_PART} ?{_PART}", r" \1/\2 "),
-        (rf"{_FRAC} ?(\d) ?(\d)", r" \1/\2 "),
-        (rf"{_FRAC} ?(\d) ?{_PART}", r" \1/\2 "),
-        (rf"{_FRAC} ?{_PART} ?(\d)", r" \1/\2 "),
-        (
-            (
-                r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox|boldsymbol|boxed|fbox)"
-                r" ?\{([^{}]{0,200})\}"
-            ),
-            r"\1",
-        ),
+        (rf"{_FRAC} ?{_PART} ?{_PART}", r" \1\2/\3\4 "),
+        (rf"{_FONT} ?\{{([^{{}}]{{0,200}})\}}", r"\1"),
         (r"\{ ?\\(?:bf|rm|it|bfseries|sf|tt)\b ?([^{}]{0,200})\}", r"\1"),
         (r"(?<=[\w)])_ ?\{ ?(\w{1,10}) ?\}", r"_\1"),
         (r"\^ ?(?:\{ ?\\circ ?\}|\\circ)", " degrees "),
@@ -93,10 +85,9 @@ def first_line(text: str) -> str:
 
 
 def plain_lines(text: str) -> Iterator[Line]:
-    """The lines of `text` that contain a letter or digit, as plain text. If the text is longer than
-    `MAX_SEGMENT_CHARS`, the rest is cut off and replaced by a backslash, so that a number cut in
-    two is not read. The first line of the text is never a list item, because a dash at its start
-    may be a minus sign."""
+    """The lines of `text` that contain a letter or digit, as plain text. A backslash replaces the
+    text after `MAX_SEGMENT_CHARS`, so that a number cut in two is not read. The first line is never
+    a list item, because a dash at its start may be a minus sign."""
     start, count = text.lstrip(), 0
     is_first = "\n" not in text[: len(text) - len(start)]
     segment = start[:MAX_SEGMENT_CHARS] + "\\" * (len(start) > MAX_SEGMENT_CHARS)
@@ -143,38 +134,12 @@ def _plain_char(char: str) -> str:
     return char
 
 
-_DIGITS = re.compile(r"\d[\d.,]*\d")
-_GROUPED_BY_POINTS = re.compile(r"[1-9]\d{0,2}(?:\.\d{3})+(?:,\d+)?")
-_SWAPPED = str.maketrans(".,", ",.")
 _GROUPED_BY_SPACES = re.compile(r"(?<![\d.,])(?<!\d )[1-9]\d{0,2}(?: \d{3})+(?! ?\d)")
 
 
-def with_decimal_points(text: str) -> str:
-    """Convert numbers with decimal commas to English notation: "3,5" becomes "3.5", and "1.250,75"
-    becomes "1,250.75". A point that cannot group thousands stays a decimal point."""
-    text = _GROUPED_BY_SPACES.sub(lambda match: match[0].replace(" ", ""), text)
-    return _DIGITS.sub(_with_decimal_point, text.replace("{,}", ","))
-
-
-def _with_decimal_point(match: re.Match[str]) -> str:
-    digits = match[0]
-    if _GROUPED_BY_POINTS.fullmatch(digits):
-        return digits.translate(_SWAPPED)
-    return digits.replace(",", ".") if digits.count(",") == 1 and "." not in digits else digits
-
-
-_ENGLISH = re.compile(r"(?:[1-9]\d{0,2}(?:,\d{3})+|\d+)(?:\.\d+)?")
-
-
-def with_separator(text: str, decimal: str) -> str:
-    """Give numbers in English notation the decimal separator `decimal`. With a comma, "1,250.75"
-    becomes "1.250,75"."""
-    return _DIGITS.sub(_with_decimal_comma, text) if decimal == "," else text
-
-
-def _with_decimal_comma(match: re.Match[str]) -> str:
-    digits = match[0]
-    return digits.translate(_SWAPPED) if _ENGLISH.fullmatch(digits) else digits
+def without_grouping_spaces(text: str) -> str:
+    """`text` without the spaces that group thousands in numbers."""
+    return _GROUPED_BY_SPACES.sub(lambda match: match[0].replace(" ", ""), text)
 
 
 def same_text(first: str, second: str) -> bool:
@@ -193,7 +158,7 @@ def _bare(text: str) -> str:
 def without_gaps(text: str, *, underscores: str = "_+") -> str:
     """`text` without spaces, quotation marks, emphasis and `underscores` (a pattern). Between two
     digits, they stay, because "1 2" is not 12. Spaces that group thousands are removed."""
-    text = _GROUPED_BY_SPACES.sub(lambda match: match[0].replace(" ", ""), text)
+    text = without_grouping_spaces(text)
     return re.sub(rf"{_BETWEEN_DIGITS}|[\s\"'`*]+|{underscores}", _kept_gap, text)
 
 

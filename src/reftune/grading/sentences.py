@@ -30,14 +30,13 @@ from reftune.grading.words import (
 
 
 def parse_number(text: str) -> Number | None:
-    """The number that the first line of `text` states. It stands at the start of the line or after
-    the last `=`, or it is the only number in a sentence.
+    """The number that the first line of `text` states: at its start, after the last `=`, or as the
+    only number in a sentence.
 
     Accepts, for example, thousands separators, exponents, `a/b`, `3 1/2`, `\\frac{a}{b}`, powers of
     ten, "2.5 million" and percentages. Ignores currencies, units, formatting, words like "about",
-    and prose after the number. Returns None for anything else, such as unevaluated expressions ("3
-    + 4"), inequalities, ranges, alternatives like "5 or 6", compound quantities like "5 feet 6
-    inches", lists, ratios, nan and inf.
+    and prose after the number. Returns None for anything else, such as "3 + 4", inequalities,
+    ranges, "5 or 6", "5 feet 6 inches", lists, ratios, nan and inf.
     """
     lines = list(islice(plain_lines(text), 2))
     number = stated_number(lines[0].words) if lines else None
@@ -46,8 +45,7 @@ def parse_number(text: str) -> Number | None:
 
 
 def _is_listed_beside(number: Number, first: Line, second: Line) -> bool:
-    """Whether the first two lines state two different values, either as items of a list or in
-    equations."""
+    """Whether two lines state two different values, as items of a list or in equations."""
     if first.is_item and second.is_item:
         another = stated_number(second.words)
         return another is not None and another.value != number.value
@@ -62,10 +60,9 @@ def stated_number(line: str) -> Number | None:
 
 def _after_equals(line: str) -> str:
     """The part of a line that states the value, usually the text after the last `=` in the first
-    sentence. The result is the whole line if there is no `=`, or if a number precedes an aside that
-    contains the `=`, as in "18, because 2 + 2 = 4" or "12 when n = 3". The result is empty if the
-    line states different values, as in "x = 3 or x = 4", or if it states only a multiple of an
-    unknown, as in "2x = 6"."""
+    sentence; the whole line if there is no `=` or only one in an aside after a number ("18, because
+    2 + 2 = 4", "12 when n = 3"); empty if the line states different values ("x = 3 or x = 4") or
+    only a multiple of an unknown ("2x = 6")."""
     line = _LEADING_CONDITION.sub("", line)
     sentence = _SENTENCE_END.split(line, maxsplit=1)[0]
     equals = list(_EQUALS.finditer(sentence))
@@ -134,8 +131,7 @@ _ARITHMETIC = re.compile(r"[-+*/^(). \d$]*\d[-+*/^(). \d$]*")  # 3 + 4
 
 
 def _assigned_values(line: str) -> Iterator[Fraction | None]:
-    """The values of the unknowns in a list of equations, such as "x = 3, y = 4". A value is None if
-    it is not a number."""
+    """The values of the unknowns in a list of equations ("x = 3, y = 4"); None if not a number."""
     for clause in re.split(r" or | and |[,;] ?", re.split(r"[.!?] ", line, maxsplit=1)[0]):
         clause = _LATER_ASIDE.split(clause, maxsplit=1)[0].rstrip(" .")
         assignment = re.fullmatch(r" *[^\W\d]+\d{0,2} ?=([^=]+)", clause)
@@ -146,17 +142,14 @@ def _assigned_values(line: str) -> Iterator[Fraction | None]:
 
 def _leading_number(line: str) -> Number | None:
     """The number at the start of a line of plain text; None if there is no number, or if the text
-    after the number makes the number part of something larger, such as a range."""
+    after it makes it part of something larger, such as a range."""
     line = _IN_ANGLES.sub(r"\1\2", line, count=1)  # "<203>" is an answer, but "< 203" is not
     lead = _LEAD_IN.match(line)
     assert lead is not None  # pattern matches the empty string
     found = numeral_at(line, lead.end())
-    if found is None:
-        return None
-    number, end = found
-    rest = line[end:]
-    if lead.group()[-1:] in ("(", "[") and _POINT.match(line, lead.end()):
-        return None  # (2,251,252), [2, \infty)
+    if found is None or (lead[0][-1:] in ("(", "[") and _POINT.match(line, lead.end())):
+        return None  # no number, or (2,251,252), [2, \infty)
+    number, rest = found[0], line[found[1] :]
     return None if _is_part_of_more(rest) and not _restates(number, rest) else number
 
 
@@ -173,9 +166,8 @@ _IN_ANGLES = re.compile(rf"^({_LEAD_IN.pattern})<([^ <>][^<>]*)>(?!\d)", re.IGNO
 
 
 def _only_number(line: str) -> Number | None:
-    """The only number in the first sentence of a line of plain text, if it follows words, as in
-    "each child gets 12 sweets". None if there is no such number, or if the words before it may
-    change its meaning, as in "at least 12"."""
+    """The only number in the first sentence of a line of plain text, if it follows words that do
+    not change its meaning: in "each child gets 12 sweets", but not in "at least 12"."""
     sentence = _SENTENCE_END.split(line, maxsplit=1)[0].lstrip(" :,*\"'")
     digit = _DIGIT.search(sentence)
     if digit is None:

@@ -51,9 +51,9 @@ _UNIT = re.compile(
 
 
 def is_unit(rest: str) -> bool:
-    """Whether the text after a number is empty or a single unit, such as " km/h", " apples per day"
-    or " (m^2)". A unit is made of symbols (km, kWh) or lower-case words. A single letter does not
-    count, because "12 m" may be 12 times m."""
+    """Whether the text after a number is empty or one unit of symbols (km, kWh) or lower-case
+    words, such as " km/h", " apples per day" or " (m^2)". A single letter does not count, because
+    "12 m" may be 12 times m."""
     unit = rest.strip()
     if unit[:1] == "(" and unit[-1:] == ")":
         unit = unit[1:-1].strip()
@@ -61,18 +61,15 @@ def is_unit(rest: str) -> bool:
     if found is None or (len(unit) == 1 and unit.isalpha()):
         return unit == ""
     is_area = found["prefix"] is not None or any(map(str.isdigit, unit))
+    words = [word for word in found.groups()[1:] if word is not None]
     return all(
-        word in _SYMBOLS
-        or _KNOWN_WORD.fullmatch(word) is not None
-        or (not is_area and _is_noun(word, rest))
-        for word in found.groups()[1:]
-        if word is not None
+        word in _SYMBOLS or _KNOWN_WORD.fullmatch(word) or (not is_area and _is_noun(word, rest))
+        for word in words
     )
 
 
 def _is_noun(word: str, rest: str) -> bool:
-    """Whether `word` seems to be a noun in lower case. `word` is a part of `rest`, the text after
-    the number."""
+    """Whether `word`, in the text `rest` after a number, seems to be a noun in lower case."""
     variables = _VARIABLES.fullmatch(word)
     if variables is not None and (variables["attached"] is None or rest.startswith(word)):
         return False

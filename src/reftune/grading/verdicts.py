@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from decimal import Decimal
 from fractions import Fraction
@@ -20,7 +20,8 @@ from typing import Any
 
 import regex
 
-from reftune.grading.golds import number_gold, split_items, with_points, worded_gold
+from reftune.grading.decimals import with_points
+from reftune.grading.golds import number_gold, split_items, worded_gold
 from reftune.grading.markers import (
     DEFAULT,
     Reading,
@@ -33,7 +34,7 @@ from reftune.grading.markers import (
 from reftune.grading.mathematics import same_expression
 from reftune.grading.numbers import FLOAT_DIGITS, MAX_DIGITS, number_of, same_number
 from reftune.grading.options import names_option, option_values, read_choice
-from reftune.grading.plain_text import MAX_SEGMENT_CHARS, first_line, same_text, with_decimal_points
+from reftune.grading.plain_text import MAX_SEGMENT_CHARS, first_line, same_text
 from reftune.grading.sentences import parse_number
 from reftune.grading.words import GROUPS, ONE_TO_TWELVE, TAKEN_BACK, bare_words, states_words
 from reftune.text import printable
@@ -48,9 +49,9 @@ NO_MARKER = 'no marker: expected "the answer is", "answer:", "####" or \\boxed{�
 
 
 def grade_completion(completion: str, problem: Problem, reading: Reading = DEFAULT) -> Graded:
-    """Grade a worked solution by the answer after its last marker, such as "the answer is". Markers
-    that announce no answer, as in "Note on the answer: …", are ignored. If the last two markers
-    announce alternative answers, both answers must be right."""
+    """Grade a worked solution by the answer after its last marker, such as "the answer is", that
+    announces one ("Note on the answer: …" does not). If the last two markers announce alternative
+    answers, both must be right."""
     found = statements(completion, reading)
     if not found:
         return no_answer(NO_MARKER)
@@ -74,9 +75,8 @@ def grade_completion(completion: str, problem: Problem, reading: Reading = DEFAU
 
 
 def _in_boxes(completion: str, found: Sequence[Statement]) -> str | None:
-    """The text of the last boxes and of what stands between them, such as "1 and 2" for
-    "\\boxed{1} and \\boxed{2}". None unless at least the last two statements are boxes of one
-    item each."""
+    """The last boxes with what stands between them, such as "1 and 2" for "\\boxed{1} and
+    \\boxed{2}". None unless at least the last two statements are boxes of one item each."""
     text, after = found[-1].text or "", found[-1]
     for before in reversed(found[:-1]):
         is_item = before.is_closed and len(split_items(before.text or "")) == 1
@@ -112,10 +112,9 @@ def _says_something(statement: Statement, problem: Problem) -> bool:
 
 
 def grade_value(value: Any, problem: Problem) -> Graded:
-    """Grade the value that a program returned. A float that is not whole is first rounded to 12
-    significant digits. Values such as None, nan and inf do not count as answers. A boolean counts
-    only if the gold answer is yes, no, true or false. A list or date counts only if the gold answer
-    is neither a number nor a choice."""
+    """Grade the value that a program returned. A float that is not whole is rounded to 12
+    significant digits. None, nan and inf do not count as answers; a boolean only if the gold answer
+    is yes, no, true or false; a list or date only if it is neither a number nor a choice."""
     text = value_text(value)
     if isinstance(value, float | Decimal) and text is not None and value != value // 1:
         text = f"{value:.{FLOAT_DIGITS}g}"
@@ -177,19 +176,12 @@ def describe(value: Any) -> str:
 # --- answers by kind ------------------------------------------------------------------------------
 
 
-NUMERIC: tuple[AnswerKind, ...] = ("number", "choice", "any_of", "list", "set")
-"""Kinds of answers in which decimal commas are converted to decimal points."""
-
-
 def grade_answer(text: str, problem: Problem, reading: Reading = DEFAULT) -> Graded:
     """Grade an answer. The text may contain units and prose around the answer."""
     if not text.strip():
         return no_answer("the answer is empty")
     kind, written = problem.answer.kind, text
-    if kind == "number" and reading.decimal == ",":
-        text = with_decimal_points(text)  # in "(3,5)" too, which is not a pair here
-    elif kind in NUMERIC:
-        text = with_points(text, reading)
+    text = with_points(text, reading.decimal, kind)
     if kind in ("latex", "list", "set"):
         text = _without_bold(text)
     if problem.scorer is not None:
@@ -200,15 +192,14 @@ def grade_answer(text: str, problem: Problem, reading: Reading = DEFAULT) -> Gra
 
 
 def _as_letter(text: str, problem: Problem) -> str:
-    """The letter of the option that `text` repeats as the prompt shows it; empty if there is no
-    such option."""
+    """The letter of the option that `text` repeats as the prompt shows it; empty if none."""
     found = [n for n, each in enumerate(problem.choices) if same_text(first_line(text), each)]
     return ascii_lowercase[found[0]] if len(found) == 1 else ""
 
 
 def _without_bold(text: str) -> str:
-    """`text` without the `**` around bold text. The text may have become bold before the marker, as
-    in "**Answer:** x + 1" and "**The answer is x + 1.**"."""
+    """`text` without the `**` around bold text, which may begin before the marker, as in
+    "**The answer is x + 1.**"."""
     line, newline, rest = text.lstrip().partition("\n")
     line = _BOLD.sub(r"\1", line)
     if line.count("**") % 2:
@@ -293,8 +284,8 @@ _PLAIN_NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:/\d+)?")
 
 
 def _grade_by_scorer(text: str, problem: Problem, scorer: Callable[[str], float]) -> Graded:
-    """Grade with the task's scorer, which expects the bare answer. The scorer is tried on several
-    versions of the text, and the answer is right if any version gets a score of 1."""
+    """Grade with the task's scorer, which expects the bare answer: the answer is right if any of
+    several versions of the text gets a score of 1."""
     words = text.strip()
     first = words.splitlines()[0].strip()
     candidates = [words, words.rstrip(".!"), first, first_line(words).rstrip(".!")]
@@ -317,16 +308,14 @@ def _grade_by_scorer(text: str, problem: Problem, scorer: Callable[[str], float]
 
 
 def _grade_spellings(text: str, problem: Problem) -> Graded:
-    """Grade an answer against each accepted spelling, and return the best of these grades."""
-    best = _best([grade_answer(text, each) for each in _parts(problem)])
-    if best.verdict is Verdict.CORRECT:  # all spellings stand for one answer
-        return judge(True, str(problem.answer.value), str(problem.answer.value))
-    return best
+    """The best of the grades against each accepted spelling."""
+    best, gold = _best(grade_answer(text, each) for each in _parts(problem)), str(problem.answer)
+    # all spellings stand for one answer
+    return judge(True, gold, gold) if best.verdict is Verdict.CORRECT else best
 
 
 def _grade_list(text: str, problem: Problem) -> Graded:
-    """Grade an answer part by part. The parts of a list must be in the order of the gold answer.
-    The parts of a set may be in any order."""
+    """Grade an answer part by part. Only the parts of a set may be in any order."""
     parts, gold = _parts(problem), str(problem.answer.value)
     listed = _listed_in(text, len(parts))
     said = split_items(listed)
@@ -366,8 +355,8 @@ def _whole_list(
 
 
 def _listed_in(text: str, num_parts: int) -> str:
-    """The first line of `text`, without any words after the list. If the gold answer has several
-    parts but the first line has only one, the result is the whole text."""
+    """The first line of `text`, without any words after the list; the whole text if the gold answer
+    has several parts but the first line only one."""
     text = text.strip()[:MAX_SEGMENT_CHARS]
     lines = text.splitlines()
     first = _AFTER_LIST.split(lines[0], maxsplit=1)[0] if lines else ""
@@ -380,8 +369,7 @@ _AFTER_LIST = re.compile(r",?\s+(?:because|since|as|so)\b|(?<=[^\d\s])\.\s|\.\s+
 
 
 def _parts(problem: Problem) -> list[Problem]:
-    """Copies of the problem, one for each part of its gold answer. Each copy has its own part as
-    gold answer."""
+    """Copies of the problem, each with one part of its gold answer as gold answer."""
     return [
         replace(problem, answer=part_answer(item), choices=(), scorer=None)
         for item in problem.answer.items
@@ -404,7 +392,7 @@ _PRECEDENCE = "correct timeout error wrong no_answer memory forbidden".split()
 answer may still be right."""
 
 
-def _best(graded: Sequence[Graded]) -> Graded:
+def _best(graded: Iterable[Graded]) -> Graded:
     return min(graded, key=lambda each: _PRECEDENCE.index(each.verdict.value))
 
 
@@ -445,6 +433,6 @@ def quote(text: str) -> str:
 
 
 def clip(text: str) -> str:
-    """`text` as one line of limited length. Unprintable characters become `�`, because some of them
+    """`text` as one line of limited length, with `�` for unprintable characters, because some
     cannot be encoded."""
     return printable(" ".join(text[: 2 * MAX_VALUE_CHARS].split())[:MAX_VALUE_CHARS])

@@ -40,16 +40,14 @@ def has_letter(graded: Graded) -> bool:
 
 
 def voters(grading: str | None, *, is_choice: bool) -> Callable[[Graded], bool]:
-    """The function that decides whether a sample may vote. `grading` is the value of the format's
-    key `grading`. For multiple choice under the paper's rules, the function is `has_letter`;
-    otherwise, it is `has_value`."""
+    """The function that decides whether a sample may vote: `has_letter` for multiple choice under
+    the paper's rules, otherwise `has_value`. `grading` is the format's key."""
     return has_letter if grading == "paper" and is_choice else has_value
 
 
 def same_answer(first: str, second: str) -> bool:
-    """Whether two values that the grader read are the same answer, that is, equal numbers, the
-    same words or the same spelling of an expression. The grader usually gives equal expressions the
-    same spelling.
+    """Whether two values that the grader read are the same answer: equal numbers, the same words or
+    the same spelling of an expression, which the grader usually gives to equal expressions.
 
     Numbers are equal if each is right when the other is the gold answer. If neither is whole, as in
     1/3 and 0.33, it is enough that one is right when the other is the gold answer.
@@ -68,8 +66,8 @@ def same_answer(first: str, second: str) -> bool:
 
 
 def equality(grading: str | None) -> Same:
-    """The function that decides whether two values are the same answer. `grading` is the value of
-    the format's key `grading`."""
+    """The function that decides whether two values are the same answer, under the rules that the
+    format's key `grading` names."""
     return operator.eq if grading == "paper" else same_answer
 
 
@@ -112,10 +110,9 @@ def rerank_curve(
     *,
     valid: Callable[[Graded], bool] = has_value,
 ) -> list[Graded | None]:
-    """For each k up to the number of samples, the winner among the first k samples. The winner is
-    the `valid` sample with the highest score; None if none of the k samples is `valid`. In a tie,
-    the earlier sample wins. Repeats of an earlier completion are ignored, but they still count
-    towards k."""
+    """For each k up to the number of samples, the winner among the first k samples: the `valid` one
+    with the highest score, the earlier one in a tie; None if none is `valid`. Repeats of an earlier
+    completion are ignored, but they still count towards k."""
     best: tuple[float, Graded] | None = None
     seen: set[str] = set()
     curve: list[Graded | None] = []

@@ -78,7 +78,10 @@ def same_words(first: str, second: str) -> bool:
     """Whether two strings are the same apart from Unicode normalisation, case, articles, spacing,
     formatting and final punctuation. Two spellings of one date are the same too."""
     bare = bare_words(first)
-    return bare != "" and (bare == bare_words(second) or _same_date(first, second))
+    if not bare or bare == bare_words(second):
+        return bare != ""
+    date = _date(first)
+    return date is not None and date == _date(second)
 
 
 def bare_words(text: str) -> str:
@@ -92,10 +95,9 @@ def bare_words(text: str) -> str:
 
 
 def states_words(text: str, gold: str) -> Literal["yes", "no", "unclear"]:
-    """Whether a text states the gold answer. It does if the whole text or its first line is the
-    gold answer. If the gold answer is short, it is enough that the first line begins with the gold
-    answer, followed by punctuation or a reason ("Yes, they do."). The result is `unclear` if the
-    line then withdraws the gold answer or adds another answer ("Yes and no")."""
+    """Whether a text states the gold answer: the whole text or its first line is the gold answer
+    or, if this is short, begins with it, followed by punctuation or a reason ("Yes, they do.").
+    `unclear` if the line then withdraws it or adds another answer ("Yes and no")."""
     answer = text.strip()
     first_line = answer.partition("\n")[0]
     if same_words(answer, gold) or same_words(first_line, gold):
@@ -115,27 +117,19 @@ def states_words(text: str, gold: str) -> Literal["yes", "no", "unclear"]:
 
 
 def _goes_on(boundary: str, rest: str, gold: str) -> Literal["yes", "no", "unclear"]:
-    """The result of `states_words` if the text's first line begins with the gold answer. `boundary`
-    is the punctuation mark or word that follows the gold answer, and `rest` is the text after the
-    boundary."""
-    first_word = re.match(r"\W*(\w*)", rest)
-    assert first_word is not None  # pattern matches the empty string
-    if first_word[1] == _OPPOSITE.get(gold.strip().casefold()):
+    """The result of `states_words` if the text's first line begins with the gold answer, then
+    `boundary` (a punctuation mark or word), then `rest`."""
+    first_word, said = next(iter(re.findall(r"\w+", rest)), ""), gold.strip().casefold()
+    if first_word == _OPPOSITE.get(said):
         return "unclear"
-    is_repeated = first_word[1] == gold.strip().casefold()
-    if not is_repeated and (TAKEN_BACK.match(rest) or _OR_ELSE.match(rest)):
+    if first_word != said and (TAKEN_BACK.match(rest) or _OR_ELSE.match(rest)):
         return "unclear"
     if boundary in (".", "!", "because"):
         return "yes"
     sentence = re.split(r"[.;!](?:\s|$)", rest, maxsplit=1)[0]
     if _ANOTHER.match(sentence) or re.search(r"\bor\b", sentence):
         return "unclear"
-    return "no" if gold[-1:].isdigit() and first_word[1].isdigit() else "yes"
-
-
-def _same_date(first: str, second: str) -> bool:
-    date = _date(first)
-    return date is not None and date == _date(second)
+    return "no" if gold[-1:].isdigit() and first_word.isdigit() else "yes"
 
 
 def _date(text: str) -> datetime.date | None:

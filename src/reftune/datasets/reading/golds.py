@@ -12,7 +12,8 @@ from reftune.datasets.reading.conversations import read_conversation
 from reftune.datasets.reading.options import Options, has_options, read_options
 from reftune.datasets.reading.rows import Row
 from reftune.errors import DataError
-from reftune.grading.golds import GoldKind, listed_item, read_gold, stated_gold, with_points
+from reftune.grading.decimals import with_points
+from reftune.grading.golds import GoldKind, listed_item, read_gold, stated_gold
 from reftune.grading.markers import Reading, reasoning_text, statements
 from reftune.text import shown
 from reftune.types import Answer
@@ -75,7 +76,7 @@ class GoldReader:
         """A gold answer as text that can be compared with labels, positions and option values. A
         whole float such as 2.0 becomes `2`."""
         is_whole = isinstance(stated, float) and stated.is_integer()
-        return f"{stated:.0f}" if is_whole else with_points(stated, self.reading)
+        return f"{stated:.0f}" if is_whole else with_points(stated, self.decimal)
 
     def _choice(self, stated: object, options: Options) -> Answer:
         """The option that a gold answer names by its label, position or text. Raises: DataError if

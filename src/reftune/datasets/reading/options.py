@@ -10,10 +10,10 @@ from typing import Any
 
 from reftune.datasets.reading.rows import Row
 from reftune.errors import DataError
-from reftune.grading.golds import literal, same_option, with_points
+from reftune.grading.decimals import with_points, with_separator
+from reftune.grading.golds import literal, same_option
 from reftune.grading.markers import DEFAULT, Reading
 from reftune.grading.options import unlettered
-from reftune.grading.plain_text import with_separator
 from reftune.text import shown
 
 MOST = len(string.ascii_lowercase)
@@ -138,7 +138,7 @@ def _options(value: object, reading: Reading) -> Options | None:
     spelled = tuple(str(label).strip().lower() for label in labels if label is not None)
     return Options(
         texts=texts,
-        values=tuple(with_points(text, reading) for text in texts),
+        values=tuple(with_points(text, reading.decimal) for text in texts),
         labels=spelled if len(spelled) == len(value) else (),
     )
 

@@ -22,10 +22,12 @@ the answer is right."""
 
 
 def _known(grading: str) -> str:
-    if grading not in RULES and ":" not in grading:
+    if grading in RULES:
+        return grading
+    if ":" not in grading:
         expected = "robust, paper or your own grader as file.py:Name"
         raise refusal("grading", f"{grading}: unknown rules; expected {expected}")
-    if grading not in RULES and not callable(own_grader(grading)):
+    if not callable(own_grader(grading)):
         raise refusal("grader", f"{grading}: cannot be called; expected a function")
     return grading
 
@@ -42,8 +44,8 @@ def own_grader(grading: str) -> Grader:
 
 
 def graded_by(grader: Grader, text: str, problem: Problem) -> Graded:
-    """The grade that a user's own grader gives. If the grader raises an error, or returns neither a
-    `Graded` nor a bool, the verdict is ERROR, so that such failures can be counted."""
+    """The grade that a user's own grader gives; ERROR if it raises an error, or returns neither a
+    `Graded` nor a bool, so that such failures can be counted."""
     try:
         verdict = grader(text, problem)
     except Exception as failure:  # noqa: BLE001  a model's text may break a grader
@@ -69,8 +71,7 @@ def is_grade(grade: object) -> TypeGuard[Graded]:
 
 
 def named(grade: object) -> str:
-    """The type of what a user's code returned instead of a grade. For a `Graded`, the types of its
-    fields are named too."""
+    """The type of what a user's code returned instead of a grade, with a `Graded`'s field types."""
     if not isinstance(grade, Graded):
         return type(grade).__name__
     types = f"verdict={type(grade.verdict).__name__}, value={type(grade.value).__name__}"

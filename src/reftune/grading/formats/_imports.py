@@ -11,7 +11,6 @@ import keyword
 import re
 import tokenize
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from reftune.grading.sandbox.result import FORBIDDEN_MODULES
 
@@ -29,60 +28,37 @@ _RUNS_TEXT = {"eval", "exec", "compile"}
 _Token = tokenize.TokenInfo
 
 
-@dataclass(frozen=True, slots=True)
-class _Import:
-    """A well-formed import statement."""
-
-    tokens: Sequence[_Token]
-    """The statement's tokens, without line breaks and comments."""
-    head: str
-    """The words before the imported names: `import`, or `from … import`."""
-    parts: tuple[str, ...]
-    """The imported names as written, such as `numpy as np`."""
-
-    @property
-    def modules(self) -> list[str]:
-        """Names of the top-level modules that the statement loads."""
-        if self.head == "import":
-            return [_WORD.findall(part)[0] for part in self.parts]
-        return [_WORD.findall(self.head)[1]]
-
-
 def without_unused_imports(program: str) -> str:
-    """`program` without its unused imports. If a statement imports only unused names, it becomes
-    `pass`.
-
-    A name counts as used if it occurs in an f-string, or anywhere in code except after a dot. In a
-    program that uses `eval`, `exec` or `compile`, a name in any string counts as used. Imports of
-    forbidden modules are kept, so that the sandbox notices them. `import *` is kept too.
-    """
+    """`program` without its unused imports. A statement that imports only unused names becomes
+    `pass`. Names count as used in f-strings and in code except after a dot, and in any string if
+    the program uses `eval`, `exec` or `compile`. `import *` is kept and so are imports of forbidden
+    modules, so that the sandbox notices them."""
     if "import" not in program:
         return program
     try:
         tokens = list(tokenize.generate_tokens(io.StringIO(program).readline))
-        imports, others = _imports(tokens)
-        used = _used(others)
-        changes = [
-            (statement.tokens, replacement)
-            for statement in imports
-            if (replacement := _less_unused(statement, used)) is not None
-        ]
     except (tokenize.TokenError, SyntaxError, ValueError):
         return program
-    lines = program.split("\n")
-    for statement_tokens, replacement in reversed(changes):
-        _replace(lines, statement_tokens, replacement)
+    imports, others = _imports(tokens)
+    used, lines = _used(others), program.split("\n")
+    for statement in reversed(imports):
+        replacement = _less_unused(statement, used)
+        if replacement is not None:
+            (first, begin), (last, end) = statement[0].start, statement[-1].end
+            changed = lines[first - 1][:begin] + replacement + lines[last - 1][end:]
+            lines[first - 1 : last] = [changed, *[""] * (last - first)]
     return "\n".join(lines)
 
 
-def _imports(tokens: Sequence[_Token]) -> tuple[list[_Import], list[_Token]]:
-    """The well-formed import statements, and the tokens outside import statements."""
+def _imports(tokens: Sequence[_Token]) -> tuple[list[list[_Token]], list[_Token]]:
+    """The import statements, each as its tokens without line breaks and comments, and the tokens
+    outside import statements."""
     imports, others = [], []
     starts, statement, depth = True, None, 0
     for token in tokens:
         if statement is not None:
             if token.type in (tokenize.NEWLINE, tokenize.ENDMARKER) or token.string == ";":
-                imports += _import(statement)
+                imports.append(statement)
                 statement = None
             elif token.type not in _LAYOUT:
                 statement.append(token)
@@ -95,16 +71,6 @@ def _imports(tokens: Sequence[_Token]) -> tuple[list[_Import], list[_Token]]:
         if token.type not in _LAYOUT:
             starts = token.type == tokenize.NEWLINE or (depth == 0 and token.string in (";", ":"))
     return imports, others
-
-
-def _import(tokens: Sequence[_Token]) -> list[_Import]:
-    text = " ".join(token.string for token in tokens)
-    match = _STATEMENT.fullmatch(text)
-    if match is None:
-        return []
-    head, names = (group for group in match.groups() if group is not None)
-    parts = tuple(part.replace(" . ", ".") for part in names.strip(" (),").split(" , "))
-    return [_Import(tokens, head.replace(" . ", "."), parts)]
 
 
 def _used(tokens: Sequence[_Token]) -> set[str]:
@@ -121,18 +87,20 @@ def _used(tokens: Sequence[_Token]) -> set[str]:
     return names
 
 
-def _less_unused(statement: _Import, used: set[str]) -> str | None:
-    """The statement without its unused names; None if the statement stays unchanged."""
-    kept = [part for part in statement.parts if _bound(part) in used]
-    if len(kept) == len(statement.parts) or FORBIDDEN_MODULES.intersection(statement.modules):
+def _less_unused(statement: Sequence[_Token], used: set[str]) -> str | None:
+    """The statement without its unused names; None if the statement stays unchanged, which it does
+    if it is not well-formed."""
+    match = _STATEMENT.fullmatch(" ".join(token.string for token in statement))
+    if match is None:
         return None
-    return f"{statement.head} {', '.join(kept)}" if kept else "pass"
-
-
-def _replace(lines: list[str], tokens: Sequence[_Token], replacement: str) -> None:
-    (first, begin), (last, end) = tokens[0].start, tokens[-1].end
-    changed = lines[first - 1][:begin] + replacement + lines[last - 1][end:]
-    lines[first - 1 : last] = [changed, *[""] * (last - first)]
+    head, names = (group.replace(" . ", ".") for group in match.groups() if group is not None)
+    parts = names.strip(" (),").split(" , ")
+    modules = parts if head == "import" else [head.removeprefix("from ")]
+    kept = [part for part in parts if _bound(part) in used]
+    is_forbidden = any(_WORD.findall(module)[0] in FORBIDDEN_MODULES for module in modules)
+    if len(kept) == len(parts) or is_forbidden:
+        return None
+    return f"{head} {', '.join(kept)}" if kept else "pass"
 
 
 def _bound(part: str) -> str:

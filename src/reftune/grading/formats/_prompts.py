@@ -69,8 +69,7 @@ class Prompted(Component):
 
     @property
     def writes_all(self) -> bool:
-        """Whether the model writes the whole solution. It does in the styles `chat` and `plain`,
-        whose prompts contain no part of the solution."""
+        """Whether the model writes the whole solution. No part is in `chat` and `plain` prompts."""
         return self.style in READ_BY
 
     def framed(self, problem: Problem) -> str | Conversation:
@@ -106,15 +105,10 @@ def question_text(problem: Problem) -> str:
 
 
 def with_options(question: str, problem: Problem) -> str:
-    """A question, followed by a line with the problem's options unless the question already
-    contains them."""
-    question = question.strip()
-    if not problem.choices:
-        return question
-    options = " , ".join(
-        f"{letter} ) {choice}"
-        for letter, choice in zip(ascii_lowercase, unlettered(problem.choices), strict=False)
-    )
+    """A question, followed by a line with the problem's options unless it already contains them."""
+    question, choices = question.strip(), unlettered(problem.choices)
+    lettered = zip(ascii_lowercase, choices, strict=False)
+    options = " , ".join(f"{letter} ) {choice}" for letter, choice in lettered)
     return question if _squeezed(options) in _squeezed(question) else f"{question}\n{options}"
 
 

@@ -9,13 +9,13 @@ from fractions import Fraction
 from typing import Literal
 
 from reftune.errors import DataError
+from reftune.grading.decimals import with_separator
 from reftune.grading.formats._grading import Grading, graded_by, own_grader
 from reftune.grading.formats._prompts import Prompted, gold_rationale, paper_prompt, question_text
 from reftune.grading.markers import DEFAULT, Reading
 from reftune.grading.mathematics import NUM_WORKERS
 from reftune.grading.paper_rules import PAPER_TRIGGER, grade_completion_paper
-from reftune.grading.plain_text import with_separator
-from reftune.grading.verdicts import NUMERIC, grade_completion, needs_worker
+from reftune.grading.verdicts import grade_completion, needs_worker
 from reftune.types import Answer, Conversation, Graded, Problem, Verdict, spell_decimal
 
 DEFINITION = re.compile(r"^def solution\(", re.MULTILINE)
@@ -51,13 +51,11 @@ class Nl(Prompted):
         return paper_prompt(problem) if self.style == "paper" else f"{question_text(problem)}\n"
 
     def target(self, problem: Problem) -> str:
-        """The gold rationale, followed by a line that states the answer, such as "The answer is 7".
-        If the rationale's last line already states the answer, no line is added, unless the style
-        or grading is `paper`.
+        """The gold rationale, followed by a line such as "The answer is 7" unless its last line
+        already states the answer. If the style or grading is `paper`, a line is always added.
 
-        Raises: DataError if there is no rationale, or if the rationale is a program. DataError is
-        also raised if the gold answer is a `regex` and the last line states no answer that matches
-        it, unless the style or grading is `paper`.
+        Raises: DataError if there is no rationale, if it is a program, or if no line can be added
+        because the gold answer is a `regex`.
         """
         rationale = gold_rationale(problem)
         if DEFINITION.search(rationale):
@@ -80,10 +78,9 @@ class Nl(Prompted):
 
     def _spelled(self, gold: Answer, spell: Callable[[Answer], str] = str) -> str:
         """The gold answer as `spell` writes it, with the decimal separator of targets."""
-        if self.gold_decimal == "." or gold.kind not in NUMERIC:
-            return spell(gold)
-        text = "; ".join(gold.items) if gold.kind in ("list", "set") else spell(gold)
-        return with_separator(text, self.gold_decimal)
+        is_comma_list = self.gold_decimal == "," and gold.kind in ("list", "set")
+        text = "; ".join(gold.items) if is_comma_list else spell(gold)
+        return with_separator(text, self.gold_decimal, gold.kind)
 
     def grade(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Graded]:
         """One grade per completion, in the same order. Expressions are compared in parallel."""
@@ -104,6 +101,5 @@ class Nl(Prompted):
 
 
 def _decimal(answer: Answer) -> str:
-    """The answer as text. A number is spelled as a decimal without a percent sign, so that
-    `float()` can read it."""
+    """The answer as text. `float()` can read a number: a decimal without a percent sign."""
     return spell_decimal(answer.value) if isinstance(answer.value, Fraction) else answer.value

@@ -31,6 +31,7 @@ import re
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any, Literal
 
 from pydantic import Field, PrivateAttr
@@ -71,12 +72,12 @@ _ASSIGNMENT = re.compile(r"[A-Za-z_]\w*(?: *: *[\w.]+)? *[-+*/]?=(?!=)")
 
 @dataclass(frozen=True, slots=True)
 class Script:
-    """A program, and the expression whose value is the answer."""
+    """A program."""
 
     source: str
     call: str
-    """The expression, such as `solution()` or the name of a variable; `None` if the program prints
-    its answer."""
+    """The expression whose value is the answer, such as `solution()` or the name of a variable;
+    `None` if the program prints its answer."""
 
 
 class Program(Prompted):
@@ -109,9 +110,8 @@ class Program(Prompted):
         )
 
     def prompt(self, problem: Problem) -> str | Conversation:
-        """The prompt in the chosen `style`. In the `compact` style, the prompt ends with the
-        function's header. In the `paper` style, it ends with the header and a docstring that
-        contains the question."""
+        """The prompt in the chosen `style`. In the `compact` style, it ends with the function's
+        header; in the `paper` style, with the header and a docstring that contains the question."""
         if self.writes_all:
             return self.framed(problem)
         if self.style == "paper":
@@ -119,12 +119,11 @@ class Program(Prompted):
         return f"{question_text(problem)}\n{HEADER}".removesuffix("\n")
 
     def target(self, problem: Problem) -> str:
-        """The gold program without the docstring of `solution`. If the prompt already contains the
-        function's header, the target is only the body of `solution`.
+        """The gold program without the docstring of `solution`, and without the header if the
+        prompt contains it. In the `compact` style, the target begins with the line break before the
+        body, because many tokenizers merge it and the following indent into one token.
 
-        In the `compact` style, the target begins with the line break before the body, because many
-        tokenizers merge this line break and the following indent into one token. Raises: DataError
-        if there is no program.
+        Raises: DataError if there is no program.
         """
         body = body_of(gold_rationale(problem))
         if not body:
@@ -140,10 +139,8 @@ class Program(Prompted):
         """One grade per completion, in the same order. Identical programs run only once."""
         if self.style == "compact":
             completions = [completion.removeprefix("\n") for completion in completions]
-        pairs = list(zip(problems, completions, strict=True))
-        if self.grading == "paper":
-            return self._grade_paper(pairs)
-        candidates = [self._scripts(_without_thoughts(completion)) for _, completion in pairs]
+        pairs = zip(problems, completions, strict=True)
+        candidates = [self._scripts(problem, completion) for problem, completion in pairs]
         results: dict[Script, ExecutionResult] = {}
         for turn in range(max(map(len, candidates), default=0)):
             results |= self._run_each(
@@ -154,30 +151,33 @@ class Program(Prompted):
             )
         return [
             self._graded(problem, [results[each] for each in programs if each in results])
-            for (problem, _), programs in zip(pairs, candidates, strict=True)
+            for problem, programs in zip(problems, candidates, strict=True)
         ]
 
-    def _scripts(self, completion: str) -> tuple[Script, ...]:
+    def _scripts(self, problem: Problem, completion: str) -> tuple[Script, ...]:
+        if self.grading == "paper":
+            return (Script(_paper_source(problem, completion), "_scope['solution']()"),)
+        completion = _without_thoughts(completion)
         functions = tuple(Script(source, "solution()") for source in programs_in(completion))
         return (*scripts_in(completion), *functions) if self.scripts == "read" else functions
 
     def _graded(self, problem: Problem, results: Sequence[ExecutionResult]) -> Graded:
-        """The grade of the first program that does not end in an error. If all programs end in an
-        error, the result is the grade of the first program."""
+        """The grade of the first program that does not end in an error or, if all do, of the first
+        program."""
         if not results:
             expected = ", nor does it assign or print an answer" * (self.scripts == "read")
             reason = f"the text defines no solution() and returns nothing{expected}"
             return Graded.without_answer(Verdict.NO_ANSWER, reason)
-        result = next(
-            (result for result in results if result.status is not ExecutionStatus.ERROR), results[0]
-        )
-        return replace(
-            self._grade_result(problem, result), program_s=sum(each.seconds for each in results)
-        )
+        ended = (each for each in results if each.status is not ExecutionStatus.ERROR)
+        graded = self._grade_result(problem, next(ended, results[0]))
+        return replace(graded, program_s=sum(each.seconds for each in results))
 
     def _grade_result(self, problem: Problem, result: ExecutionResult) -> Graded:
-        if result.status is not ExecutionStatus.OK:
-            return _failed(result)
+        is_ok = result.status is ExecutionStatus.OK
+        if self.grading == "paper" and (is_ok or problem.answer.kind != "number"):
+            return grade_value_paper(result.value, problem)  # the value of a failure is "none"
+        if not is_ok:
+            return Graded.without_answer(Verdict(result.status.value), result.reason)
         if self.grading not in RULES:
             value = result.printed if result.value is None else str(result.value)
             return graded_by(own_grader(self.grading), value, problem)
@@ -185,15 +185,6 @@ class Program(Prompted):
             lines = str(result.value or result.printed).strip().splitlines()
             return grade_sentence(lines[-1] if lines else "", problem)
         return grade_value(result.value, problem)
-
-    def _grade_paper(self, pairs: Sequence[tuple[Problem, str]]) -> list[Graded]:
-        sources = [_paper_source(problem, completion) for problem, completion in pairs]
-        scripts = [Script(source, "_scope['solution']()") for source in sources]
-        results = self._run_each(scripts)
-        return [
-            _grade_paper(problem, results[script])
-            for (problem, _), script in zip(pairs, scripts, strict=True)
-        ]
 
     def _run_each(self, scripts: Iterable[Script]) -> dict[Script, ExecutionResult]:
         each = dict.fromkeys(scripts)
@@ -203,10 +194,6 @@ class Program(Prompted):
             sources = [script.source for script in group]
             results |= zip(group, self._sandbox.run(sources, call), strict=True)
         return results
-
-
-def _failed(result: ExecutionResult) -> Graded:
-    return Graded.without_answer(Verdict(result.status.value), result.reason)
 
 
 # --- completions → programs -----------------------------------------------------------------------
@@ -237,15 +224,14 @@ def programs_in(completion: str) -> tuple[str, ...]:
 
 
 def scripts_in(completion: str) -> tuple[Script, ...]:
-    """The programs to try, one after the other; none if the completion defines `solution`. If the
-    text is indented and contains no fenced blocks, it is the body of `solution`. Otherwise, the
-    program is the last fenced block that prints, or that assigns to `result` or one of
-    `ANSWER_NAMES` at the left margin. If there is no such block but the whole text prints or makes
-    such an assignment, the program is the whole text."""
+    """The programs to try, one after the other; none if the completion defines `solution`. Indented
+    text without fenced blocks is the body of `solution`. Otherwise, the program is the last fenced
+    block, or else the whole text, if it prints or assigns to `result` or one of `ANSWER_NAMES` at
+    the left margin."""
     text, blocks = _text_and_blocks(completion)
     if any(map(_SOLUTION.search, (*blocks, text))):
         return ()
-    if not blocks and text[:1].isspace():
+    if not blocks and text[:1].isspace() and text.strip():
         return tuple(Script(body, "solution()") for body in _unique(HEADER + _indented(text)))
     found = next((block for block in (*reversed(blocks), text) if _SCRIPT.search(block)), None)
     if found is None:
@@ -261,9 +247,9 @@ def _after_helpers(program: str, blocks: list[str]) -> str:
 
 
 def _answer_of(script: str) -> str:
-    """The expression whose value is the answer. It is the first of `ANSWER_NAMES` that the script
-    assigns. If the script assigns none of them, it is `result`, provided that the script assigns
-    `result` and does not print. Otherwise, it is `None`, which stands for the printed text."""
+    """The expression whose value is the answer: the first of `ANSWER_NAMES` that the script
+    assigns, else `result` if the script assigns it and does not print, else `None`, which stands
+    for the printed text."""
     names = {match["name"] for match in _SCRIPT.finditer(script) if match["name"] is not None}
     first = next((name for name in ANSWER_NAMES if name in names), None)
     return first or ("result" if "result" in names and "print" not in script else "None")
@@ -297,22 +283,20 @@ def _without_prose(program: str) -> str:
     """The program's definitions, its imports, and its assignments before `solution`. If `solution`
     is defined only inside quotes, the result is the whole program."""
     chunks = _chunks(program)
-    last = max(
-        (index for index, chunk in enumerate(chunks) if _SOLUTION.match(chunk)), default=None
-    )
-    if last is None:
+    defining = [index for index, chunk in enumerate(chunks) if _SOLUTION.match(chunk)]
+    if not defining:
         return program
     return "\n".join(
         chunk
         for index, chunk in enumerate(chunks)
         if _DEFINITION.match(chunk.partition("\n")[0])
-        or (index < last and _ASSIGNMENT.match(chunk))
+        or (index < defining[-1] and _ASSIGNMENT.match(chunk))
     )
 
 
 def _chunks(program: str) -> list[str]:
-    """The lines at the left margin, each with the following lines that belong to it: indented or
-    blank lines, closing brackets, and text inside triple quotes."""
+    """The lines at the left margin, each with the lines after it that are indented, blank, closing
+    brackets or inside triple quotes."""
     chunks: list[list[str]] = []
     in_quotes = False
     for line in program.split("\n"):
@@ -328,11 +312,8 @@ def _chunks(program: str) -> list[str]:
 
 
 def _indented(body: str) -> str:
-    """The body, indented as in a function. If only the first line has lost its indent, or if the
-    whole body is at the left margin, the missing indent is added."""
-    lines = body.strip("\n").rstrip().split("\n")
-    while lines and not lines[0].strip():
-        del lines[0]
+    """The body, indented as in a function, even if its first line or all of it was not."""
+    lines = re.sub(r"\A\s*\n", "", body).rstrip().split("\n")
     lines[0] = " " * _first_indent(lines) + lines[0].lstrip()
     if _indent(lines[0]) > 0:
         return "\n".join(lines)
@@ -343,21 +324,14 @@ def _indented(body: str) -> str:
 
 
 def _first_indent(lines: list[str]) -> int:
-    """The indent that the first line should have. It is inferred from the lines after the first, up
-    to the next line that is not indented."""
-    first = _indent(lines[0])
-    below = []
-    for line in lines[1:]:
-        if line.strip():
-            if _indent(line) == 0:
-                break
-            below.append(_indent(line))
+    """The indent that the first line should have, inferred from the indented lines right after
+    it."""
+    below = list(takewhile(bool, (_indent(line) for line in lines[1:] if line.strip())))
     if not below:
-        return first
-    opens = lines[0].rstrip().endswith((":", "(", "[", "{", ",", "\\"))
-    if not opens:
+        return _indent(lines[0])
+    if not lines[0].rstrip().endswith((":", "(", "[", "{", ",", "\\")):
         return below[0]
-    return min(below) if min(below) < below[0] else first
+    return min(below) if min(below) < below[0] else _indent(lines[0])
 
 
 def _indent(line: str) -> int:
@@ -366,11 +340,7 @@ def _indent(line: str) -> int:
 
 def _up_to_margin(body: str) -> str:
     lines = body.split("\n")
-    end = next(
-        (index for index, line in enumerate(lines) if line.strip() and not line[0].isspace()),
-        len(lines),
-    )
-    return "\n".join(lines[:end])
+    return "\n".join(takewhile(lambda line: not line.strip() or line[0].isspace(), lines))
 
 
 # --- gold programs --------------------------------------------------------------------------------
@@ -380,7 +350,7 @@ _GOLD_HEADER = re.compile(
     r"^def[ \t]+solution[ \t]*\([ \t]*\)[ \t]*(?:->[^:\n]+)?:[ \t]*", re.MULTILINE
 )
 _DOCSTRING = re.compile(
-    r'''\s*[rRuU]?(?:"""(?:[^\\]|\\.)*?"""|\'{3}(?:[^\\]|\\.)*?\'{3}'''
+    r'''\A\s*[rRuU]?(?:"""(?:[^\\]|\\.)*?"""|\'{3}(?:[^\\]|\\.)*?\'{3}'''
     r"""|"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*')[ \t]*(?:\n|$)""",
     re.DOTALL,
 )
@@ -394,10 +364,8 @@ def body_of(program: str) -> str | None:
     header = _GOLD_HEADER.search(program)
     if header is None:
         return None
-    before, body = program[: header.start()].strip("\n"), program[header.end() :]
-    docstring = _DOCSTRING.match(body)
-    if docstring is not None:
-        body = body[docstring.end() :]
+    before = program[: header.start()].strip("\n")
+    body = _DOCSTRING.sub("", program[header.end() :])
     parts = [part for part in (before, textwrap.dedent(body.strip("\n"))) if part.strip()]
     return textwrap.indent("\n".join(parts), "    ").rstrip()
 
@@ -420,15 +388,6 @@ def _paper_source(problem: Problem, completion: str) -> str:
     response = paper_response(
         completion if completion.startswith("def solution") else _paper_header(problem) + completion
     )
-    lines = response.replace("sys.exit", "print").split("\n")
-    end = next((index for index, line in enumerate(lines) if not line.strip()), len(lines))
-    code = without_unused_imports("\n".join(lines[:end]))
+    lines = takewhile(str.strip, response.replace("sys.exit", "print").split("\n"))
+    code = without_unused_imports("\n".join(lines))
     return f"import math\n_scope = {{}}\nexec({code!a}, {{'math': math}}, _scope)"
-
-
-def _grade_paper(problem: Problem, result: ExecutionResult) -> Graded:
-    """The grade of a program by the authors' rules. If the program fails and the gold answer is not
-    a number, the program's value counts as the string "none"."""
-    has_value = result.status is ExecutionStatus.OK or problem.answer.kind != "number"
-    graded = grade_value_paper(result.value, problem) if has_value else _failed(result)
-    return replace(graded, program_s=result.seconds)

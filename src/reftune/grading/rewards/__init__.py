@@ -46,8 +46,7 @@ def blame(
     samples: Sequence[Sample],
     error: BaseException,
 ) -> RewardError:
-    """An error that names the first sample for which `reward` fails when called with this sample
-    alone. If there is no such sample, the error names the whole batch."""
+    """An error that names the first sample for which `reward` fails alone, or the whole batch."""
     for sample in samples if len(samples) > 1 else ():
         try:
             reward([sample])
@@ -59,5 +58,5 @@ def blame(
 
 
 def ids(samples: Sequence[Sample]) -> str:
-    """The ids of a batch's first and last problem. Error messages use them to name the batch."""
+    """The ids of a batch's first and last problem, which name the batch in error messages."""
     return f"{samples[0][0].id} … {samples[-1][0].id}" if samples else "without samples"

@@ -35,7 +35,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from pydantic import Field
@@ -47,10 +47,7 @@ from reftune.text import counted
 from reftune.types import Completion, Graded, Problem
 
 ARGUMENTS = frozenset(
-    {
-        *("prompts", "completions", "completion_ids"),
-        *("answer", "golds", "verdicts", "values", "reasons"),
-    }
+    "prompts completions completion_ids answer golds verdicts values reasons".split()
 )
 """Names of the arguments that are not columns of the data."""
 
@@ -84,9 +81,7 @@ class FunctionReward(Component):
             raise
         except (Exception, SystemExit) as error:  # the user's code may raise anything
             raise blame(self.kind, self._call, samples, error) from error
-        return [
-            self._value(reward, sample) for reward, sample in zip(rewards, samples, strict=True)
-        ]
+        return list(map(self._value, rewards, samples))
 
     def _call(self, samples: Sequence[Sample]) -> Sequence[Any]:
         arguments = self._arguments(samples)
@@ -115,21 +110,20 @@ class FunctionReward(Component):
 
     def _arguments(self, samples: Sequence[Sample]) -> dict[str, list[Any]]:
         offered = _columns(samples)
-        parameters = inspect.signature(_function(self.kind)).parameters.values()
-        takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-        variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-        named = {each.name: each for each in parameters if each.kind not in variable}
-        missing = [
-            name
-            for name, parameter in named.items()
-            if name not in offered and parameter.default is parameter.empty
-        ]
-        if missing:
-            raise RewardError(
-                f"reward {self.kind}: has the argument {missing[0]}, which is not among"
-                f" {', '.join(sorted(offered))}"
-            )
-        return {name: column for name, column in offered.items() if takes_all or name in named}
+        named: set[str] = set()
+        for each in inspect.signature(_function(self.kind)).parameters.values():
+            if each.kind is each.VAR_KEYWORD:
+                named.update(offered)
+            elif each.kind is each.VAR_POSITIONAL:
+                continue
+            elif each.name in offered:
+                named.add(each.name)
+            elif each.default is each.empty:
+                raise RewardError(
+                    f"reward {self.kind}: has the argument {each.name}, which is not among"
+                    f" {', '.join(sorted(offered))}"
+                )
+        return {name: column for name, column in offered.items() if name in named}
 
     def _value(self, reward: Any, sample: Sample) -> float | None:
         if reward is None:
@@ -143,21 +137,16 @@ class FunctionReward(Component):
         return SumOfParts({str(name): self._number(part, sample) for name, part in reward.items()})
 
     def _number(self, reward: Any, sample: Sample) -> float:
-        try:
-            number = math.nan if isinstance(reward, str | bytes) else float(reward)
-        except (TypeError, ValueError, OverflowError):
-            number = math.nan
-        if not math.isfinite(number):
-            raise RewardError(
-                f"reward {self.kind}: sample {sample[0].id}: expected a finite number or None, got"
-                f" {_line(reward)}"
-            )
-        return number
+        with suppress(TypeError, ValueError, OverflowError):
+            if not isinstance(reward, str | bytes) and math.isfinite(float(reward)):
+                return float(reward)
+        line = repr(reward).partition("\n")[0][:100]
+        where = f"reward {self.kind}: sample {sample[0].id}"
+        raise RewardError(f"{where}: expected a finite number or None, got {line}")
 
 
 class _TimeUpError(BaseException):
-    """A call ran out of time. This class does not derive from `Exception`, because the user's code
-    might catch every `Exception`."""
+    """A call ran out of time. Not an `Exception`, because the user's code might catch these."""
 
 
 @contextmanager
@@ -203,8 +192,8 @@ def _columns(samples: Sequence[Sample]) -> dict[str, list[Any]]:
 
 
 def _finished(result: Any) -> Any:
-    """`result` itself or, if it is awaitable, the result of awaiting it. An awaitable is awaited in
-    a new thread, because the current thread may already be running an event loop."""
+    """`result`, awaited if it is awaitable. This needs a new thread, because the current one may
+    already be running an event loop."""
     if not inspect.isawaitable(result):
         return result
 
@@ -216,13 +205,8 @@ def _finished(result: Any) -> Any:
 
 
 def _by_sample(parts: Mapping[Any, Any], count: int) -> Any:
-    """Turn a mapping from part names to lists into one mapping per sample. Any other mapping is
-    returned unchanged."""
+    """One mapping per sample if `parts` maps names to lists, otherwise `parts` itself."""
     columns = list(parts.values())
     if not columns or not all(isinstance(c, list | tuple) and len(c) == count for c in columns):
         return parts
     return [dict(zip(parts, row, strict=True)) for row in zip(*columns, strict=True)]
-
-
-def _line(value: Any) -> str:
-    return repr(value).partition("\n")[0][:100]

@@ -17,10 +17,11 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from reftune.grading.decimals import with_points
 from reftune.grading.formats import Format
 from reftune.grading.formats.program import Program
-from reftune.grading.golds import number_gold, with_points
-from reftune.grading.markers import Reading, reasoning_text
+from reftune.grading.golds import number_gold
+from reftune.grading.markers import reasoning_text
 from reftune.grading.numbers import last_number
 from reftune.grading.options import option_values, read_choice
 from reftune.grading.sentences import parse_number
@@ -141,8 +142,8 @@ def derived_values(
     instead the last value computed before that line.
     """
     if not isinstance(format, Program):
-        reading = Reading(decimal=getattr(format, "decimal", "."))
-        return [last_number(with_points(reasoning_text(text), reading)) for text in completions]
+        decimal = getattr(format, "decimal", ".")
+        return [last_number(with_points(reasoning_text(text), decimal)) for text in completions]
     probes = [replace(problem, choices=(), answer=_NUMBER_PROBE) for problem in problems]
     return [
         graded.value

@@ -1,0 +1,53 @@
+"""Converts between decimal points and decimal commas. The rest of the code reads and writes numbers
+with decimal points."""
+
+from __future__ import annotations
+
+import re
+
+from reftune.grading.plain_text import without_grouping_spaces
+from reftune.types import AnswerKind
+
+_DIGITS = re.compile(r"\d[\d.,]*\d")
+_GROUPED_BY_POINTS = re.compile(r"[1-9]\d{0,2}(?:\.\d{3})+(?:,\d+)?")
+_ENGLISH = re.compile(r"(?:[1-9]\d{0,2}(?:,\d{3})+|\d+)(?:\.\d+)?")
+_SWAPPED = str.maketrans(".,", ",.")
+_PAIR = re.compile(r"([(\[] ?-?\d+ ?, ?-?\d+ ?(?:\\right)?[)\]])")
+"""Matches two whole numbers in brackets (a point, an interval or a list). The comma between them
+is not a decimal comma."""
+COMMA_LIST = re.compile(r"\[(?=.*\d,\d)(?=.*,\s)[-\d\s,.]+\]", re.DOTALL)
+"""Matches a list of numbers with decimal commas, such as "[1,5, 2,5]"."""
+_KEPT: tuple[AnswerKind, ...] = ("text", "latex", "regex")
+"""Kinds of answers in which decimal separators stay as they are."""
+
+
+def with_points(cell: object, decimal: str, kind: AnswerKind | None = None) -> str:
+    """A cell, or an answer of this kind, as text whose numbers have decimal points instead of the
+    separator `decimal`. "3,5" becomes "3.5", and "1.250,75" becomes "1,250.75". A point that cannot
+    group thousands stays a decimal point. Pairs such as "(1,2)" stay unchanged unless the answer is
+    a number. A cell that is not a string needs no conversion."""
+    if not isinstance(cell, str) or decimal == "." or kind in _KEPT:
+        return str(cell)
+    parts = [cell] if kind == "number" else _PAIR.split(cell)
+    for n in range(0, len(parts), 2):  # the others are pairs
+        text = without_grouping_spaces(parts[n]).replace("{,}", ",")
+        parts[n] = _DIGITS.sub(_with_point, text)
+    return "".join(parts)
+
+
+def _with_point(match: re.Match[str]) -> str:
+    digits = match[0]
+    if _GROUPED_BY_POINTS.fullmatch(digits):
+        return digits.translate(_SWAPPED)
+    return digits.replace(",", ".") if digits.count(",") == 1 and "." not in digits else digits
+
+
+def with_separator(text: str, decimal: str, kind: AnswerKind | None = None) -> str:
+    """A text, or an answer of this kind, whose numbers have the separator `decimal` instead of
+    decimal points. With a comma, "1,250.75" becomes "1.250,75"."""
+    if decimal == "." or kind in _KEPT:
+        return text
+    return _DIGITS.sub(
+        lambda match: match[0].translate(_SWAPPED) if _ENGLISH.fullmatch(match[0]) else match[0],
+        text,
+    )
