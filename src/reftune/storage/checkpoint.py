@@ -29,9 +29,9 @@ from reftune.text import brief
 if TYPE_CHECKING:
     import torch
 
-MANIFEST, TENSORS, STATE = "manifest.json", "tensors.safetensors", "state.json"
-FILES = (TENSORS, STATE)
-"""The files whose checksums are in the manifest."""
+MANIFEST = "manifest.json"
+"""Contains the checksums of `FILES`."""
+FILES = TENSORS, STATE = "tensors.safetensors", "state.json"
 _STEP = re.compile(r"step-(\d{6,})")
 
 
@@ -101,9 +101,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
 
     states = optimizer.state_dict()["state"]
     return {
-        f"optimizer.{index}.{key}": (
-            value if isinstance(value, torch.Tensor) else torch.tensor(value)
-        )
+        f"optimizer.{index}.{key}": torch.as_tensor(value)
         for index, state in states.items()
         for key, value in _flat(state).items()
     }
@@ -114,10 +112,10 @@ def _flat(state: Mapping[str, Any]) -> dict[str, Any]:
     bitsandbytes stores its quantized state in a nested dict, but can load the flat form too. The
     quantized state contains tables that all parameters share. safetensors rejects shared tensors,
     so the tables are copied."""
-    nested = [value for value in state.values() if isinstance(value, Mapping)]
-    plain = {key: value for key, value in state.items() if not isinstance(value, Mapping)}
-    tensors = {key: value for part in nested for key, value in part.items()}
-    return plain | {k: v.clone() if k.startswith("qmap") else v for k, v in tensors.items()}
+    flat: dict[str, Any] = {}
+    for key, value in state.items():
+        flat |= value if isinstance(value, Mapping) else {key: value}
+    return {k: v.clone() if k.startswith("qmap") else v for k, v in flat.items()}
 
 
 def load_optimizer_tensors(

@@ -66,7 +66,8 @@ def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
             folder.parent.mkdir(parents=True, exist_ok=True)
             fill(partial)
             make_readable(partial)
-            sync_files(partial)
+            for path in (*partial.rglob("*"), partial):
+                sync(path)
             if folder.exists():
                 folder.rename(old)
             partial.rename(folder)
@@ -123,12 +124,6 @@ def link_files(source: Path, target: Path, *, but: str = "") -> None:
                 shutil.copyfile(path, link)
 
 
-def sync_files(folder: Path) -> None:
-    """Call `sync` on everything in `folder`, then on `folder` itself."""
-    for path in (*folder.rglob("*"), folder):
-        sync(path)
-
-
 def sync(path: Path) -> None:
     """Wait until a file's content, or a folder's list of names, would survive a power cut. Raises:
     OSError for a disk error."""
@@ -158,8 +153,8 @@ class JsonLines:
         """Wait until the appended lines would survive a power cut. Raises: CheckpointError for a
         disk error."""
         if is_main() and self.path.exists():
-            with writing(self.path), self.path.open("rb") as file:
-                os.fsync(file.fileno())
+            with writing(self.path):
+                sync(self.path)
 
     def size(self) -> int:
         """Size of the file in bytes; 0 if there is no file."""

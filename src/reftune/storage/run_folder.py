@@ -15,8 +15,7 @@ import shlex
 import sys
 import time
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path
@@ -33,52 +32,28 @@ if TYPE_CHECKING:
     from reftune.types import Problem
 
 
-@dataclass(frozen=True, slots=True)
 class RunFolder:
     """The folder `runs/NAME`. docs/design.md describes the files that people and scripts read."""
 
-    path: Path
-
-    @property
-    def recipe(self) -> Path:
-        return self.path / "recipe.yaml"
-
-    @property
-    def environment(self) -> Path:
-        return self.path / "env.json"
-
-    @property
-    def data(self) -> Path:
-        return self.path / "data.json"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def summary(self) -> Path:
-        return self.path / "summary.json"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe = path / "recipe.yaml"
+        self.environment = path / "env.json"
+        self.data = path / "data.json"
+        self.metrics = path / "metrics.jsonl"
+        self.summary = path / "summary.json"
+        self.report = path / "report.html"
+        self.evaluations = path / "eval"
+        self.lock = path / ".lock"
 
     @property
     def is_run(self) -> bool:
         """Whether a run has claimed the folder. A recipe alone may be a user's own file."""
         return self.recipe.is_file() and self.environment.is_file()
 
-    @property
-    def report(self) -> Path:
-        return self.path / "report.html"
-
-    @property
-    def lock(self) -> Path:
-        return self.path / ".lock"
-
     def stage(self, method: str) -> StageFolder:
         """Folder of a stage, or of a snapshot that a stage saves."""
         return StageFolder(self.path / "stages" / method)
-
-    @property
-    def evaluations(self) -> Path:
-        return self.path / "eval"
 
     def evaluation(self, method: str) -> Path:
         return self.evaluations / f"{method}.jsonl"
@@ -96,21 +71,30 @@ class RunFolder:
         return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
-@dataclass(frozen=True, slots=True)
 class StageFolder:
     """The folder `stages/NAME`. It contains a model in Hugging Face format, and the files below. A
     stage's folder contains the model that the stage chose on dev. A snapshot's folder contains the
     model at the snapshot's step."""
 
-    path: Path
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.info = path / "stage.json"
+        """This file is written last."""
+        self.samples = path / "samples.jsonl"
+        self.drawn = path / "sampled.jsonl"
+        """Solutions sampled for the training problems. Self-training or a reward model trains on
+        them."""
+        self.drawn_dev = path / "sampled_dev.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.best = self.checkpoints / "best"
+        """Folder of the best model on dev so far."""
 
-    @property
-    def info(self) -> Path:
-        return self.path / "stage.json"
+    def nonfinite(self, step: int) -> Path:
+        return self.path / f"nonfinite-{step:06d}.json"
 
     @property
     def is_done(self) -> bool:
-        """Whether the stage is complete. The file `info` is written last."""
+        """Whether the stage is complete."""
         return self.info.is_file()
 
     @property
@@ -127,41 +111,13 @@ class StageFolder:
     def run(self) -> RunFolder:
         return RunFolder(self.path.parents[1])
 
-    @property
-    def samples(self) -> Path:
-        return self.path / "samples.jsonl"
-
-    @property
-    def drawn(self) -> Path:
-        """Solutions sampled for the training problems. Self-training or a reward model trains on
-        them."""
-        return self.path / "sampled.jsonl"
-
-    @property
-    def drawn_dev(self) -> Path:
-        return self.path / "sampled_dev.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def best(self) -> Path:
-        """Folder of the best model on dev so far."""
-        return self.checkpoints / "best"
-
-    def nonfinite(self, step: int) -> Path:
-        return self.path / f"nonfinite-{step:06d}.json"
-
 
 # --- ownership ------------------------------------------------------------------------------------
 
 
-FIRST = RunFolder(Path())
 BEFORE_CLAIM = frozenset(
-    [FIRST.lock.name]
-    + [path.name for path in (FIRST.environment, FIRST.data)]
-    + [f".{path.name}.partial" for path in (FIRST.environment, FIRST.data, FIRST.recipe)]
+    [".lock", "env.json", "data.json"]
+    + [f".{name}.partial" for name in ("env.json", "data.json", "recipe.yaml")]
 )
 """Names of files that may remain from a run that was killed before it wrote `recipe.yaml`."""
 ENVIRONMENT = ("reftune", "torch", "transformers", "accelerate", "peft", "pydantic-monty", "numpy")
@@ -219,7 +175,8 @@ def claimed(folder: RunFolder, recipe: Recipe, splits: Splits) -> Iterator[list[
                 notes += _changed_environment(folder)
                 notes += _stretched_rates(wanted, longer)
                 notes += [*_changed_rounding(own, wanted), *_set_aside(folder, own, wanted)]
-                if longer or _evaluated(own) != _evaluated(wanted):
+                has_other_stages = [*own["stages"]] != [*wanted["stages"]]
+                if longer or has_other_stages or own.get("evaluate") != wanted.get("evaluate"):
                     folder.summary.unlink(missing_ok=True)
             # written last, because it claims a new folder for this run
             text = dump_recipe(recipe)
@@ -283,10 +240,9 @@ def split_hashes(splits: Splits) -> dict[str, str]:
     }
 
 
-def _hashed(problem: Problem) -> list[Any]:
-    turns = [[turn.role, turn.content] for turn in problem.messages]
-    answer = problem.written_answer
-    return [problem.id, problem.question, problem.choices, answer, problem.rationale, *turns]
+def _hashed(p: Problem) -> list[Any]:
+    turns = [[turn.role, turn.content] for turn in p.messages]
+    return [p.id, p.question, p.choices, p.written_answer, p.rationale, *turns]
 
 
 def refuse_changed_data(folder: RunFolder, splits: Splits) -> None:
@@ -372,11 +328,6 @@ def without(recipe: Mapping[str, Any], keys: Collection[str], where: str = "") -
             value = without(value, keys, TRAINING if value.keys() >= TRAINING_KEYS else place)
         kept[name] = value
     return kept
-
-
-def _evaluated(recipe: dict[str, Any]) -> tuple[list[str], Any]:
-    """What a recipe evaluates, and how."""
-    return [*recipe["stages"]], recipe.get("evaluate")
 
 
 def _changed_rounding(own: dict[str, Any], wanted: dict[str, Any]) -> Iterator[str]:
@@ -467,29 +418,17 @@ def _reopen(folder: RunFolder, name: str) -> Iterator[str]:
 
 
 def _own_and_wanted(folder: RunFolder, recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The folder's recipe and `recipe`, both with all keys. Raises: CheckpointError if the folder's
-    recipe cannot be read."""
-    own = _as_of_now(_read_own_recipe(folder.recipe))
-    return own, yaml.safe_load(dump_recipe(recipe))
-
-
-def _read_own_recipe(path: Path) -> dict[str, Any]:
+    """The folder's recipe and `recipe`, both with all keys. If the folder's recipe is no longer
+    valid, it is returned as stored. Raises: CheckpointError if it cannot be read."""
     try:
-        old = yaml.safe_load(path.read_bytes())
+        own = yaml.safe_load(folder.recipe.read_bytes())
     except (yaml.YAMLError, ValueError):
-        old = None
-    if not isinstance(old, dict):
-        raise CheckpointError(f"{path}: not the recipe of a run; choose another run_dir")
-    return old
-
-
-def _as_of_now(old: dict[str, Any]) -> dict[str, Any]:
-    """A stored recipe, completed with the defaults of keys that did not exist when it was stored.
-    If the recipe is no longer valid, it is returned unchanged."""
-    try:
-        return dict(yaml.safe_load(dump_recipe(parse_recipe(old))))
-    except RecipeError:
-        return old
+        own = None
+    if not isinstance(own, dict):
+        raise CheckpointError(f"{folder.recipe}: not the recipe of a run; choose another run_dir")
+    with suppress(RecipeError):  # adds the defaults of keys that are newer than the stored recipe
+        own = parse_recipe(own).model_dump(mode="json")
+    return own, recipe.model_dump(mode="json")
 
 
 def first_difference(old: Any, new: Any, where: str = "") -> str | None:
