@@ -61,33 +61,38 @@ def unknown_key(key: object, known: Mapping[str, Any] | Sequence[str]) -> str:
 
 
 GROUPS = {
-    "datasets": "reftune.datasets",
-    "formats": "reftune.grading.formats",
-    "rewards": "reftune.grading.rewards",
-    "engines": "reftune.engines",
-    "algorithms": "reftune.algorithms",
-    "stages": "reftune.stages",
+    "datasets": ("reftune.datasets", ("load",)),
+    "formats": ("reftune.grading.formats", ("prompt", "target", "grade")),
+    "rewards": ("reftune.grading.rewards", ("__call__",)),
+    "engines": ("reftune.engines", ("generate",)),
+    "algorithms": ("reftune.algorithms", ("credit", "loss")),
+    "stages": ("reftune.stages", ("run", "cost", "needs", "produces")),
 }
-"""Group of plug-ins → the package that contains them, one plug-in per file."""
-MEMBERS = {
-    "datasets": ("load",),
-    "formats": ("prompt", "target", "grade"),
-    "rewards": ("__call__",),
-    "engines": ("generate",),
-    "algorithms": ("credit", "loss"),
-    "stages": ("run", "cost", "needs", "produces"),
-}
-"""Group of plug-ins → what each class of the group defines or inherits from its base class."""
+"""Group of plug-ins → the package that contains them, one plug-in per file, and the names that each
+class of the group defines or inherits from its base class."""
+
+
+def _built_in(kind: str, group: str) -> list[type[Component]]:
+    """The public component classes that the module `kind` itself defines, except abstract
+    classes."""
+    module = importlib.import_module(f"{GROUPS[group][0]}.{kind}")
+    return [
+        value
+        for value in vars(module).values()
+        if inspect.isclass(value)
+        and issubclass(value, Component)
+        and value.__module__ == module.__name__
+        and not value.__name__.startswith("_")
+        and not inspect.isabstract(value)
+    ]
 
 
 def known_kinds(group: str) -> list[str]:
     """The built-in kinds of a group of plug-ins. They are the names of those modules in the group's
     package that define a public component."""
-    folder = Path(importlib.import_module(GROUPS[group]).__path__[0])
+    folder = Path(importlib.import_module(GROUPS[group][0]).__path__[0])
     names = sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
-    return [
-        name for name in names if _components_of(importlib.import_module(f"{GROUPS[group]}.{name}"))
-    ]
+    return [name for name in names if _built_in(name, group)]
 
 
 def load_component(spec: Any, *, group: str, default: str | None = None) -> Any:
@@ -105,24 +110,24 @@ def load_component(spec: Any, *, group: str, default: str | None = None) -> Any:
         kinds = ", ".join(known_kinds(group))
         raise refusal("component", f"expected a kind ({kinds}) or a mapping with the key kind")
     cls = component_class(str(spec["kind"]), group=group)
+    if inspect.isfunction(cls) and group == "rewards":
+        cls = component_class("function", group=group)
     if inspect.isfunction(cls):
-        return _wrap_function(spec, group=group)
+        raise refusal(
+            "not_a_class",
+            f"{spec['kind']} is a function; {group} are classes derived from Component",
+        )
     if not (inspect.isclass(cls) and issubclass(cls, Component)):
         raise refusal(
             "not_a_component",
             f"{spec['kind']} is not a class derived from reftune.recipe.kinds.Component",
         )
-    if inspect.isabstract(cls):
-        missing = ", ".join(sorted(cls.__abstractmethods__))
-        raise refusal("not_a_component", f"{spec['kind']} lacks {missing}, which its base requires")
     # not `hasattr`, because every class itself can be called
     found = {name for base in cls.__mro__ for name in vars(base)}
-    missing = ", ".join(name for name in MEMBERS[group] if name not in found)
+    missing = cls.__abstractmethods__ | {*GROUPS[group][1]} - found
     if missing:
-        raise refusal(
-            "not_a_component",
-            f"{spec['kind']} has no {missing}; {group} need {', '.join(MEMBERS[group])}",
-        )
+        lacking = ", ".join(sorted(missing))
+        raise refusal("not_a_component", f"{spec['kind']} lacks {lacking}, which {group} need")
     return cls.model_validate(dict(spec))
 
 
@@ -139,23 +144,8 @@ def component_class(kind: str, *, group: str) -> Any:
         listed = f"known: {', '.join(kinds)}, or your own file.py:Name"
         hint = did_you_mean(kind, kinds) or listed
         raise refusal("unknown_kind", f"{kind}: unknown kind; {hint}")
-    module = importlib.import_module(f"{GROUPS[group]}.{kind}")
-    classes = _components_of(module)
-    assert len(classes) == 1, f"{module.__name__} must define one public Component, found {classes}"
-    return classes[0]
-
-
-def _components_of(module: ModuleType) -> list[type[Component]]:
-    """The public component classes that `module` itself defines, except abstract classes."""
-    return [
-        value
-        for value in vars(module).values()
-        if inspect.isclass(value)
-        and issubclass(value, Component)
-        and value.__module__ == module.__name__
-        and not value.__name__.startswith("_")
-        and not inspect.isabstract(value)
-    ]
+    (cls,) = _built_in(kind, group)
+    return cls
 
 
 def shipped_recipes() -> Path:
@@ -202,15 +192,6 @@ def _user_module(path: Path, changed_ns: int, size: int) -> ModuleType | None:
     sys.modules[name] = module  # pydantic looks up postponed annotations there
     spec.loader.exec_module(module)
     return module
-
-
-def _wrap_function(spec: Mapping[str, Any], *, group: str) -> Any:
-    if group != "rewards":
-        raise refusal(
-            "not_a_class",
-            f"{spec['kind']} is a function; {group} are classes derived from Component",
-        )
-    return component_class("function", group="rewards").model_validate(dict(spec))
 
 
 def component_field(group: str, *, default: str | None = None) -> Any:

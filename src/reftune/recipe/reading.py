@@ -78,9 +78,6 @@ def read_yaml(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         ) from None
     if not isinstance(data, dict):
         raise RecipeError(f"{path}: expected a mapping of recipe keys, got {type(data).__name__}")
-    for key in data:
-        if not isinstance(key, str):
-            raise RecipeError(f"{path}: expected keys that are text, got {key!r}")
     bases = data.pop("extends", [])
     if not isinstance(bases, list):
         bases = [bases]

@@ -133,10 +133,6 @@ class EvaluateTable(Table):
         return self.samples if self.sampled is None or method in self.sampled else 0
 
 
-RATIONALE_FORMATS = ("nl", "program")
-"""Formats in which a dataset can write its rationales (`dataset.rationale`)."""
-
-
 class CheckTable(Table):
     """What `reftune check` accepts."""
 
@@ -181,7 +177,7 @@ class Recipe(Table):
     @model_validator(mode="after")
     def _rationales_fit_the_format(self) -> Recipe:
         written, read = getattr(self.dataset, "rationale", None), self.format.kind
-        if written in RATIONALE_FORMATS and read in RATIONALE_FORMATS and written != read:
+        if (written, read) in (("nl", "program"), ("program", "nl")):
             raise refusal(
                 "rationale_kind",
                 f"dataset.rationale: {written} rationales, but format.kind is {read}; expected the"
