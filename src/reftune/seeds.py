@@ -4,7 +4,7 @@ checkpoint need not contain the state of a generator."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import itertools
 
 import numpy as np
 
@@ -25,13 +25,9 @@ def endless_indices(num_items: int, *, start: int, count: int, seed: int) -> lis
     """A part of an endless sequence of item indices: the indices at positions `start` to
     `start + count - 1`, counted from 0. The sequence consists of epochs. Each epoch contains the
     indices of all `num_items` items in a new random order."""
-    return [index for index, _ in zip(_endless(num_items, start, seed), range(count), strict=False)]
-
-
-def _endless(num_items: int, start: int, seed: int) -> Iterator[int]:
-    epoch, offset = divmod(start, num_items)
-    while True:
-        yield from (
-            int(index) for index in generator(seed, "epoch", epoch).permutation(num_items)[offset:]
-        )
-        epoch, offset = epoch + 1, 0
+    first, offset = divmod(start, num_items)
+    indices = itertools.chain.from_iterable(
+        generator(seed, "epoch", epoch).permutation(num_items).tolist()
+        for epoch in itertools.count(first)
+    )
+    return list(itertools.islice(indices, offset, offset + count))

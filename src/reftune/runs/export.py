@@ -73,7 +73,7 @@ def export_model(run_folder: Path, method: str, out: Path, *, adapter: bool = Fa
             ignore = shutil.ignore_patterns(*NOT_PART_OF_THE_MODEL)
             shutil.copytree(stage, folder, ignore=ignore)
         if serving is not None:
-            serving.tokenizer.save_pretrained(folder)
+            serving.encoder.tokenizer.save_pretrained(folder)
             serving.generation.save_pretrained(folder)
         base = Base.read(folder, recipe) if adapter else None
         card = model_card(run, method, serving, base)
@@ -141,10 +141,6 @@ class Serving:
     """The dtype in which the run evaluated the weights."""
 
     @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        return self.encoder.tokenizer
-
-    @property
     def prompt(self) -> str | Conversation:
         return self.encoder.format.prompt(self.problem)
 
@@ -160,15 +156,11 @@ class Serving:
         return list(stop_texts(self.encoder.format))
 
     @property
-    def limit(self) -> int:
-        return int(self.generation.max_new_tokens or 0)
-
-    @property
     def adds_special_tokens(self) -> bool:
         """Whether the tokenizer's defaults turn the prompt's text into the same ids as in
         training."""
         ids = self.encoder.prompt(self.problem)
-        return ids == list(self.tokenizer.encode(self.encoder.text_of(self.prompt)))
+        return ids == list(self.encoder.tokenizer.encode(self.encoder.text_of(self.prompt)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -356,36 +348,31 @@ def _accuracy(score: Mapping[str, Any] | None, split: str) -> str:
 
 def _usage(serving: Serving, method: str, base: Base | None) -> str:
     ends = token_ids_of(serving.generation.eos_token_id)
-    stops = [f"`{serving.tokenizer.decode([id_])}` (id {id_})" for id_ in ends]
+    stops = [f"`{serving.encoder.tokenizer.decode([id_])}` (id {id_})" for id_ in ends]
     stops += [f"the string {text!r}, which is not part of the answer" for text in serving.stop]
     model = "weights are" if base is None else "adapters, merged into the base, were"
     were = "were " if base is None else ""
-    has_example = serving.problem != MADE_UP
-    return f"""
-## Use
-{_shown_prompt(serving) if has_example else ""}
-A completion ends at {" or ".join(stops)}. In training, completions had at most
-{serving.limit} tokens.
-The {model} stored in {serving.stored_dtype} and {were}evaluated in {serving.dtype}.
-{_calls(serving, f"{serving.name}-{method}", base) if has_example else ""}"""
-
-
-def _shown_prompt(serving: Serving) -> str:
-    bos = "" if serving.adds_special_tokens else ", with no special token before it"
-    return f"""
+    example = calls = ""
+    if serving.problem != MADE_UP:
+        bos = "" if serving.adds_special_tokens else ", with no special token before it"
+        example = f"""
 The exact prompt for one problem{bos}:
 
 {_fenced(serving.encoder.text_of(serving.prompt), "text")}
 """
-
-
-def _calls(serving: Serving, name: str, base: Base | None) -> str:
-    return f"""
+        calls = f"""
 Run the following in this folder:
 
-{_shell(serving, name, base)}
+{_shell(serving, f"{serving.name}-{method}", base)}
 {_fenced(_python(serving, base), "python")}
 """
+    return f"""
+## Use
+{example}
+A completion ends at {" or ".join(stops)}. In training, completions had at most
+{serving.generation.max_new_tokens} tokens.
+The {model} stored in {serving.stored_dtype} and {were}evaluated in {serving.dtype}.
+{calls}"""
 
 
 def _shell(serving: Serving, name: str, base: Base | None) -> str:
@@ -414,7 +401,8 @@ def _shell(serving: Serving, name: str, base: Base | None) -> str:
 def request_body(serving: Serving, name: str) -> dict[str, Any]:
     """The body of an OpenAI-compatible request that prompts the model as the evaluation did."""
     prompt = serving.prompt
-    body: dict[str, Any] = {"model": name, "temperature": 0, "max_tokens": serving.limit}
+    limit = serving.generation.max_new_tokens
+    body: dict[str, Any] = {"model": name, "temperature": 0, "max_tokens": limit}
     if serving.stop:
         body["stop"] = serving.stop
     if not isinstance(prompt, Conversation):

@@ -74,18 +74,27 @@ class Models:
         return policy
 
     def _restored(self, name: str, *, trained: bool) -> Policy:
-        """The model `name` as a policy, with its value head. If the policy will be trained on a
-        4-bit base, it is restored from the model's adapters. Otherwise, it is restored from the
-        model's weights."""
+        """The model `name` as a policy, with its value head, the recipe's settings and on the
+        recipe's device. If the policy will be trained on a 4-bit base, it is restored from the
+        model's adapters. Otherwise, it is restored from the model's weights, and if it will be
+        trained with adapters, these are new."""
         table = self.recipe.model
         require_trained(self.recipe, [name])
+        continues = trained and table.quantize is not None
+        if continues and sharding.current.splits:
+            raise RecipeError("model.quantize: FSDP2 cannot split weights in 4 bits; expected DDP")
         torch.manual_seed(derive_seed(self.recipe.seed, "adapters"))
         folder = stage_folder(self.recipe, name).path
-        continues = trained and table.quantize is not None
-        loaded = self._read(
-            "base" if continues else name, as_stored=not trained or table.lora is not None
-        )
-        policy = self._policy(*loaded, trained=trained)
+        as_stored = not trained or table.lora is not None
+        policy = Policy(
+            *self._read("base" if continues else name, as_stored=as_stored),
+            dtype=getattr(torch, table.dtype),
+            lora=table.lora if trained else None,
+            quantize=table.quantize if trained else None,
+            trained=trained,
+            stop=stop_texts(self.recipe.format),
+        ).to(choose_device(table.device))
+        policy.saved_dtype, policy.max_tokens = saved_dtype(table), table.max_tokens
         if continues and name != "base":
             if is_adapter_folder(folder):
                 require_continuable(folder, table)
@@ -113,26 +122,6 @@ class Models:
             model, tokenizer = self._read("base", as_stored=as_stored)
             return with_adapters(model, folder, base=table.path), tokenizer
         return load_pretrained(folder, trust_remote_code=trust, as_stored=as_stored)
-
-    def _policy(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, trained: bool
-    ) -> Policy:
-        """A policy for `model`, with the recipe's settings and on the recipe's device. If the
-        policy needs adapters, new adapters are added."""
-        table = self.recipe.model
-        if trained and table.quantize is not None and sharding.current.splits:
-            raise RecipeError("model.quantize: FSDP2 cannot split weights in 4 bits; expected DDP")
-        policy = Policy(
-            model,
-            tokenizer,
-            dtype=getattr(torch, table.dtype),
-            lora=table.lora if trained else None,
-            quantize=table.quantize if trained else None,
-            trained=trained,
-            stop=stop_texts(self.recipe.format),
-        )
-        policy.saved_dtype, policy.max_tokens = saved_dtype(table), table.max_tokens
-        return policy.to(choose_device(table.device))
 
 
 # --- the names in a recipe ------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from reftune.datasets import Splits, load_splits
 from reftune.errors import DataError, RecipeError
 from reftune.processes import launch, world
 from reftune.recipe import Recipe
+from reftune.results import read_groups, summarize, write_report
 from reftune.runs.auto import settled
 from reftune.runs.evaluation import FinalEvaluation
 from reftune.runs.models import Models, check_stage_graph, require_trained
@@ -226,7 +227,6 @@ class Run:
     def summarize(self) -> dict[str, Any]:
         """Write report.html from the run's files and, if all methods are evaluated, summary.json.
         Returns: the summary of the methods that are evaluated."""
-        from reftune.results import read_groups, summarize, write_report
 
         def written() -> dict[str, Any]:
             groups = read_groups([self.folder.path], finished=False)
@@ -240,8 +240,6 @@ class Run:
 
     def report(self) -> None:
         """Write report.html for the run so far."""
-        from reftune.results import read_groups, write_report
-
         if world.is_main():
             write_report(read_groups([self.folder.path], finished=False), self.folder.report)
 
