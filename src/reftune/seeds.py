@@ -10,8 +10,7 @@ import numpy as np
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A 63-bit seed derived from `parts`, as in `derive_seed(recipe.seed, "reft", "rollout",
-    step)`."""
+    """A 63-bit seed derived from `parts`, such as `(recipe.seed, "reft", "rollout", step)`."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 

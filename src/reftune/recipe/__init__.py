@@ -1,5 +1,4 @@
-"""Recipes and plug-ins. A recipe is a table of keys read from YAML. It names plug-ins by their
-kinds."""
+"""Recipes, which are tables of keys read from YAML, and the plug-ins that they name by kind."""
 
 from reftune.recipe.kinds import Component as Component
 from reftune.recipe.kinds import Table as Table

@@ -1,8 +1,7 @@
 """Loads plug-ins. A plug-in is a class that derives from `Component`. Its fields are its recipe
 keys. A reward may also be a function. A recipe names a plug-in by its kind. The kind is either the
 name of a module that comes with reftune (`gsm8k` for `reftune/datasets/gsm8k.py`) or
-`file.py:Name`. The file is looked up first in the working directory, then among the recipes that
-come with reftune."""
+`file.py:Name`. The file is looked up in the working directory, then among reftune's recipes."""
 
 from __future__ import annotations
 
@@ -73,8 +72,7 @@ class of the group defines or inherits from its base class."""
 
 
 def _built_in(kind: str, group: str) -> list[type[Component]]:
-    """The public component classes that the module `kind` itself defines, except abstract
-    classes."""
+    """The public component classes, except abstract ones, that the module `kind` itself defines."""
     module = importlib.import_module(f"{GROUPS[group][0]}.{kind}")
     return [
         value
@@ -132,11 +130,8 @@ def load_component(spec: Any, *, group: str, default: str | None = None) -> Any:
 
 
 def component_class(kind: str, *, group: str) -> Any:
-    """The class that a kind names. If the kind is `file.py:Name`, the result is the object called
-    `Name` in that file. This object may also be a function.
-
-    Raises: PydanticCustomError if there is no such class or object.
-    """
+    """The class that a kind names or, for `file.py:Name`, the object `Name` in that file, which may
+    also be a function. Raises: PydanticCustomError if there is no such class or object."""
     if ":" in kind:
         return _user_object(kind)
     kinds = known_kinds(group)
@@ -195,7 +190,6 @@ def _user_module(path: Path, changed_ns: int, size: int) -> ModuleType | None:
 
 
 def component_field(group: str, *, default: str | None = None) -> Any:
-    """The type of a recipe key whose value is a plug-in of `group`. The plug-in's kind is `default`
-    unless the recipe names another."""
+    """The type of a recipe key that contains a plug-in of `group`, of kind `default` if unset."""
     load = functools.partial(load_component, group=group, default=default)
     return SerializeAsAny[Annotated[Component, BeforeValidator(load)]]

@@ -30,8 +30,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def parse_recipe(data: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
-    """Validate `data` and return the recipe. Raises: RecipeError if `data` is not valid; the
-    message begins with `where`."""
+    """The recipe that `data` describes. Raises: RecipeError, beginning with `where`, if invalid."""
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
@@ -43,8 +42,7 @@ def parse_recipe(data: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """A YAML loader that rejects a mapping if it contains a key twice. YAML forbids such mappings,
-    but PyYAML accepts them."""
+    """A YAML loader that rejects a key that occurs twice in a mapping, as YAML demands."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)

@@ -15,8 +15,6 @@ from reftune.types import Problem
 if TYPE_CHECKING:
     from reftune.datasets import Splits
 
-# --- the recipe -----------------------------------------------------------------------------------
-
 
 class LoraTable(Table):
     """Train low-rank adapters instead of all weights."""
@@ -207,8 +205,7 @@ class Recipe(Table):
 
     @property
     def methods_to_evaluate(self) -> list[str]:
-        """The names of the methods to evaluate, in training order. `base` comes first, if it is to
-        be evaluated."""
+        """The names of the methods to evaluate: `base`, if wanted, then in training order."""
         wanted = self.evaluate.stages
         if wanted is None:
             return self.methods

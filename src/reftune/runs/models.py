@@ -1,5 +1,4 @@
-"""The models that a run reads by name: `base`, the methods that its stages save, and folders of
-models or adapters."""
+"""The models that a run reads by name: `base`, saved methods, and folders of models or adapters."""
 
 from __future__ import annotations
 
@@ -46,11 +45,8 @@ class Models:
         """The model `name` as a policy. With `trained`, the policy is built for training: if the
         recipe sets `lora`, the policy has adapters. With a 4-bit base, these are the model's own
         adapters; otherwise, they are new. The caller must not change the policy. `take` returns a
-        policy that may be changed.
-
-        Raises: RecipeError if the method is not trained yet, or if this machine or FSDP2 does not
-        support a setting; ModelError if the model cannot be used.
-        """
+        policy that may be changed. Raises: RecipeError if the method is not trained yet, or if this
+        machine or FSDP2 does not support a setting; ModelError if the model cannot be used."""
         table = self.recipe.model
         is_other = table.lora is not None or table.gradient_checkpointing
         key = (name, trained and is_other)
@@ -61,8 +57,7 @@ class Models:
         return self.kept[key]
 
     def release(self) -> None:
-        """Free the memory of the policy that was loaded last, and of policies that are no longer
-        used."""
+        """Free the memory of the policy that was loaded last, and of policies no longer used."""
         self.kept.clear()
         if self.recipe.model.gradient_checkpointing:  # which leaves policies in reference cycles
             gc.collect()
@@ -74,10 +69,9 @@ class Models:
         return policy
 
     def _restored(self, name: str, *, trained: bool) -> Policy:
-        """The model `name` as a policy, with its value head, the recipe's settings and on the
-        recipe's device. If the policy will be trained on a 4-bit base, it is restored from the
-        model's adapters. Otherwise, it is restored from the model's weights, and if it will be
-        trained with adapters, these are new."""
+        """The model `name` as a policy, with its value head and the recipe's settings, on the
+        recipe's device. A policy to train on a 4-bit base is restored from the model's adapters.
+        Any other is restored from the model's weights; if trained with adapters, these are new."""
         table = self.recipe.model
         require_trained(self.recipe, [name])
         continues = trained and table.quantize is not None
@@ -128,9 +122,8 @@ class Models:
 
 
 def check_stage_graph(recipe: Recipe) -> None:
-    """Check that stages read only `base`, earlier methods or model folders, that no two stages save
-    the same method, and that the methods and the reward model named under `evaluate` exist. Raises:
-    RecipeError if a check fails."""
+    """Raises: RecipeError if a stage reads anything but `base`, earlier methods and model folders,
+    if two stages save the same method, or if `evaluate` names an unknown method or reward model."""
     known, made = ["base"], {"base"}
     for name, stage in recipe.stages.items():
         for method in stage.needs:
