@@ -86,8 +86,7 @@ def _built_in(kind: str, group: str) -> list[type[Component]]:
 
 
 def known_kinds(group: str) -> list[str]:
-    """The built-in kinds of a group of plug-ins. They are the names of those modules in the group's
-    package that define a public component."""
+    """The built-in kinds of a group: the modules in its package with a public component."""
     folder = Path(importlib.import_module(GROUPS[group][0]).__path__[0])
     names = sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
     return [name for name in names if _built_in(name, group)]

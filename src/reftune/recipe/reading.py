@@ -77,10 +77,8 @@ def read_yaml(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise RecipeError(f"{path}: expected a mapping of recipe keys, got {type(data).__name__}")
     bases = data.pop("extends", [])
-    if not isinstance(bases, list):
-        bases = [bases]
     merged: dict[str, Any] = {}
-    for base in bases:
+    for base in bases if isinstance(bases, list) else [bases]:
         if not isinstance(base, str):
             raise RecipeError(
                 f"{path}: extends: expected a recipe or a list of them, got {base!r}"[:300]

@@ -163,8 +163,6 @@ class Serving:
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM's `--max-lora-rank` accepts."""
-
-
 MADE_UP = Problem(
     id="made up", question="What is 1 + 1?", answer=Answer(kind="number", value=Fraction(2))
 )

@@ -51,20 +51,16 @@ def run_recipe(recipe: Recipe, *, progress: Progress) -> dict[str, Any]:
         return run.summarize()
 
 
-def run_stages(
-    recipe: Recipe, *, kinds: Collection[str], progress: Progress
-) -> dict[str, dict[str, Any]]:
-    """Run only the stages of these kinds. If these stages start from or sample from the methods of
+def run_stages(recipe: Recipe, *, kind: str, progress: Progress) -> dict[str, dict[str, Any]]:
+    """Run only the stages of this kind. If these stages start from or sample from the methods of
     other stages, those methods must already be trained. Returns: the content of each stage's
     `stage.json`, keyed by stage name. Raises: the errors of `run_recipe`."""
     check_stage_graph(recipe)
     stages = recipe.stages
-    names = [name for name, stage in stages.items() if stage.kind in kinds]
+    names = [name for name, stage in stages.items() if stage.kind == kind]
     if not names:
-        wanted, found = sorted(kinds), sorted({stage.kind for stage in stages.values()})
-        raise RecipeError(
-            f"{recipe.name}: no stage of kind {' or '.join(wanted)}; it has {', '.join(found)}"
-        )
+        found = ", ".join(sorted({stage.kind for stage in stages.values()}))
+        raise RecipeError(f"{recipe.name}: no stage of kind {kind}; it has {found}")
     made = {"base", *(method for name in names for method in recipe.saved_by(name))}
     require_trained(recipe, [m for name in names for m in stages[name].needs if m not in made])
     with open_run(recipe, progress) as run:
