@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,29 +45,21 @@ def run(
     SIGTERM stops the training.
     """
     with launch.processes():
-        return _run(recipe, overrides, quiet=quiet)
+        from reftune.runs.run import run_recipe
+        from reftune.terminal.live import make_progress
+        from reftune.terminal.trackers import tracked
 
-
-def _run(
-    recipe: Recipe | Mapping[str, Any] | str | Path, overrides: Sequence[str], *, quiet: bool
-) -> dict[str, Any]:
-    from reftune.runs.run import run_recipe
-    from reftune.terminal.live import make_progress
-    from reftune.terminal.trackers import tracked
-
-    if isinstance(recipe, str | Path):
-        recipe = load_recipe(recipe, overrides)
-    elif overrides:
-        raise RecipeError(
-            f"{overrides[0]}: overrides work only with a recipe file; expected the key in the"
-            " recipe itself"
-        )
-    parsed = recipe if isinstance(recipe, Recipe) else parse_recipe(recipe)
-    progress = tracked(make_progress(quiet=quiet or not world.is_main()), parsed)
-    try:
-        return run_recipe(parsed, progress=progress)
-    finally:
-        progress.close()
+        if isinstance(recipe, str | Path):
+            recipe = load_recipe(recipe, overrides)
+        elif overrides:
+            raise RecipeError(
+                f"{overrides[0]}: overrides work only with a recipe file; expected the key in the"
+                " recipe itself"
+            )
+        parsed = recipe if isinstance(recipe, Recipe) else parse_recipe(recipe)
+        progress = tracked(make_progress(quiet=quiet or not world.is_main()), parsed)
+        with closing(progress):
+            return run_recipe(parsed, progress=progress)
 
 
 def grade(
@@ -92,7 +85,7 @@ def grade(
     """
     if not isinstance(completion, str):
         raise DataError(f"grade: completion is {shown(completion)}; expected text")
-    own = _format(format)
+    own: Format = _component(format, "format")
     row = {
         "id": "1",
         "answer": answer,
@@ -163,7 +156,7 @@ def evaluate(
         raise RecipeError(f"max_new: {max_new!r}; expected a positive number of tokens")
     recipe = _recipe_of(model)
     policy = model if isinstance(model, Policy) else _policy(model, recipe)
-    put = _format(format or recipe.get("format") or "nl")
+    put: Format = _component(format or recipe.get("format") or "nl", "format")
     golds = golds_of(_dataset(recipe), put)
     found = tuple(
         p if isinstance(p, Problem) else _asked({"id": i, **p}, f"problem {i}", golds)
@@ -233,11 +226,6 @@ def _dataset(recipe: Mapping[str, Any]) -> Any:
         return _component(recipe.get("dataset"), "dataset")
     except RecipeError:
         return None
-
-
-def _format(spec: FormatSpec) -> Format:
-    format: Format = _component(spec, "format")
-    return format
 
 
 def _component(spec: Any, table: str) -> Any:

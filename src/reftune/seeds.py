@@ -4,14 +4,13 @@ checkpoint need not contain the state of a generator."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import itertools
 
 import numpy as np
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A 63-bit seed derived from `parts`, as in `derive_seed(recipe.seed, "reft", "rollout",
-    step)`."""
+    """A 63-bit seed derived from `parts`, such as `(recipe.seed, "reft", "rollout", step)`."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
@@ -22,16 +21,11 @@ def generator(*parts: int | str) -> np.random.Generator:
 
 
 def endless_indices(num_items: int, *, start: int, count: int, seed: int) -> list[int]:
-    """A part of an endless sequence of item indices: the indices at positions `start` to
-    `start + count - 1`, counted from 0. The sequence consists of epochs. Each epoch contains the
-    indices of all `num_items` items in a new random order."""
-    return [index for index, _ in zip(_endless(num_items, start, seed), range(count), strict=False)]
-
-
-def _endless(num_items: int, start: int, seed: int) -> Iterator[int]:
-    epoch, offset = divmod(start, num_items)
-    while True:
-        yield from (
-            int(index) for index in generator(seed, "epoch", epoch).permutation(num_items)[offset:]
-        )
-        epoch, offset = epoch + 1, 0
+    """The `count` item indices from position `start`, counted from 0, of an endless sequence of
+    epochs. Each epoch contains the indices of all `num_items` items in a new random order."""
+    first, offset = divmod(start, num_items)
+    indices = itertools.chain.from_iterable(
+        generator(seed, "epoch", epoch).permutation(num_items).tolist()
+        for epoch in itertools.count(first)
+    )
+    return list(itertools.islice(indices, offset, offset + count))

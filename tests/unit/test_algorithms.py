@@ -401,5 +401,5 @@ def test_an_algorithm_without_credit_is_refused_in_one_line(tmp_path):
         "from reftune.algorithms.base import Clipped\n\n"
         "class Mine(Clipped):\n    kind: str = 'mine'\n"
     )
-    with pytest.raises(ValueError, match=r"mine\.py:Mine lacks credit, which its base requires"):
+    with pytest.raises(ValueError, match=r"mine\.py:Mine lacks credit, which algorithms need"):
         load_component(f"{path}:Mine", group="algorithms")

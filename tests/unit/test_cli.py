@@ -61,7 +61,7 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     fake(
         "reftune.runs.run",
         run_recipe=lambda recipe, progress: act("run", recipe),
-        run_stages=lambda recipe, kinds, progress: act("stages", kinds),
+        run_stages=lambda recipe, kind, progress: act("stages", kind),
         evaluate_methods=lambda recipe, methods, progress: act("evaluate", methods),
     )
     fake("reftune.stages.loop", Interrupted=Interrupted, stop_signals=lambda handler: nullcontext())
@@ -120,7 +120,7 @@ def test_a_stage_command_runs_the_stages_of_its_kind(
     calls: SimpleNamespace, command: str, kind: str
 ):
     assert status(command, "tiny.yaml") == 0
-    assert calls.asked == [("stages", {kind})]
+    assert calls.asked == [("stages", kind)]
 
 
 def test_eval_takes_methods(calls: SimpleNamespace):

@@ -60,14 +60,12 @@ class Stopping(Noting):
 
 def test_stages_of_one_kind_run_alone_and_return_their_facts(make_recipe: MakeRecipe):
     recipe = make_recipe()
-    facts = run_stages(recipe, kinds={"sft"}, progress=Progress())
+    facts = run_stages(recipe, kind="sft", progress=Progress())
     (name,) = facts
     path = recipe.folder / "stages" / name / "stage.json"
     assert facts[name] == json.loads(path.read_text()) and facts[name]["kind"] == "sft"
     assert not (recipe.folder / "stages" / "reft" / "stage.json").exists()
-    assert run_stages(recipe, kinds={"sft"}, progress=Progress()) == facts, (
-        "nothing is trained again"
-    )
+    assert run_stages(recipe, kind="sft", progress=Progress()) == facts, "nothing is trained again"
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +206,7 @@ def test_an_evaluation_killed_anywhere_goes_on_to_the_same_lines(
 
 def test_a_method_is_evaluated_before_the_others_are_trained(make_recipe):
     recipe = make_recipe()
-    run_stages(recipe, kinds={"sft"}, progress=Progress())
+    run_stages(recipe, kind="sft", progress=Progress())
     summary = evaluate_methods(recipe, ["sft"], progress=Progress())
     assert list(summary["methods"]) == ["sft"]
     assert not (recipe.folder / "summary.json").exists(), "the run is not finished"

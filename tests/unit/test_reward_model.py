@@ -429,7 +429,7 @@ def test_a_file_that_was_answered_before_is_only_scored(make_reranked):
 
 def test_a_reward_model_that_is_not_trained_is_named_before_anything_is_evaluated(make_reranked):
     recipe = make_reranked()
-    run_stages(recipe, kinds={"sft"}, progress=Progress())
+    run_stages(recipe, kind="sft", progress=Progress())
     with pytest.raises(RecipeError, match=r"stages/judge: not trained yet; `reftune run` trains"):
         evaluate_methods(recipe, ["sft"], progress=Progress())
     assert not (recipe.folder / "eval").exists()

@@ -215,7 +215,7 @@ def _chain(run: RunFolder, method: str, model: Mapping[str, Any]) -> list[Adapte
         stage = run.stage(method)
         if not stage.is_done and is_adapter_folder(Path(method)):
             return [read_adapters(Path(method)), *chain]
-        if stage.run != run:
+        if stage.run.path != run.path:
             raise CheckpointError(
                 f"{method}: is not part of {run.path}; --adapter expects stages that lead back to"
                 " the base"

@@ -1,45 +1,21 @@
-"""Recipes and plug-ins. A recipe is a table of keys read from YAML. It names plug-ins by their
-kinds."""
+"""Recipes, which are tables of keys read from YAML, and the plug-ins that they name by kind."""
 
-from reftune.recipe.kinds import (
-    Component,
-    Table,
-    component_class,
-    known_kinds,
-    load_component,
-    refusal,
-    shipped_recipes,
-    unknown_key,
-)
-from reftune.recipe.reading import load_recipe, merge, parse_recipe, read_yaml
-from reftune.recipe.schema import (
-    LengthTable,
-    LoraTable,
-    ModelTable,
-    Recipe,
-    ScratchTable,
-    TrackerName,
-    dump_recipe,
-)
-
-__all__ = [
-    "Component",
-    "LengthTable",
-    "LoraTable",
-    "ModelTable",
-    "Recipe",
-    "ScratchTable",
-    "Table",
-    "TrackerName",
-    "component_class",
-    "dump_recipe",
-    "known_kinds",
-    "load_component",
-    "load_recipe",
-    "merge",
-    "parse_recipe",
-    "read_yaml",
-    "refusal",
-    "shipped_recipes",
-    "unknown_key",
-]
+from reftune.recipe.kinds import Component as Component
+from reftune.recipe.kinds import Table as Table
+from reftune.recipe.kinds import component_class as component_class
+from reftune.recipe.kinds import known_kinds as known_kinds
+from reftune.recipe.kinds import load_component as load_component
+from reftune.recipe.kinds import refusal as refusal
+from reftune.recipe.kinds import shipped_recipes as shipped_recipes
+from reftune.recipe.kinds import unknown_key as unknown_key
+from reftune.recipe.reading import load_recipe as load_recipe
+from reftune.recipe.reading import merge as merge
+from reftune.recipe.reading import parse_recipe as parse_recipe
+from reftune.recipe.reading import read_yaml as read_yaml
+from reftune.recipe.schema import LengthTable as LengthTable
+from reftune.recipe.schema import LoraTable as LoraTable
+from reftune.recipe.schema import ModelTable as ModelTable
+from reftune.recipe.schema import Recipe as Recipe
+from reftune.recipe.schema import ScratchTable as ScratchTable
+from reftune.recipe.schema import TrackerName as TrackerName
+from reftune.recipe.schema import dump_recipe as dump_recipe

@@ -1,8 +1,7 @@
 """Loads plug-ins. A plug-in is a class that derives from `Component`. Its fields are its recipe
 keys. A reward may also be a function. A recipe names a plug-in by its kind. The kind is either the
 name of a module that comes with reftune (`gsm8k` for `reftune/datasets/gsm8k.py`) or
-`file.py:Name`. The file is looked up first in the working directory, then among the recipes that
-come with reftune."""
+`file.py:Name`. The file is looked up in the working directory, then among reftune's recipes."""
 
 from __future__ import annotations
 
@@ -61,33 +60,36 @@ def unknown_key(key: object, known: Mapping[str, Any] | Sequence[str]) -> str:
 
 
 GROUPS = {
-    "datasets": "reftune.datasets",
-    "formats": "reftune.grading.formats",
-    "rewards": "reftune.grading.rewards",
-    "engines": "reftune.engines",
-    "algorithms": "reftune.algorithms",
-    "stages": "reftune.stages",
+    "datasets": ("reftune.datasets", ("load",)),
+    "formats": ("reftune.grading.formats", ("prompt", "target", "grade")),
+    "rewards": ("reftune.grading.rewards", ("__call__",)),
+    "engines": ("reftune.engines", ("generate",)),
+    "algorithms": ("reftune.algorithms", ("credit", "loss")),
+    "stages": ("reftune.stages", ("run", "cost", "needs", "produces")),
 }
-"""Group of plug-ins → the package that contains them, one plug-in per file."""
-MEMBERS = {
-    "datasets": ("load",),
-    "formats": ("prompt", "target", "grade"),
-    "rewards": ("__call__",),
-    "engines": ("generate",),
-    "algorithms": ("credit", "loss"),
-    "stages": ("run", "cost", "needs", "produces"),
-}
-"""Group of plug-ins → what each class of the group defines or inherits from its base class."""
+"""Group of plug-ins → the package that contains them, one plug-in per file, and the names that each
+class of the group defines or inherits from its base class."""
+
+
+def _built_in(kind: str, group: str) -> list[type[Component]]:
+    """The public component classes, except abstract ones, that the module `kind` itself defines."""
+    module = importlib.import_module(f"{GROUPS[group][0]}.{kind}")
+    return [
+        value
+        for value in vars(module).values()
+        if inspect.isclass(value)
+        and issubclass(value, Component)
+        and value.__module__ == module.__name__
+        and not value.__name__.startswith("_")
+        and not inspect.isabstract(value)
+    ]
 
 
 def known_kinds(group: str) -> list[str]:
-    """The built-in kinds of a group of plug-ins. They are the names of those modules in the group's
-    package that define a public component."""
-    folder = Path(importlib.import_module(GROUPS[group]).__path__[0])
+    """The built-in kinds of a group: the modules in its package with a public component."""
+    folder = Path(importlib.import_module(GROUPS[group][0]).__path__[0])
     names = sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
-    return [
-        name for name in names if _components_of(importlib.import_module(f"{GROUPS[group]}.{name}"))
-    ]
+    return [name for name in names if _built_in(name, group)]
 
 
 def load_component(spec: Any, *, group: str, default: str | None = None) -> Any:
@@ -105,33 +107,30 @@ def load_component(spec: Any, *, group: str, default: str | None = None) -> Any:
         kinds = ", ".join(known_kinds(group))
         raise refusal("component", f"expected a kind ({kinds}) or a mapping with the key kind")
     cls = component_class(str(spec["kind"]), group=group)
+    if inspect.isfunction(cls) and group == "rewards":
+        cls = component_class("function", group=group)
     if inspect.isfunction(cls):
-        return _wrap_function(spec, group=group)
+        raise refusal(
+            "not_a_class",
+            f"{spec['kind']} is a function; {group} are classes derived from Component",
+        )
     if not (inspect.isclass(cls) and issubclass(cls, Component)):
         raise refusal(
             "not_a_component",
             f"{spec['kind']} is not a class derived from reftune.recipe.kinds.Component",
         )
-    if inspect.isabstract(cls):
-        missing = ", ".join(sorted(cls.__abstractmethods__))
-        raise refusal("not_a_component", f"{spec['kind']} lacks {missing}, which its base requires")
     # not `hasattr`, because every class itself can be called
     found = {name for base in cls.__mro__ for name in vars(base)}
-    missing = ", ".join(name for name in MEMBERS[group] if name not in found)
+    missing = cls.__abstractmethods__ | {*GROUPS[group][1]} - found
     if missing:
-        raise refusal(
-            "not_a_component",
-            f"{spec['kind']} has no {missing}; {group} need {', '.join(MEMBERS[group])}",
-        )
+        lacking = ", ".join(sorted(missing))
+        raise refusal("not_a_component", f"{spec['kind']} lacks {lacking}, which {group} need")
     return cls.model_validate(dict(spec))
 
 
 def component_class(kind: str, *, group: str) -> Any:
-    """The class that a kind names. If the kind is `file.py:Name`, the result is the object called
-    `Name` in that file. This object may also be a function.
-
-    Raises: PydanticCustomError if there is no such class or object.
-    """
+    """The class that a kind names or, for `file.py:Name`, the object `Name` in that file, which may
+    also be a function. Raises: PydanticCustomError if there is no such class or object."""
     if ":" in kind:
         return _user_object(kind)
     kinds = known_kinds(group)
@@ -139,23 +138,8 @@ def component_class(kind: str, *, group: str) -> Any:
         listed = f"known: {', '.join(kinds)}, or your own file.py:Name"
         hint = did_you_mean(kind, kinds) or listed
         raise refusal("unknown_kind", f"{kind}: unknown kind; {hint}")
-    module = importlib.import_module(f"{GROUPS[group]}.{kind}")
-    classes = _components_of(module)
-    assert len(classes) == 1, f"{module.__name__} must define one public Component, found {classes}"
-    return classes[0]
-
-
-def _components_of(module: ModuleType) -> list[type[Component]]:
-    """The public component classes that `module` itself defines, except abstract classes."""
-    return [
-        value
-        for value in vars(module).values()
-        if inspect.isclass(value)
-        and issubclass(value, Component)
-        and value.__module__ == module.__name__
-        and not value.__name__.startswith("_")
-        and not inspect.isabstract(value)
-    ]
+    (cls,) = _built_in(kind, group)
+    return cls
 
 
 def shipped_recipes() -> Path:
@@ -204,17 +188,7 @@ def _user_module(path: Path, changed_ns: int, size: int) -> ModuleType | None:
     return module
 
 
-def _wrap_function(spec: Mapping[str, Any], *, group: str) -> Any:
-    if group != "rewards":
-        raise refusal(
-            "not_a_class",
-            f"{spec['kind']} is a function; {group} are classes derived from Component",
-        )
-    return component_class("function", group="rewards").model_validate(dict(spec))
-
-
 def component_field(group: str, *, default: str | None = None) -> Any:
-    """The type of a recipe key whose value is a plug-in of `group`. The plug-in's kind is `default`
-    unless the recipe names another."""
+    """The type of a recipe key that contains a plug-in of `group`, of kind `default` if unset."""
     load = functools.partial(load_component, group=group, default=default)
     return SerializeAsAny[Annotated[Component, BeforeValidator(load)]]

@@ -30,8 +30,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def parse_recipe(data: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
-    """Validate `data` and return the recipe. Raises: RecipeError if `data` is not valid; the
-    message begins with `where`."""
+    """The recipe that `data` describes. Raises: RecipeError, beginning with `where`, if invalid."""
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
@@ -43,8 +42,7 @@ def parse_recipe(data: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """A YAML loader that rejects a mapping if it contains a key twice. YAML forbids such mappings,
-    but PyYAML accepts them."""
+    """A YAML loader that rejects a key that occurs twice in a mapping, as YAML demands."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -78,14 +76,9 @@ def read_yaml(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         ) from None
     if not isinstance(data, dict):
         raise RecipeError(f"{path}: expected a mapping of recipe keys, got {type(data).__name__}")
-    for key in data:
-        if not isinstance(key, str):
-            raise RecipeError(f"{path}: expected keys that are text, got {key!r}")
     bases = data.pop("extends", [])
-    if not isinstance(bases, list):
-        bases = [bases]
     merged: dict[str, Any] = {}
-    for base in bases:
+    for base in bases if isinstance(bases, list) else [bases]:
         if not isinstance(base, str):
             raise RecipeError(
                 f"{path}: extends: expected a recipe or a list of them, got {base!r}"[:300]

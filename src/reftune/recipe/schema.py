@@ -15,8 +15,6 @@ from reftune.types import Problem
 if TYPE_CHECKING:
     from reftune.datasets import Splits
 
-# --- the recipe -----------------------------------------------------------------------------------
-
 
 class LoraTable(Table):
     """Train low-rank adapters instead of all weights."""
@@ -133,10 +131,6 @@ class EvaluateTable(Table):
         return self.samples if self.sampled is None or method in self.sampled else 0
 
 
-RATIONALE_FORMATS = ("nl", "program")
-"""Formats in which a dataset can write its rationales (`dataset.rationale`)."""
-
-
 class CheckTable(Table):
     """What `reftune check` accepts."""
 
@@ -181,7 +175,7 @@ class Recipe(Table):
     @model_validator(mode="after")
     def _rationales_fit_the_format(self) -> Recipe:
         written, read = getattr(self.dataset, "rationale", None), self.format.kind
-        if written in RATIONALE_FORMATS and read in RATIONALE_FORMATS and written != read:
+        if (written, read) in (("nl", "program"), ("program", "nl")):
             raise refusal(
                 "rationale_kind",
                 f"dataset.rationale: {written} rationales, but format.kind is {read}; expected the"
@@ -211,8 +205,7 @@ class Recipe(Table):
 
     @property
     def methods_to_evaluate(self) -> list[str]:
-        """The names of the methods to evaluate, in training order. `base` comes first, if it is to
-        be evaluated."""
+        """The names of the methods to evaluate: `base`, if wanted, then in training order."""
         wanted = self.evaluate.stages
         if wanted is None:
             return self.methods

@@ -1,2 +1,1 @@
-"""Whole runs: a recipe's stages in order, the final evaluation, the summary, and the export of
-models."""
+"""Whole runs: a recipe's stages in order, the final evaluation, the summary, and the exports."""

@@ -1,6 +1,5 @@
-"""Chooses values for the keys that a recipe sets to `auto`. The device is chosen whenever a run
-starts or resumes: CUDA if available, otherwise the CPU. The other values are chosen once, when a
-run first starts."""
+"""Chooses values for the keys that a recipe sets to `auto`: the device whenever a run starts or
+resumes (CUDA if available, otherwise the CPU), and the other values once, when it first starts."""
 
 from __future__ import annotations
 
@@ -9,7 +8,7 @@ import time
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import yaml
@@ -24,17 +23,14 @@ from reftune.stages.outline import outline_of
 from reftune.storage.run_folder import RunFolder
 
 Dtype = Literal["float32", "bfloat16"]
-DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16")
 SIZES = (256, 1024)
 """Sizes of the square matrices that are multiplied to choose the dtype. The small size quickly
 rules out a CPU that emulates bf16; the large size keeps all cores busy."""
 EMULATED = 4.0
-"""bf16 counts as emulated if a matrix product in bf16 takes more than this many times as long as a
-product in fp32."""
+"""bf16 counts as emulated if a product takes more than this many times as long as in fp32."""
 Key = tuple[str, str]
 """The name of a table in the recipe, and the name of a key in that table."""
 Values = dict[Key, Any]
-AUTO = "auto"
 DTYPE, TOKENS, ROWS = KEYS = (
     ("model", "dtype"),
     ("model", "micro_batch_tokens"),
@@ -47,22 +43,19 @@ VOCABULARY = 4096
 
 
 def settled(recipe: Recipe) -> Recipe:
-    """A copy of `recipe` in which each key in `KEYS` that was `auto` has a value. The values come
-    from the run folder. If the folder has no value for a key, as in a new run, the value is chosen
-    for this machine. All processes use the main process's values."""
-    return (
-        _with(recipe, world.from_main(lambda: _choices(recipe))) if _open_keys(recipe) else recipe
-    )
+    """A copy of `recipe` in which each key in `KEYS` that was `auto` has a value: the run folder's
+    or, if it has none, one chosen for this machine. All processes use the main process's values."""
+    if not _open_keys(recipe):
+        return recipe
+    return _with(recipe, world.from_main(lambda: _choices(recipe)))
 
 
 def _choices(recipe: Recipe) -> Values:
-    chosen = _stored(recipe)
-    device = choose_device(recipe.model.device)
+    chosen, device = _stored(recipe), choose_device(recipe.model.device)
     if DTYPE in _open_keys(_with(recipe, chosen)):
         chosen[DTYPE] = fastest_dtype(device)
     recipe = _with(recipe, chosen)
-    remaining = _open_keys(recipe)
-    if remaining:
+    if remaining := _open_keys(recipe):
         sizes = _sizes(recipe, device)
         suited = {TOKENS: sizes.tokens, ROWS: sizes.rows}
         chosen |= {key: suited[key] for key in remaining}
@@ -70,8 +63,7 @@ def _choices(recipe: Recipe) -> Values:
 
 
 def _sizes(recipe: Recipe, device: torch.device) -> Sizes:
-    """The largest sizes with which every stage fits in the device's memory. Stages that cannot
-    predict their cost are left out."""
+    """The largest sizes with which every stage that predicts its cost fits in the memory."""
     if recipe.model.scratch is not None and _is_tiny(recipe.model.scratch, total_bytes(device)):
         return Sizes(tokens=LARGEST_TOKENS[0], rows=LARGEST_ROWS[0])
     texts = map(str, range(VOCABULARY))
@@ -93,14 +85,13 @@ def _sizes(recipe: Recipe, device: torch.device) -> Sizes:
 
 
 def _is_tiny(scratch: ScratchTable, room: float) -> bool:
-    """Whether a model is so small that tracing it is unnecessary, because even the largest sizes
-    need less than a quarter of `room` bytes. Each block is assumed to keep at most 400 bytes per
-    token and hidden unit."""
+    """Whether a model need not be traced, because even the largest sizes need less than a quarter
+    of `room` bytes. A block is assumed to keep at most 400 bytes per token and hidden unit."""
     return bool(LARGEST_TOKENS[0] * scratch.layers * scratch.hidden_size * 400 < room / 4)
 
 
 def _open_keys(recipe: Recipe) -> list[Key]:
-    return [key for key in KEYS if _value(recipe, key) == AUTO]
+    return [key for key in KEYS if _value(recipe, key) == "auto"]
 
 
 def _value(recipe: Recipe, key: Key) -> Any:
@@ -116,14 +107,13 @@ def _with(recipe: Recipe, values: Values) -> Recipe:
 
 
 def _stored(recipe: Recipe) -> Values:
-    """The values that the recipe in the run folder has for the keys that are `auto` in `recipe`.
-    Empty if there is no run."""
+    """The values in the run folder's recipe, if any, of the keys that are `auto` in `recipe`."""
     try:
         stored = parse_recipe(yaml.safe_load(RunFolder(recipe.folder).recipe.read_bytes()))
     except (OSError, ValueError, TypeError, yaml.YAMLError, RecipeError):
         return {}
     found = {key: _value(stored, key) for key in _open_keys(recipe)}
-    return {key: value for key, value in found.items() if value not in (None, AUTO)}
+    return {key: value for key, value in found.items() if value not in (None, "auto")}
 
 
 # --- this machine ---------------------------------------------------------------------------------
@@ -159,9 +149,8 @@ def total_bytes(device: torch.device) -> float:
 
 @cache
 def fastest_dtype(device: torch.device) -> Dtype:
-    """The dtype that `auto` chooses for a device. For a CUDA GPU, this is bfloat16 if the GPU
-    supports it natively. For any other device, it is bfloat16 if matrix products are at least as
-    fast in bf16 as in fp32. In all other cases, it is float32."""
+    """The dtype that `auto` chooses for a device: bfloat16 if a CUDA GPU supports it natively or,
+    on any other device, if matrix products are at least as fast as in fp32; if not, float32."""
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return "bfloat16" if native else "float32"
@@ -179,21 +168,19 @@ def product_rates(
 ) -> dict[str, float]:
     """Dtype → FLOP/s of an (M, K) × (K, N) product, where `shape` is (M, K, N). The product is
     repeated for about `seconds` per dtype, and the fastest repetition counts."""
-    return {dtype: _rate(device, getattr(torch, dtype), shape, seconds) for dtype in DTYPES}
-
-
-def _rate(
-    device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int], seconds: float
-) -> float:
     rows, inner, columns = shape
-    left = torch.ones(rows, inner, device=device, dtype=dtype)
-    right = torch.ones(columns, inner, device=device, dtype=dtype)
-    torch.nn.functional.linear(left[:1], right)  # the first call chooses kernels
-    best, end = float("inf"), time.perf_counter() + seconds
-    while best == float("inf") or time.perf_counter() < end:
-        started = time.perf_counter()
-        torch.nn.functional.linear(left, right)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - started)
-    return 2 * rows * inner * columns / best
+    rates = {}
+    for name in get_args(Dtype):
+        dtype = getattr(torch, name)
+        left = torch.ones(rows, inner, device=device, dtype=dtype)
+        right = torch.ones(columns, inner, device=device, dtype=dtype)
+        torch.nn.functional.linear(left[:1], right)  # the first call chooses kernels
+        best, end = float("inf"), time.perf_counter() + seconds
+        while best == float("inf") or time.perf_counter() < end:
+            started = time.perf_counter()
+            torch.nn.functional.linear(left, right)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            best = min(best, time.perf_counter() - started)
+        rates[name] = 2 * rows * inner * columns / best
+    return rates

@@ -67,8 +67,7 @@ class FinalEvaluation:
     ) -> list[dict[str, Any]]:
         """The result rows of `problems`. `start` is the position of `problems[0]` among all
         evaluated problems. Every sample depends only on the weights, the recipe, the method's name
-        and the problem's position among all problems. So an evaluation that is interrupted and
-        resumed gives the same samples."""
+        and the problem's position, so a resumed evaluation gives the same samples."""
         policy, table = self.models.load(method), self.recipe.evaluate
         collector = collector_of(self.recipe, policy)
         greedy = collector.solve(policy, problems)
@@ -104,8 +103,7 @@ class FinalEvaluation:
         return [{**row, "samples": samples[i * num : (i + 1) * num]} for i, row in enumerate(rows)]
 
     def _probe_choices(self, method: str, answers: Sequence[Attempt]) -> None:
-        """Check a method's greedy answers for reward hacking, as `stages.probes.choices` describes,
-        unless this is already done."""
+        """Check a method's greedy answers, as `stages.probes.choices` describes, unless done."""
         path = self.folder.choices(method)
         if len(world.from_main(JsonLines(path).rows)) == len(self.problems):
             return
@@ -120,26 +118,20 @@ class FinalEvaluation:
         write_rows(path, found)
 
     def score_samples(self) -> None:
-        """If the recipe reranks, use the reward model to score the samples of all methods whose
-        evaluation is complete."""
+        """If the recipe reranks, score the samples of all methods that are fully evaluated."""
         name = self.recipe.evaluate.rerank
         if name is None:
             return
-        unscored = []
+        classifier = None
         for method in self.recipe.methods_to_evaluate:
             path = self.folder.evaluation(method)
             rows = world.from_main(JsonLines(path).rows)
             if len(rows) == len(self.problems) and not is_scored(rows):
-                unscored.append(path)
-        if not unscored:
-            return
-        classifier = self._reranker(name)
-        for path in unscored:
-            add_scores(path, self.problems, classifier)
+                classifier = classifier or self._reranker(name)
+                add_scores(path, self.problems, classifier)
 
     def check_reranker(self) -> None:
-        """Check that a reranker from another run has the base model's tokenizer. Raises: ModelError
-        if it has a different one."""
+        """Raises: ModelError if a reranker from another run lacks the base model's tokenizer."""
         name = self.recipe.evaluate.rerank
         if name is not None and name not in self.recipe.stages:
             require_same_tokenizer(
@@ -147,8 +139,7 @@ class FinalEvaluation:
             )
 
     def _reranker(self, name: str) -> Classifier:
-        """The reward model of the stage `name` or, if there is no such stage, the reward model in
-        the folder `name`."""
+        """The reward model of the stage `name` or, if there is none, in the folder `name`."""
         policy = self.models.load(name)
         encoder = collector_of(self.recipe, policy).encoder
         return load_classifier(policy, encoder, stage_folder(self.recipe, name).path)

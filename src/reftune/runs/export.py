@@ -29,6 +29,7 @@ from reftune.text import brief, counted
 from reftune.types import Answer, BareText, Conversation, Problem
 
 if TYPE_CHECKING:
+    from peft import LoraConfig
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
     from reftune.grading.formats import Format
@@ -41,12 +42,10 @@ def export_model(run_folder: Path, method: str, out: Path, *, adapter: bool = Fa
     """Write a method's model to the folder `out`, and return the folder. Without `adapter`, the
     folder contains the whole model. Any adapters are merged into the model, so plain
     `from_pretrained` and vLLM can load it. With `adapter`, the folder contains only the adapters.
-
     Raises: CheckpointError if there is no such run; if the method is not finished, is a reward
     model or has weights that cannot be read; if `out` exists or cannot be written; or if `adapter`
     is set but the method has no adapters. ModelError if the adapters from which the first stage
-    starts cannot be read.
-    """
+    starts cannot be read."""
     run = RunFolder(run_folder)
     if not run.recipe.is_file():
         raise CheckpointError(f"{run_folder}: not a run folder: it has no recipe.yaml")
@@ -66,17 +65,20 @@ def export_model(run_folder: Path, method: str, out: Path, *, adapter: bool = Fa
     serving = _serving(recipe, stage)
 
     def fill(folder: Path) -> None:
+        lora = None
         if adapter:
+            from peft import LoraConfig
+
             folder.mkdir(parents=True, exist_ok=True)
             export_adapters(run, method, recipe.get("model") or {}, folder)
+            lora = LoraConfig.from_pretrained(str(folder))
         else:
             ignore = shutil.ignore_patterns(*NOT_PART_OF_THE_MODEL)
             shutil.copytree(stage, folder, ignore=ignore)
         if serving is not None:
-            serving.tokenizer.save_pretrained(folder)
+            serving.encoder.tokenizer.save_pretrained(folder)
             serving.generation.save_pretrained(folder)
-        base = Base.read(folder, recipe) if adapter else None
-        card = model_card(run, method, serving, base)
+        card = model_card(run, method, serving, lora)
         (folder / "README.md").write_text(card, encoding="utf-8")
 
     replace_folder(out, fill)
@@ -84,8 +86,7 @@ def export_model(run_folder: Path, method: str, out: Path, *, adapter: bool = Fa
 
 
 def _require_weights(stage: Path) -> None:
-    """Check that all files of weights exist and are complete. Raises: CheckpointError if a file is
-    missing or damaged."""
+    """Raises: CheckpointError if a file of weights is missing, incomplete or damaged."""
     index = stage / "model.safetensors.index.json"
     names = {"model.safetensors"}
     try:
@@ -103,10 +104,7 @@ def _require_weights(stage: Path) -> None:
 def push_model(folder: Path, repository: str, *, public: bool = False) -> str:
     """Upload an exported model to the Hub repository `OWNER/NAME`, and return the repository's
     address. If the repository does not exist, it is created, and it is private unless `public` is
-    set.
-
-    Raises: ModelError if the Hub cannot be reached or rejects the upload. The folder is kept.
-    """
+    set. Raises: ModelError if the Hub cannot be reached or rejects the upload; the folder stays."""
     from huggingface_hub import HfApi
 
     try:
@@ -130,7 +128,6 @@ def push_model(folder: Path, repository: str, *, public: bool = False) -> str:
 class Serving:
     """The settings that a client needs to prompt the model as the evaluation did."""
 
-    name: str
     encoder: Encoder
     problem: Problem
     """An example from the data, or `MADE_UP` if the data cannot be read."""
@@ -139,10 +136,8 @@ class Serving:
     """The dtype of the saved weights."""
     dtype: str
     """The dtype in which the run evaluated the weights."""
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        return self.encoder.tokenizer
+    is_quantized: bool
+    """Whether the run stored the base model in 4 bits."""
 
     @property
     def prompt(self) -> str | Conversation:
@@ -160,43 +155,14 @@ class Serving:
         return list(stop_texts(self.encoder.format))
 
     @property
-    def limit(self) -> int:
-        return int(self.generation.max_new_tokens or 0)
-
-    @property
     def adds_special_tokens(self) -> bool:
-        """Whether the tokenizer's defaults turn the prompt's text into the same ids as in
-        training."""
+        """Whether the tokenizer's defaults encode the prompt's text as in training."""
         ids = self.encoder.prompt(self.problem)
-        return ids == list(self.tokenizer.encode(self.encoder.text_of(self.prompt)))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Base:
-    """The base model of exported adapters."""
-
-    path: str | None
-    revision: str | None
-    """Branch, tag or commit of `path` on the Hub."""
-    rank: int
-    """Rank of the adapters."""
-    is_quantized: bool
-
-    @classmethod
-    def read(cls, adapters: Path, recipe: dict[str, Any]) -> Base:
-        config = json.loads((adapters / "adapter_config.json").read_text(encoding="utf-8"))
-        return cls(
-            path=config["base_model_name_or_path"],
-            revision=config.get("revision"),
-            rank=config["r"],
-            is_quantized=(recipe.get("model") or {}).get("quantize") is not None,
-        )
+        return ids == list(self.encoder.tokenizer.encode(self.encoder.text_of(self.prompt)))
 
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM's `--max-lora-rank` accepts."""
-
-
 MADE_UP = Problem(
     id="made up", question="What is 1 + 1?", answer=Answer(kind="number", value=Fraction(2))
 )
@@ -204,9 +170,8 @@ MADE_UP = Problem(
 
 
 def _serving(table: dict[str, Any], stage: Path) -> Serving | None:
-    """The settings of a stage's model, from the recipe `table` and the stage's files. None if one
-    of them can no longer be read. In that case, a warning is logged, the card shows no prompt, and
-    the exported files are the stage's."""
+    """The settings of a stage's model, from the recipe `table` and the stage's files. If one of
+    them can no longer be read: None and a warning; the exported files are then the stage's."""
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     model = table.get("model") or {}
@@ -220,22 +185,19 @@ def _serving(table: dict[str, Any], stage: Path) -> Serving | None:
         problem = _example(table, stage)
         _ask_as_trained(tokenizer, format_.prompt(problem))
     except Exception as error:  # noqa: BLE001  a user's format may need fields that a problem lacks
-        LOG.warning(
-            "%s: exported without the recipe's length limit and prompt settings: %s",
-            stage,
-            brief(error),
-        )
+        reason = "exported without the recipe's length limit and prompt settings"
+        LOG.warning("%s: %s: %s", stage, reason, brief(error))
         return None
     generation.max_new_tokens = lengths.max_new
     stored = str(config.dtype or "float32").removeprefix("torch.")
     evaluated = model.get("dtype") or "auto"
     return Serving(
-        name=table["name"],
         encoder=Encoder(tokenizer, format_),
         problem=problem,
         generation=generation,
         stored_dtype=stored,
         dtype=stored if evaluated == "auto" else evaluated,
+        is_quantized=model.get("quantize") is not None,
     )
 
 
@@ -245,19 +207,15 @@ def _example(table: dict[str, Any], stage: Path) -> Problem:
     try:
         splits = load_splits(parse_recipe(table))
     except (ReftuneError, OSError, ValueError) as error:
-        LOG.warning(
-            "%s: the model card shows no prompt, because the data cannot be read: %s",
-            stage,
-            brief(error),
-        )
+        reason = "the model card shows no prompt, because the data cannot be read"
+        LOG.warning("%s: %s: %s", stage, reason, brief(error))
         return MADE_UP
     return next(iter((*splits.dev, *splits.train)))
 
 
 def _ask_as_trained(tokenizer: PreTrainedTokenizerBase, prompt: str | Conversation) -> None:
     """Change the tokenizer's defaults to what training used: no BOS before a `BareText`, no end
-    token after a text, and the recipe's arguments for the chat template. A client can override
-    these arguments."""
+    token after a text, and the recipe's template arguments, which a client can override."""
     if isinstance(prompt, Conversation):
         defaults = "".join(
             f"{{%- if {name} is not defined -%}}{{%- set {name} = {value!r} -%}}{{%- endif -%}}"
@@ -279,19 +237,22 @@ def _ask_as_trained(tokenizer: PreTrainedTokenizerBase, prompt: str | Conversati
 # --- the card -------------------------------------------------------------------------------------
 
 
-def model_card(run: RunFolder, method: str, serving: Serving | None, base: Base | None) -> str:
-    """The model card, written from the run's files. `base` is the base model of the exported
+def model_card(
+    run: RunFolder, method: str, serving: Serving | None, lora: LoraConfig | None
+) -> str:
+    """The model card, written from the run's files. `lora` is the configuration of the exported
     adapters, or None if the whole model is exported."""
     recipe, stage = run.recipe.read_text(encoding="utf-8"), run.stage(method).facts()
     table = yaml.safe_load(recipe)
-    path = (table.get("model") or {}).get("path") if base is None else base.path
+    path = (table.get("model") or {}).get("path") if lora is None else lora.base_model_name_or_path
     chosen = f", chosen as the best of {counted(stage['looks'], 'dev evaluation')}"
     choice = "" if stage.get("snapshot_of") else chosen
     split, score = evaluated_split(table), _score(run, method)
     is_told = split == "dev" and score is not None
+    name = f"{table['name']}-{method}"
     on_dev = f" The model solves\n{stage['dev_accuracy']:.1%} of {stage['dev_n']} dev problems."
     head = {
-        "library_name": "transformers" if base is None else "peft",
+        "library_name": "transformers" if lora is None else "peft",
         "pipeline_tag": "text-generation",
         "tags": ["reftune", "reasoning"],
         **({"base_model": path} if path else {}),
@@ -310,20 +271,22 @@ The weights are those of step {stage["chosen_step"]}{choice}.{"" if is_told else
 
 The model was trained on one prompt format, and its solutions were graded by their final answers
 only. Their reasoning was not checked. Programs that the model writes are untrusted: run them in a
-sandbox.{_contents(base)}
-{"" if serving is None else _usage(serving, method, base)}
+sandbox.{_contents(lora, table.get("model") or {})}
+{"" if serving is None else _usage(serving, name, lora)}
 ## Recipe
 
 {_fenced(recipe.strip(), "yaml")}
 """
 
 
-def _contents(base: Base | None) -> str:
-    if base is None:
+def _contents(lora: LoraConfig | None, model: Mapping[str, Any]) -> str:
+    if lora is None:
         return " `value_head/`, if present, holds a value head, which generation does not need."
-    bits = " in 4 bits (NF4)" if base.is_quantized else ""
-    at = f" at revision `{base.revision}`" if base.revision else ""
-    return f" This folder contains only adapters, for the base model{bits}, `{base.path}`{at}."
+    bits = " in 4 bits (NF4)" if model.get("quantize") is not None else ""
+    base = f"`{lora.base_model_name_or_path}`"
+    if lora.revision:
+        base += f" at revision `{lora.revision}`"
+    return f" This folder contains only adapters, for the base model{bits}, {base}."
 
 
 def _data(recipe: dict[str, Any]) -> str:
@@ -354,51 +317,47 @@ def _accuracy(score: Mapping[str, Any] | None, split: str) -> str:
     )
 
 
-def _usage(serving: Serving, method: str, base: Base | None) -> str:
+def _usage(serving: Serving, name: str, lora: LoraConfig | None) -> str:
     ends = token_ids_of(serving.generation.eos_token_id)
-    stops = [f"`{serving.tokenizer.decode([id_])}` (id {id_})" for id_ in ends]
+    stops = [f"`{serving.encoder.tokenizer.decode([id_])}` (id {id_})" for id_ in ends]
     stops += [f"the string {text!r}, which is not part of the answer" for text in serving.stop]
-    model = "weights are" if base is None else "adapters, merged into the base, were"
-    were = "were " if base is None else ""
-    has_example = serving.problem != MADE_UP
-    return f"""
-## Use
-{_shown_prompt(serving) if has_example else ""}
-A completion ends at {" or ".join(stops)}. In training, completions had at most
-{serving.limit} tokens.
-The {model} stored in {serving.stored_dtype} and {were}evaluated in {serving.dtype}.
-{_calls(serving, f"{serving.name}-{method}", base) if has_example else ""}"""
-
-
-def _shown_prompt(serving: Serving) -> str:
-    bos = "" if serving.adds_special_tokens else ", with no special token before it"
-    return f"""
+    model = "weights are" if lora is None else "adapters, merged into the base, were"
+    were = "were " if lora is None else ""
+    example = calls = ""
+    if serving.problem != MADE_UP:
+        bos = "" if serving.adds_special_tokens else ", with no special token before it"
+        example = f"""
 The exact prompt for one problem{bos}:
 
 {_fenced(serving.encoder.text_of(serving.prompt), "text")}
 """
-
-
-def _calls(serving: Serving, name: str, base: Base | None) -> str:
-    return f"""
+        calls = f"""
 Run the following in this folder:
 
-{_shell(serving, name, base)}
-{_fenced(_python(serving, base), "python")}
+{_shell(serving, name, lora)}
+{_fenced(_python(serving, lora), "python")}
 """
+    return f"""
+## Use
+{example}
+A completion ends at {" or ".join(stops)}. In training, completions had at most
+{serving.generation.max_new_tokens} tokens.
+The {model} stored in {serving.stored_dtype} and {were}evaluated in {serving.dtype}.
+{calls}"""
 
 
-def _shell(serving: Serving, name: str, base: Base | None) -> str:
-    """Shell commands that start vLLM and send it a request. Empty if the base is in 4 bits, because
-    such a base is untested with vLLM."""
-    if base is not None and base.is_quantized:
+def _shell(serving: Serving, name: str, lora: LoraConfig | None) -> str:
+    """Shell commands that start vLLM and send it a request. Empty for adapters of a base in 4 bits,
+    which is untested with vLLM."""
+    if lora is not None and serving.is_quantized:
         return ""
     serve = f"vllm serve . --served-model-name {name}"
-    if base is not None:  # with the run's tokenizer and end tokens, not the base's
-        rank = min((rank for rank in VLLM_RANKS if rank >= base.rank), default=base.rank)
-        at = f" --revision {base.revision}" if base.revision else ""
+    if lora is not None:  # with the run's tokenizer and end tokens, not the base's
+        rank = min((rank for rank in VLLM_RANKS if rank >= lora.r), default=lora.r)
+        base = lora.base_model_name_or_path
+        at = f" --revision {lora.revision}" if lora.revision else ""
         serve = (
-            f"vllm serve {base.path}{at} --tokenizer . --generation-config . \\\n"
+            f"vllm serve {base}{at} --tokenizer . --generation-config . \\\n"
             f"  --enable-lora --lora-modules {name}=. --max-lora-rank {rank}"
         )
     address = "http://localhost:8000/v1"
@@ -414,7 +373,8 @@ def _shell(serving: Serving, name: str, base: Base | None) -> str:
 def request_body(serving: Serving, name: str) -> dict[str, Any]:
     """The body of an OpenAI-compatible request that prompts the model as the evaluation did."""
     prompt = serving.prompt
-    body: dict[str, Any] = {"model": name, "temperature": 0, "max_tokens": serving.limit}
+    limit = serving.generation.max_new_tokens
+    body: dict[str, Any] = {"model": name, "temperature": 0, "max_tokens": limit}
     if serving.stop:
         body["stop"] = serving.stop
     if not isinstance(prompt, Conversation):
@@ -425,23 +385,23 @@ def request_body(serving: Serving, name: str) -> dict[str, Any]:
     return {**body, "messages": serving.sent}
 
 
-def _python(serving: Serving, base: Base | None) -> str:
+def _python(serving: Serving, lora: LoraConfig | None) -> str:
     options = ", return_full_text=False"
     if isinstance(serving.sent, str) and not serving.adds_special_tokens:
         options += ", add_special_tokens=False"
     if serving.stop:  # a generation config with stop strings would fail without a tokenizer
         options += f", stop_strings={serving.stop!r}, tokenizer=generate.tokenizer"
     names, lines, load = ["pipeline"], [], f', dtype="{serving.dtype}"'
-    if base is not None and base.is_quantized:
+    if lora is not None and serving.is_quantized:
         names.append("BitsAndBytesConfig")
         lines.append('bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")')
         load += ', model_kwargs={"quantization_config": bits}'
-    if base is not None:  # by default, a pipeline uses the base's tokenizer and generation config
+    if lora is not None:  # by default, a pipeline uses the base's tokenizer and generation config
         names.append("GenerationConfig")
-        at = f', revision="{base.revision}"' if base.revision else ""
+        at = f', revision="{lora.revision}"' if lora.revision else ""
         load = f', tokenizer="."{at}{load}'
     lines.append(f'generate = pipeline("text-generation", "."{load})')
-    if base is not None:
+    if lora is not None:
         lines.append('generate.model.generation_config = GenerationConfig.from_pretrained(".")')
     lines += [
         f"prompt = {serving.sent!r}",

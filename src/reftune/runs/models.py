@@ -1,5 +1,4 @@
-"""The models that a run reads by name: `base`, the methods that its stages save, and folders of
-models or adapters."""
+"""The models that a run reads by name: `base`, saved methods, and folders of models or adapters."""
 
 from __future__ import annotations
 
@@ -46,11 +45,8 @@ class Models:
         """The model `name` as a policy. With `trained`, the policy is built for training: if the
         recipe sets `lora`, the policy has adapters. With a 4-bit base, these are the model's own
         adapters; otherwise, they are new. The caller must not change the policy. `take` returns a
-        policy that may be changed.
-
-        Raises: RecipeError if the method is not trained yet, or if this machine or FSDP2 does not
-        support a setting; ModelError if the model cannot be used.
-        """
+        policy that may be changed. Raises: RecipeError if the method is not trained yet, or if this
+        machine or FSDP2 does not support a setting; ModelError if the model cannot be used."""
         table = self.recipe.model
         is_other = table.lora is not None or table.gradient_checkpointing
         key = (name, trained and is_other)
@@ -61,8 +57,7 @@ class Models:
         return self.kept[key]
 
     def release(self) -> None:
-        """Free the memory of the policy that was loaded last, and of policies that are no longer
-        used."""
+        """Free the memory of the policy that was loaded last, and of policies no longer used."""
         self.kept.clear()
         if self.recipe.model.gradient_checkpointing:  # which leaves policies in reference cycles
             gc.collect()
@@ -74,18 +69,26 @@ class Models:
         return policy
 
     def _restored(self, name: str, *, trained: bool) -> Policy:
-        """The model `name` as a policy, with its value head. If the policy will be trained on a
-        4-bit base, it is restored from the model's adapters. Otherwise, it is restored from the
-        model's weights."""
+        """The model `name` as a policy, with its value head and the recipe's settings, on the
+        recipe's device. A policy to train on a 4-bit base is restored from the model's adapters.
+        Any other is restored from the model's weights; if trained with adapters, these are new."""
         table = self.recipe.model
         require_trained(self.recipe, [name])
+        continues = trained and table.quantize is not None
+        if continues and sharding.current.splits:
+            raise RecipeError("model.quantize: FSDP2 cannot split weights in 4 bits; expected DDP")
         torch.manual_seed(derive_seed(self.recipe.seed, "adapters"))
         folder = stage_folder(self.recipe, name).path
-        continues = trained and table.quantize is not None
-        loaded = self._read(
-            "base" if continues else name, as_stored=not trained or table.lora is not None
-        )
-        policy = self._policy(*loaded, trained=trained)
+        as_stored = not trained or table.lora is not None
+        policy = Policy(
+            *self._read("base" if continues else name, as_stored=as_stored),
+            dtype=getattr(torch, table.dtype),
+            lora=table.lora if trained else None,
+            quantize=table.quantize if trained else None,
+            trained=trained,
+            stop=stop_texts(self.recipe.format),
+        ).to(choose_device(table.device))
+        policy.saved_dtype, policy.max_tokens = saved_dtype(table), table.max_tokens
         if continues and name != "base":
             if is_adapter_folder(folder):
                 require_continuable(folder, table)
@@ -114,34 +117,13 @@ class Models:
             return with_adapters(model, folder, base=table.path), tokenizer
         return load_pretrained(folder, trust_remote_code=trust, as_stored=as_stored)
 
-    def _policy(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, trained: bool
-    ) -> Policy:
-        """A policy for `model`, with the recipe's settings and on the recipe's device. If the
-        policy needs adapters, new adapters are added."""
-        table = self.recipe.model
-        if trained and table.quantize is not None and sharding.current.splits:
-            raise RecipeError("model.quantize: FSDP2 cannot split weights in 4 bits; expected DDP")
-        policy = Policy(
-            model,
-            tokenizer,
-            dtype=getattr(torch, table.dtype),
-            lora=table.lora if trained else None,
-            quantize=table.quantize if trained else None,
-            trained=trained,
-            stop=stop_texts(self.recipe.format),
-        )
-        policy.saved_dtype, policy.max_tokens = saved_dtype(table), table.max_tokens
-        return policy.to(choose_device(table.device))
-
 
 # --- the names in a recipe ------------------------------------------------------------------------
 
 
 def check_stage_graph(recipe: Recipe) -> None:
-    """Check that stages read only `base`, earlier methods or model folders, that no two stages save
-    the same method, and that the methods and the reward model named under `evaluate` exist. Raises:
-    RecipeError if a check fails."""
+    """Raises: RecipeError if a stage reads anything but `base`, earlier methods and model folders,
+    if two stages save the same method, or if `evaluate` names an unknown method or reward model."""
     known, made = ["base"], {"base"}
     for name, stage in recipe.stages.items():
         for method in stage.needs:

@@ -15,6 +15,7 @@ from reftune.datasets import Splits, load_splits
 from reftune.errors import DataError, RecipeError
 from reftune.processes import launch, world
 from reftune.recipe import Recipe
+from reftune.results import read_groups, summarize, write_report
 from reftune.runs.auto import settled
 from reftune.runs.evaluation import FinalEvaluation
 from reftune.runs.models import Models, check_stage_graph, require_trained
@@ -33,12 +34,9 @@ from reftune.text import counted
 
 
 def run_recipe(recipe: Recipe, *, progress: Progress) -> dict[str, Any]:
-    """Run all stages and evaluations, and write summary.json and report.html. Finished parts are
-    not repeated.
-
-    Returns: the summary. Raises: ReftuneError if the run cannot start or continue; Interrupted if
-    a signal stops the training.
-    """
+    """Run all stages and evaluations that are not finished, and write summary.json and report.html.
+    Returns: the summary. Raises: ReftuneError if the run cannot start or continue; Interrupted if a
+    signal stops the training."""
     with open_run(recipe, progress) as run:
         if "base" in recipe.methods_to_evaluate:
             run.evaluation.answer("base")
@@ -53,20 +51,16 @@ def run_recipe(recipe: Recipe, *, progress: Progress) -> dict[str, Any]:
         return run.summarize()
 
 
-def run_stages(
-    recipe: Recipe, *, kinds: Collection[str], progress: Progress
-) -> dict[str, dict[str, Any]]:
-    """Run only the stages of these kinds. If these stages start from or sample from the methods of
+def run_stages(recipe: Recipe, *, kind: str, progress: Progress) -> dict[str, dict[str, Any]]:
+    """Run only the stages of this kind. If these stages start from or sample from the methods of
     other stages, those methods must already be trained. Returns: the content of each stage's
     `stage.json`, keyed by stage name. Raises: the errors of `run_recipe`."""
     check_stage_graph(recipe)
     stages = recipe.stages
-    names = [name for name, stage in stages.items() if stage.kind in kinds]
+    names = [name for name, stage in stages.items() if stage.kind == kind]
     if not names:
-        wanted, found = sorted(kinds), sorted({stage.kind for stage in stages.values()})
-        raise RecipeError(
-            f"{recipe.name}: no stage of kind {' or '.join(wanted)}; it has {', '.join(found)}"
-        )
+        found = ", ".join(sorted({stage.kind for stage in stages.values()}))
+        raise RecipeError(f"{recipe.name}: no stage of kind {kind}; it has {found}")
     made = {"base", *(method for name in names for method in recipe.saved_by(name))}
     require_trained(recipe, [m for name in names for m in stages[name].needs if m not in made])
     with open_run(recipe, progress) as run:
@@ -78,10 +72,10 @@ def run_stages(
 def evaluate_methods(
     recipe: Recipe, methods: Collection[str], *, progress: Progress
 ) -> dict[str, Any]:
-    """Evaluate `methods`. If `methods` is empty, evaluate all methods that the recipe evaluates.
-    Returns: the summary of all methods evaluated so far.
-    Raises: RecipeError if a method is not in the recipe or in its `evaluate.stages`, or if a method
-    or the reranking reward model is not trained yet; the errors of `run_recipe`."""
+    """Evaluate `methods` or, if there are none, all methods that the recipe evaluates. Returns: the
+    summary of all methods evaluated so far. Raises: RecipeError if a method is not in the recipe or
+    in its `evaluate.stages`, or if a method or the reranking reward model is not trained yet; the
+    errors of `run_recipe`."""
     check_stage_graph(recipe)
     for method in methods:
         if method not in recipe.methods_to_evaluate:
@@ -138,11 +132,9 @@ class Run:
 
     def verify_inputs(self) -> None:
         """Load the model and encode the problems, to find unusable inputs before the run starts.
-
         Raises: ModelError or RecipeError if the model cannot be used, for example because it has no
         embedding for a token; DataError if a prompt is too long and the recipe does not drop such
-        prompts, or if no training row is left; the errors of `verify_engine`.
-        """
+        prompts, or if no training row is left; the errors of `verify_engine`."""
         self.verify_engine()
         policy, stages = self.models.load("base", trained=True), self.recipe.stages.values()
         collector = collector_of(self.recipe, policy)
@@ -196,15 +188,13 @@ class Run:
         world.wait(f"the end of {name}")
 
     def _inputs_of(self, init: str) -> tuple[Collector, Splits]:
-        """The collector of a stage that starts from `init`, and the problems that fit its
-        model."""
+        """The collector of a stage that starts from `init`, and the problems that fit its model."""
         policy = self.models.load(init, trained=True)
         collector = collector_of(self.recipe, policy)
         return collector, collector.trainable(self.splits, policy)
 
     def require_facts(self, name: str) -> None:
-        """Check that a trained stage has described itself. Raises: RecipeError if its `stage.json`
-        lacks a key in `FACTS`."""
+        """Raises: RecipeError if the `stage.json` of a trained stage lacks a key in `FACTS`."""
         folder = self.folder.stage(name)
         facts = world.from_main(lambda: folder.facts() if folder.is_done else {})
         missing = [key for key in FACTS if key not in facts]
@@ -226,7 +216,6 @@ class Run:
     def summarize(self) -> dict[str, Any]:
         """Write report.html from the run's files and, if all methods are evaluated, summary.json.
         Returns: the summary of the methods that are evaluated."""
-        from reftune.results import read_groups, summarize, write_report
 
         def written() -> dict[str, Any]:
             groups = read_groups([self.folder.path], finished=False)
@@ -240,14 +229,12 @@ class Run:
 
     def report(self) -> None:
         """Write report.html for the run so far."""
-        from reftune.results import read_groups, write_report
-
         if world.is_main():
             write_report(read_groups([self.folder.path], finished=False), self.folder.report)
 
 
 def _require_same_problems(splits: Splits) -> None:
-    """Check that all processes have the same problems. Raises: DataError if they do not."""
+    """Raises: DataError if the processes have different problems."""
     if world.world_size() == 1:
         return
     first, *others = world.gather(split_hashes(splits))
@@ -262,8 +249,7 @@ def _require_same_problems(splits: Splits) -> None:
 
 @contextmanager
 def threads_of(recipe: Recipe) -> Iterator[None]:
-    """A context in which PyTorch uses the recipe's number of CPU threads. Afterwards, the previous
-    number is restored."""
+    """Inside the block, PyTorch uses the recipe's number of CPU threads."""
     before = torch.get_num_threads()
     # setting the number, even to the same value, makes decoding a quarter slower
     if recipe.threads in (None, before):

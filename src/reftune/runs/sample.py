@@ -20,11 +20,8 @@ def sample_method(
     recipe: Recipe, method: str, *, split: str, num: int, temperature: float
 ) -> list[dict[str, Any]]:
     """The rows of `sample_rows` for the first `num` problems of a split. `method` is `base` or a
-    finished method of the recipe's run.
-
-    Raises: RecipeError if `method` is a stage that trains no method, or is not trained yet;
-    DataError if the split is empty.
-    """
+    finished method of the recipe's run. Raises: RecipeError if `method` is a stage that trains no
+    method, or is not trained yet; DataError if the split is empty."""
     if method in recipe.stages and not recipe.stages[method].is_method:
         raise RecipeError(f"{method}: not a method, so its model answers no questions")
     recipe = settled(recipe)
@@ -45,8 +42,7 @@ def sample_rows(
     *,
     temperature: float,
 ) -> list[dict[str, Any]]:
-    """One row per problem, with the question, the gold answer, a completion, its verdict, and the
-    reason for the verdict."""
+    """One row per problem: the question, the gold answer, a completion, its verdict and reason."""
     solved = collector.solve(policy, problems, temperature=temperature, seed=recipe.seed)
     return [
         {

@@ -29,9 +29,9 @@ from reftune.text import brief
 if TYPE_CHECKING:
     import torch
 
-MANIFEST, TENSORS, STATE = "manifest.json", "tensors.safetensors", "state.json"
-FILES = (TENSORS, STATE)
-"""The files whose checksums are in the manifest."""
+MANIFEST = "manifest.json"
+"""Contains the checksums of `FILES`."""
+FILES = TENSORS, STATE = "tensors.safetensors", "state.json"
 _STEP = re.compile(r"step-(\d{6,})")
 
 
@@ -101,9 +101,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
 
     states = optimizer.state_dict()["state"]
     return {
-        f"optimizer.{index}.{key}": (
-            value if isinstance(value, torch.Tensor) else torch.tensor(value)
-        )
+        f"optimizer.{index}.{key}": torch.as_tensor(value)
         for index, state in states.items()
         for key, value in _flat(state).items()
     }
@@ -111,13 +109,12 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
 
 def _flat(state: Mapping[str, Any]) -> dict[str, Any]:
     """One parameter's optimizer state, with the tensors of nested dicts moved to the top level.
-    bitsandbytes stores its quantized state in a nested dict, but can load the flat form too. The
-    quantized state contains tables that all parameters share. safetensors rejects shared tensors,
-    so the tables are copied."""
-    nested = [value for value in state.values() if isinstance(value, Mapping)]
-    plain = {key: value for key, value in state.items() if not isinstance(value, Mapping)}
-    tensors = {key: value for part in nested for key, value in part.items()}
-    return plain | {k: v.clone() if k.startswith("qmap") else v for k, v in tensors.items()}
+    bitsandbytes nests its quantized state, but can load the flat form too. Its tables `qmap…` are
+    shared by all parameters, which safetensors rejects, so they are copied."""
+    flat: dict[str, Any] = {}
+    for key, value in state.items():
+        flat |= value if isinstance(value, Mapping) else {key: value}
+    return {k: v.clone() if k.startswith("qmap") else v for k, v in flat.items()}
 
 
 def load_optimizer_tensors(
@@ -130,18 +127,15 @@ def load_optimizer_tensors(
     for name, value in tensors.items():
         if name.startswith("optimizer."):
             _, index, key = name.split(".")
-            state.setdefault(int(index), {})[key] = _stored(value, parameters[int(index)])
+            stored: torch.Tensor | int = value
+            if value.dim() > 0:
+                stored = part_of(value, parameters[int(index)])
+            elif not value.is_floating_point():
+                stored = int(value)  # as the optimizer had it
+            state.setdefault(int(index), {})[key] = stored
     optimizer.load_state_dict(
         {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
     )
-
-
-def _stored(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor | int:
-    """A stored value in the form that the optimizer expects. A scalar becomes an int unless it was
-    stored as a float. Any other tensor is cut to this process's part."""
-    if value.dim() > 0:
-        return part_of(value, parameter)
-    return value if value.is_floating_point() else int(value)
 
 
 def _found(folder: Path) -> list[tuple[int, Path]]:

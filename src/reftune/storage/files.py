@@ -1,6 +1,7 @@
 """Writes files that survive if the process is killed. Text files and folders are complete before a
 rename puts them in place. JSON Lines files can be cut back to the length that they had at a
-checkpoint. If there are several processes, only the main process writes."""
+checkpoint. If there are several processes, only the main process writes. A disk error is raised as
+a CheckpointError, unless a function says otherwise."""
 
 from __future__ import annotations
 
@@ -35,8 +36,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write `text` to a temporary file, then rename this file to `path`. Raises: CheckpointError
-    for a disk error."""
+    """Write `text` to a temporary file, then rename this file to `path`."""
     if not is_main():
         return
     partial = path.with_name(f".{path.name}.partial")
@@ -53,8 +53,8 @@ def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     `partial`. `fill` is called in every process, because it may have to gather weights from all
     processes, but it must write only in the main process. Then the old folder is given a temporary
     name, and the new folder is renamed to `folder`. If the process is killed between these two
-    steps, the old folder keeps the temporary name until `restore_folder` is called. Raises:
-    CheckpointError for a disk error; the new folder is then deleted."""
+    steps, the old folder keeps the temporary name until `restore_folder` is called. After a disk
+    error, the new folder is deleted."""
     partial, old = folder.with_name(f".{folder.name}.partial"), _old(folder)
     if not is_main():
         fill(partial)
@@ -66,7 +66,8 @@ def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
             folder.parent.mkdir(parents=True, exist_ok=True)
             fill(partial)
             make_readable(partial)
-            sync_files(partial)
+            for path in (*partial.rglob("*"), partial):
+                sync(path)
             if folder.exists():
                 folder.rename(old)
             partial.rename(folder)
@@ -87,8 +88,7 @@ def make_readable(folder: Path) -> None:
 
 def restore_folder(folder: Path) -> None:
     """Clean up if the process was killed during `replace_folder`. If `folder` is missing, put the
-    old folder back. If `folder` exists, delete the old folder. Raises: CheckpointError for a disk
-    error."""
+    old folder back. If `folder` exists, delete the old folder."""
     old = _old(folder)
     if not (is_main() and old.exists()):
         return
@@ -106,8 +106,7 @@ def _old(folder: Path) -> Path:
 def link_files(source: Path, target: Path, *, but: str = "") -> None:
     """For every file under `source`, create a hard link at the same relative path under `target`,
     replacing any file that is already there. Files with the name given by `but` are skipped. If the
-    file system does not support hard links, the files are copied. Raises: CheckpointError for a
-    disk error."""
+    file system does not support hard links, the files are copied."""
     if not is_main():
         return
     with writing(target):
@@ -121,12 +120,6 @@ def link_files(source: Path, target: Path, *, but: str = "") -> None:
                 link.hardlink_to(path)
             except OSError:  # no hard links on this file system
                 shutil.copyfile(path, link)
-
-
-def sync_files(folder: Path) -> None:
-    """Call `sync` on everything in `folder`, then on `folder` itself."""
-    for path in (*folder.rglob("*"), folder):
-        sync(path)
 
 
 def sync(path: Path) -> None:
@@ -146,7 +139,7 @@ class JsonLines:
         self.path = path
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Append one line. Raises: CheckpointError for a disk error."""
+        """Append one line."""
         if not is_main():
             return
         with writing(self.path):
@@ -155,18 +148,17 @@ class JsonLines:
                 file.write(json.dumps(row, ensure_ascii=False, allow_nan=True) + "\n")
 
     def sync(self) -> None:
-        """Wait until the appended lines would survive a power cut. Raises: CheckpointError for a
-        disk error."""
+        """Wait until the appended lines would survive a power cut."""
         if is_main() and self.path.exists():
-            with writing(self.path), self.path.open("rb") as file:
-                os.fsync(file.fileno())
+            with writing(self.path):
+                sync(self.path)
 
     def size(self) -> int:
         """Size of the file in bytes; 0 if there is no file."""
         return self.path.stat().st_size if self.path.exists() else 0
 
     def truncate(self, size: int) -> None:
-        """Cut the file after `size` bytes. Raises: CheckpointError for a disk error."""
+        """Cut the file after `size` bytes."""
         if is_main() and self.size() > size:
             with writing(self.path), self.path.open("r+b") as file:
                 file.truncate(size)
@@ -177,8 +169,7 @@ class JsonLines:
 
     def keep_of(self, is_own: Callable[[Mapping[str, Any]], bool], count: int) -> None:
         """Of the lines that `is_own` accepts, keep only the first `count`. Lines that it does not
-        accept stay, even if they are damaged. An incomplete last line is dropped. Raises:
-        CheckpointError for a disk error."""
+        accept stay, even if they are damaged. An incomplete last line is dropped."""
         if not is_main():
             return
         lines = self._lines()
@@ -188,8 +179,7 @@ class JsonLines:
             write_atomically(self.path, kept.decode(errors="replace"))
 
     def rows(self) -> list[dict[str, Any]]:
-        """The objects on all complete lines; an incomplete last line is ignored. Raises:
-        CheckpointError for a damaged line."""
+        """The objects on all complete lines. Raises: CheckpointError if one of them is damaged."""
         rows = []
         for number, line in enumerate(self._lines(), start=1):
             try:
@@ -221,8 +211,7 @@ def in_parts(
 ) -> list[dict[str, Any]]:
     """Write one line per problem to `path`, in parts of `at_once` problems, and return the objects
     on all lines. `answer(start, part)` returns one object per problem of `part`, in order. `start`
-    is the index of the part's first problem. Parts that are already complete in the file are
-    kept."""
+    is the index of the part's first problem. Parts that are complete in the file are kept."""
     results = JsonLines(path)
     done = len(from_main(results.rows))
     if done < len(problems):  # redo an incomplete part, because samples are drawn part by part

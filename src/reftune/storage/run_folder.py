@@ -1,7 +1,6 @@
-"""Defines the names and places of a run's files, and how a run claims and locks its folder. The
-names of the files of a model or a checkpoint are defined in the modules that write these files. A
-run rejects a folder if the folder contains the recipe of a different run, or contains files but no
-recipe."""
+"""Defines the names and places of a run's files, except the files of a model or a checkpoint, and
+how a run claims and locks its folder. A run rejects a folder that contains the recipe of a
+different run, or files but no recipe."""
 
 from __future__ import annotations
 
@@ -15,8 +14,7 @@ import shlex
 import sys
 import time
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path
@@ -33,52 +31,28 @@ if TYPE_CHECKING:
     from reftune.types import Problem
 
 
-@dataclass(frozen=True, slots=True)
 class RunFolder:
     """The folder `runs/NAME`. docs/design.md describes the files that people and scripts read."""
 
-    path: Path
-
-    @property
-    def recipe(self) -> Path:
-        return self.path / "recipe.yaml"
-
-    @property
-    def environment(self) -> Path:
-        return self.path / "env.json"
-
-    @property
-    def data(self) -> Path:
-        return self.path / "data.json"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def summary(self) -> Path:
-        return self.path / "summary.json"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe = path / "recipe.yaml"
+        self.environment = path / "env.json"
+        self.data = path / "data.json"
+        self.metrics = path / "metrics.jsonl"
+        self.summary = path / "summary.json"
+        self.report = path / "report.html"
+        self.evaluations = path / "eval"
+        self.lock = path / ".lock"
 
     @property
     def is_run(self) -> bool:
         """Whether a run has claimed the folder. A recipe alone may be a user's own file."""
         return self.recipe.is_file() and self.environment.is_file()
 
-    @property
-    def report(self) -> Path:
-        return self.path / "report.html"
-
-    @property
-    def lock(self) -> Path:
-        return self.path / ".lock"
-
     def stage(self, method: str) -> StageFolder:
         """Folder of a stage, or of a snapshot that a stage saves."""
         return StageFolder(self.path / "stages" / method)
-
-    @property
-    def evaluations(self) -> Path:
-        return self.path / "eval"
 
     def evaluation(self, method: str) -> Path:
         return self.evaluations / f"{method}.jsonl"
@@ -96,21 +70,28 @@ class RunFolder:
         return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
-@dataclass(frozen=True, slots=True)
 class StageFolder:
-    """The folder `stages/NAME`. It contains a model in Hugging Face format, and the files below. A
-    stage's folder contains the model that the stage chose on dev. A snapshot's folder contains the
-    model at the snapshot's step."""
+    """The folder `stages/NAME`. It contains a model in Hugging Face format (of a stage, the one
+    chosen on dev; of a snapshot, that of its step) and the files below."""
 
-    path: Path
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.info = path / "stage.json"
+        """This file is written last."""
+        self.samples = path / "samples.jsonl"
+        self.drawn = path / "sampled.jsonl"
+        """Solutions to the training problems, on which self-training or a reward model trains."""
+        self.drawn_dev = path / "sampled_dev.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.best = self.checkpoints / "best"
+        """Folder of the best model on dev so far."""
 
-    @property
-    def info(self) -> Path:
-        return self.path / "stage.json"
+    def nonfinite(self, step: int) -> Path:
+        return self.path / f"nonfinite-{step:06d}.json"
 
     @property
     def is_done(self) -> bool:
-        """Whether the stage is complete. The file `info` is written last."""
+        """Whether the stage is complete."""
         return self.info.is_file()
 
     @property
@@ -120,48 +101,19 @@ class StageFolder:
 
     def facts(self) -> dict[str, Any]:
         """The content of the file `info`. The stage must be complete."""
-        content: dict[str, Any] = json.loads(self.info.read_text(encoding="utf-8"))
-        return content
+        return dict(json.loads(self.info.read_text(encoding="utf-8")))
 
     @property
     def run(self) -> RunFolder:
         return RunFolder(self.path.parents[1])
 
-    @property
-    def samples(self) -> Path:
-        return self.path / "samples.jsonl"
-
-    @property
-    def drawn(self) -> Path:
-        """Solutions sampled for the training problems. Self-training or a reward model trains on
-        them."""
-        return self.path / "sampled.jsonl"
-
-    @property
-    def drawn_dev(self) -> Path:
-        return self.path / "sampled_dev.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def best(self) -> Path:
-        """Folder of the best model on dev so far."""
-        return self.checkpoints / "best"
-
-    def nonfinite(self, step: int) -> Path:
-        return self.path / f"nonfinite-{step:06d}.json"
-
 
 # --- ownership ------------------------------------------------------------------------------------
 
 
-FIRST = RunFolder(Path())
 BEFORE_CLAIM = frozenset(
-    [FIRST.lock.name]
-    + [path.name for path in (FIRST.environment, FIRST.data)]
-    + [f".{path.name}.partial" for path in (FIRST.environment, FIRST.data, FIRST.recipe)]
+    [".lock", "env.json", "data.json"]
+    + [f".{name}.partial" for name in ("env.json", "data.json", "recipe.yaml")]
 )
 """Names of files that may remain from a run that was killed before it wrote `recipe.yaml`."""
 ENVIRONMENT = ("reftune", "torch", "transformers", "accelerate", "peft", "pydantic-monty", "numpy")
@@ -174,18 +126,12 @@ CHANGES_NO_RESULT = (
     *(f"{TRAINING}.{key}" for key in ("save_every_s", "keep")),
     *(f"{TRAINING}.optimizer.{key}" for key in ("on_nonfinite", "max_skipped")),
 )
-"""Keys and tables that change no existing file in a run's folder except the recipe, summary and
-report."""
+"""Keys and tables that change no existing file of a run except the recipe, summary and report."""
 CHANGES_ROUNDING = (
     *("model.micro_batch_tokens", "model.gradient_checkpointing"),
     *("engine.batch_size", "engine.memory", "engine.server"),
 )
-"""Keys that set how much memory a run needs, or where it samples. They change results only by
-rounding."""
-LENGTHS = {"steps", "epochs"}
-"""Keys that set the length of a stage."""
-NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK}
-"""Errors of file systems that have no locks."""
+"""Keys for a run's memory, or for where it samples. They change results only by rounding."""
 
 
 @contextmanager
@@ -219,7 +165,8 @@ def claimed(folder: RunFolder, recipe: Recipe, splits: Splits) -> Iterator[list[
                 notes += _changed_environment(folder)
                 notes += _stretched_rates(wanted, longer)
                 notes += [*_changed_rounding(own, wanted), *_set_aside(folder, own, wanted)]
-                if longer or _evaluated(own) != _evaluated(wanted):
+                has_other_stages = [*own["stages"]] != [*wanted["stages"]]
+                if longer or has_other_stages or own.get("evaluate") != wanted.get("evaluate"):
                     folder.summary.unlink(missing_ok=True)
             # written last, because it claims a new folder for this run
             text = dump_recipe(recipe)
@@ -229,8 +176,7 @@ def claimed(folder: RunFolder, recipe: Recipe, splits: Splits) -> Iterator[list[
 
 
 def _lock(file: IO[str], *, attempts: int = 5) -> bool:
-    """Lock a file. Returns: whether its file system has locks. Raises: BlockingIOError if another
-    process has locked the file."""
+    """Lock a file. Returns: whether this works here. Raises: BlockingIOError if it is locked."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -239,7 +185,7 @@ def _lock(file: IO[str], *, attempts: int = 5) -> bool:
         time.sleep(0.1)  # `watch` locks the file for an instant
         return _lock(file, attempts=attempts - 1)
     except OSError as error:
-        if error.errno not in NO_LOCKS:
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
             raise
         return False
     return True
@@ -262,9 +208,8 @@ def readable_errors(folder: RunFolder) -> Iterator[None]:
 
 
 def data_facts(splits: Splits) -> dict[str, Any]:
-    """The content of `data.json`: the number of problems in each split, the number of rows dropped
-    for each reason, and a hash of each split. Training problems with and without a rationale are
-    counted separately."""
+    """The content of `data.json`: the number of problems in each split (training problems with and
+    without a rationale apart), of rows dropped for each reason, and a hash of each split."""
     with_rationale = sum(problem.rationale is not None for problem in splits.train)
     sizes = {"train": with_rationale, "dev": len(splits.dev), "test": len(splits.test)}
     return {
@@ -283,15 +228,14 @@ def split_hashes(splits: Splits) -> dict[str, str]:
     }
 
 
-def _hashed(problem: Problem) -> list[Any]:
-    turns = [[turn.role, turn.content] for turn in problem.messages]
-    answer = problem.written_answer
-    return [problem.id, problem.question, problem.choices, answer, problem.rationale, *turns]
+def _hashed(p: Problem) -> list[Any]:
+    turns = [[turn.role, turn.content] for turn in p.messages]
+    return [p.id, p.question, p.choices, p.written_answer, p.rationale, *turns]
 
 
 def refuse_changed_data(folder: RunFolder, splits: Splits) -> None:
-    """Check that the problems have not changed since the run began. Raises: DataError if they have;
-    CheckpointError if the run's `data.json` cannot be read."""
+    """Raises: DataError if the problems have changed since the run began; CheckpointError if the
+    run's `data.json` cannot be read."""
     if not folder.data.is_file():
         return
     try:
@@ -327,14 +271,13 @@ def lengthened_stages(folder: RunFolder, recipe: Recipe) -> list[str]:
 
     Raises: RecipeError if the recipes also differ in anything else that affects results, or if one
     of these stages cannot continue, because a later stage has begun or the stage's own final
-    checkpoint is gone; CheckpointError if the folder's recipe cannot be read.
-    """
+    checkpoint is gone; CheckpointError if the folder's recipe cannot be read."""
     own, wanted = _own_and_wanted(folder, recipe)
     own["stages"] = {**wanted["stages"], **(own.get("stages") or {})}
     longer = []
     for name, stage in own["stages"].items():
         table, spec = map(length_table, (stage, wanted["stages"].get(name, {})))
-        for key in LENGTHS & table.keys() & spec.keys():
+        for key in {"steps", "epochs"} & table.keys() & spec.keys():
             files = folder.stage(name)
             has_begun = files.is_done or files.has_begun
             if spec[key] > table[key] and (recipe.stages[name].is_method or not has_begun):
@@ -353,16 +296,14 @@ def lengthened_stages(folder: RunFolder, recipe: Recipe) -> list[str]:
 
 
 def length_table(stage: dict[str, Any]) -> dict[str, Any]:
-    """The table of a stage's recipe that sets its number of steps or epochs: the stage's own or, in
-    self-training, the table `sft`."""
+    """The table that sets a stage's steps or epochs: its own or, in self-training, its `sft`."""
     nested = stage.get("sft")
     return nested if isinstance(nested, dict) else stage
 
 
 def without(recipe: Mapping[str, Any], keys: Collection[str], where: str = "") -> dict[str, Any]:
     """A copy of a recipe without the keys and tables in `keys`, such as `engine.server`. `where` is
-    the path of the table `recipe`. In paths, `TRAINING` stands for some names (see
-    `TRAINING_KEYS`)."""
+    the path of the table `recipe`. `TRAINING_KEYS` describes the name `TRAINING` in paths."""
     kept = {}
     for name, value in recipe.items():
         place = f"{where}.{name}".lstrip(".")
@@ -372,11 +313,6 @@ def without(recipe: Mapping[str, Any], keys: Collection[str], where: str = "") -
             value = without(value, keys, TRAINING if value.keys() >= TRAINING_KEYS else place)
         kept[name] = value
     return kept
-
-
-def _evaluated(recipe: dict[str, Any]) -> tuple[list[str], Any]:
-    """What a recipe evaluates, and how."""
-    return [*recipe["stages"]], recipe.get("evaluate")
 
 
 def _changed_rounding(own: dict[str, Any], wanted: dict[str, Any]) -> Iterator[str]:
@@ -402,8 +338,7 @@ def _stretched_rates(recipe: dict[str, Any], longer: Collection[str]) -> Iterato
 
 
 def _changed_environment(folder: RunFolder) -> Iterator[str]:
-    """Notes if the GPU that the run began on is gone, or if it began with other versions of torch
-    or transformers."""
+    """Notes if the run began on a GPU and there is none, or with another torch or transformers."""
     try:
         old = dict(json.loads(folder.environment.read_text(encoding="utf-8")))
     except (ValueError, TypeError):
@@ -418,8 +353,7 @@ def _changed_environment(folder: RunFolder) -> Iterator[str]:
 
 def _set_aside(folder: RunFolder, own: dict[str, Any], wanted: dict[str, Any]) -> Iterator[str]:
     """If the recipe `wanted` evaluates differently from `own`, rename the folder of evaluations,
-    and yield a note. Evaluating other methods, or adding a reranker if there was none, does not
-    count as a difference."""
+    and yield a note. Other methods, or a reranker if there was none, make no difference."""
     old, new = (each.get("evaluate") or {} for each in (own, wanted))
     free = {"stages", "rerank"} if old.get("rerank") is None else {"stages"}
     change = first_difference(without(old, free), without(new, free), "evaluate")
@@ -467,40 +401,28 @@ def _reopen(folder: RunFolder, name: str) -> Iterator[str]:
 
 
 def _own_and_wanted(folder: RunFolder, recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The folder's recipe and `recipe`, both with all keys. Raises: CheckpointError if the folder's
-    recipe cannot be read."""
-    own = _as_of_now(_read_own_recipe(folder.recipe))
-    return own, yaml.safe_load(dump_recipe(recipe))
-
-
-def _read_own_recipe(path: Path) -> dict[str, Any]:
+    """The folder's recipe and `recipe`, both with all keys. If the folder's recipe is no longer
+    valid, it is returned as stored. Raises: CheckpointError if it cannot be read."""
     try:
-        old = yaml.safe_load(path.read_bytes())
+        own = yaml.safe_load(folder.recipe.read_bytes())
     except (yaml.YAMLError, ValueError):
-        old = None
-    if not isinstance(old, dict):
-        raise CheckpointError(f"{path}: not the recipe of a run; choose another run_dir")
-    return old
-
-
-def _as_of_now(old: dict[str, Any]) -> dict[str, Any]:
-    """A stored recipe, completed with the defaults of keys that did not exist when it was stored.
-    If the recipe is no longer valid, it is returned unchanged."""
-    try:
-        return dict(yaml.safe_load(dump_recipe(parse_recipe(old))))
-    except RecipeError:
-        return old
+        own = None
+    if not isinstance(own, dict):
+        raise CheckpointError(f"{folder.recipe}: not the recipe of a run; choose another run_dir")
+    with suppress(RecipeError):  # adds the defaults of keys that are newer than the stored recipe
+        own = parse_recipe(own).model_dump(mode="json")
+    return own, recipe.model_dump(mode="json")
 
 
 def first_difference(old: Any, new: Any, where: str = "") -> str | None:
     """The first key, in the order of `old`, that differs between two tables at the place `where`,
     followed by its two values. None if there is no such key."""
     if isinstance(old, dict) and isinstance(new, dict):
-        for key in [*old, *(key for key in new if key not in old)]:
-            found = first_difference(old.get(key), new.get(key), f"{where}.{key}".lstrip("."))
-            if found is not None:
-                return found
-        return None
+        changes = (
+            first_difference(old.get(key), new.get(key), f"{where}.{key}".lstrip("."))
+            for key in old | new
+        )
+        return next((change for change in changes if change is not None), None)
     return None if old == new else f"{where} was {old!r}, now {new!r}"
 
 

@@ -161,7 +161,7 @@ def _run(recipe: Recipe, kind: str | None, *, as_json: bool, quiet: bool) -> Non
     keep_freed_memory()
     with _watched(recipe, quiet=quiet) as progress:
         if kind is not None:
-            facts = run_stages(recipe, kinds={kind}, progress=progress)
+            facts = run_stages(recipe, kind=kind, progress=progress)
             if as_json and is_main():
                 show(facts)
             return
