@@ -93,39 +93,36 @@ class WordProblems(Component):
         return Splits(train=train, dev=dev, test=test)
 
     def _different_stories(self, rng: random.Random) -> Iterator[_Story]:
+        """Stories with different texts. Each number of operations that the settings allow is
+        equally likely. Raises: DataError if no new story is found."""
         seen: set[str] = set()
         while True:
-            story = self._new_story(rng, seen)
+            num_operations = rng.randint(*self.operations)
+            drawn = (self._story(num_operations, rng) for _ in range(MAX_DRAWS))
+            story = next((each for each in drawn if each and each.text not in seen), None)
+            if story is None:
+                raise DataError(
+                    f"word_problems: no new question with {counted(num_operations, 'operation')}"
+                    f" after {counted(len(seen), 'question')}, but the splits need"
+                    f" {self.train + self.dev + self.test}; widen numbers, raise people or"
+                    " max_value, or make the splits smaller"
+                )
             seen.add(story.text)
             yield story
-
-    def _new_story(self, rng: random.Random, seen: set[str]) -> _Story:
-        """A story that is not in `seen`. Each number of operations that the settings allow is
-        equally likely. Raises: DataError if no such story is found."""
-        num_operations = rng.randint(*self.operations)
-        for _ in range(MAX_DRAWS):
-            story = self._story(num_operations, rng)
-            if story is not None and story.text not in seen:
-                return story
-        raise DataError(
-            f"word_problems: no new question with {counted(num_operations, 'operation')} after"
-            f" {counted(len(seen), 'question')}, but the splits need"
-            f" {self.train + self.dev + self.test}; widen numbers, raise people or max_value, or"
-            " make the splits smaller"
-        )
 
     def _problem(
         self, id: str, story: _Story, styles: random.Random, options: random.Random
     ) -> Problem:
         style, rationale = self._solution(story, styles)
         choices = _options(story.answer, self.max_value, options) if self.answer == "choice" else ()
+        num_operations = sum(bool(quantity.symbol) for quantity in _ancestors(story.answer))
         return Problem(
             id=id,
             question=story.text,
             answer=_answer(choices, story.answer.value),
             rationale=rationale,
             choices=choices,
-            columns={"operations": story.num_operations, "style": style},
+            columns={"operations": num_operations, "style": style},
         )
 
     def _solution(self, story: _Story, rng: random.Random) -> tuple[str, str]:
@@ -152,7 +149,7 @@ class WordProblems(Component):
         if ask in ("together", "more") and rng.random() < 0.5:
             teller.introduce()
         for _ in range(num_operations - (ask != "count")):
-            if teller.has_someone_new and rng.random() < 0.6:
+            if len(teller.holdings) < self.people and rng.random() < 0.6:
                 teller.relate()
             else:
                 teller.update()
@@ -200,10 +197,6 @@ class _Story:
     """The people's quantities from which the answer is computed, in the order of the story."""
     answer: _Quantity
 
-    @property
-    def num_operations(self) -> int:
-        return sum(bool(quantity.symbol) for quantity in _ancestors(self.answer))
-
 
 @dataclass(kw_only=True, slots=True)
 class _Teller:
@@ -221,10 +214,6 @@ class _Teller:
     sentences: list[str] = field(default_factory=list)
     latest: str = ""
     """The person mentioned last."""
-
-    @property
-    def has_someone_new(self) -> bool:
-        return len(self.holdings) < len(self.people)
 
     def introduce(self) -> None:
         person, number = self._someone_new(), self._number()
@@ -259,11 +248,7 @@ class _Teller:
 
     def distract(self) -> None:
         person = self.rng.choice(self.people)
-        things = (
-            OBJECTS
-            if person not in self.holdings
-            else [thing for thing in OBJECTS if thing != self.thing]
-        )
+        things = [each for each in OBJECTS if each != self.thing or person not in self.holdings]
         sentence = f"{person} has {self._number().value} {self.rng.choice(things)}."
         self.sentences.insert(self.rng.randint(0, len(self.sentences)), sentence)
 
@@ -281,14 +266,11 @@ class _Teller:
             other = self.rng.choice([other for other in self.holdings if other != person])
             if self.holdings[other].value > self.holdings[person].value:
                 person, other = other, person
-            answer = _combine(
-                self.holdings[person], "+" if ask == "together" else "-", self.holdings[other]
-            )
-            question = (
-                f"How many {self.thing} do {person} and {other} have together?"
-                if ask == "together"
-                else f"How many more {self.thing} does {person} have than {other}?"
-            )
+            symbol, question = {
+                "together": ("+", f"How many {self.thing} do {person} and {other} have together?"),
+                "more": ("-", f"How many more {self.thing} does {person} have than {other}?"),
+            }[ask]
+            answer = _combine(self.holdings[person], symbol, self.holdings[other])
         needed = _ancestors(answer)
         return _Story(
             text=" ".join([*self.sentences, question]),
@@ -327,11 +309,8 @@ def _options(right: _Quantity, max_value: int, rng: random.Random) -> tuple[str,
     mistakes = sorted({*steps, *operations})
     rng.shuffle(mistakes)
     slips = [right.value + slip for slip in (1, -1, 2, -2, 10, -10, 3, -3)]
-    values = [
-        value
-        for value in dict.fromkeys([right.value, *mistakes, *slips])
-        if 1 <= value <= max_value
-    ][:NUM_OPTIONS]
+    likely = dict.fromkeys([right.value, *mistakes, *slips])
+    values = [value for value in likely if 1 <= value <= max_value][:NUM_OPTIONS]
     rng.shuffle(values)
     return tuple(map(str, values))
 
@@ -387,20 +366,9 @@ def _write_program(story: _Story, style: int) -> str:
     )
 
 
-def _people(story: _Story) -> dict[_Quantity, str]:
-    """Quantities are named after their owners: `ben = 12`, `ben = ben - 4`, `ann = ben * 3`,
-    `return ann`."""
-    return {quantity: quantity.owner.lower() for quantity in story.quantities}
-
-
 def _steps(story: _Story, letters: str) -> dict[_Quantity, str]:
     """Each quantity is named by a letter: `a = 12`, `b = a - 4`, `c = b * 3`, `return c`."""
     return dict(zip(story.quantities, letters, strict=False))
-
-
-def _nothing(story: _Story) -> dict[_Quantity, str]:
-    """No quantity has a name: `return (12 - 4) * 3`."""
-    return {}
 
 
 def _told_numbers(story: _Story, letters: str) -> dict[_Quantity, str]:
@@ -416,9 +384,10 @@ def _told_numbers(story: _Story, letters: str) -> dict[_Quantity, str]:
 
 _FIRST_LETTERS, _LATER_LETTERS = string.ascii_lowercase[:15], string.ascii_lowercase[15:]
 _NAMINGS: tuple[Callable[[_Story], dict[_Quantity, str]], ...] = (
-    _people,
+    # named after their owners: `ben = 12`, `ben = ben - 4`, `ann = ben * 3`, `return ann`
+    lambda story: {quantity: quantity.owner.lower() for quantity in story.quantities},
     partial(_steps, letters=_FIRST_LETTERS),
-    _nothing,
+    lambda story: {},  # `return (12 - 4) * 3`
     partial(_told_numbers, letters=_FIRST_LETTERS),
     partial(_steps, letters=_LATER_LETTERS),
     partial(_told_numbers, letters=_LATER_LETTERS),
@@ -430,40 +399,17 @@ _PROGRAM_STYLES = [
 
 
 def _write_prose(story: _Story, style: int) -> str:
-    prose, swap = _PROSE_STYLES[style]
+    """The computed quantities as sentences. The style determines how a sentence begins, or that a
+    single equation computes the answer, as in `(12 - 4) * 3 = 24.`"""
+    begin, swap = _PROSE_STYLES[style]
     computed = [
         quantity for quantity in dict.fromkeys((*story.quantities, story.answer)) if quantity.symbol
     ]
-    return prose(computed, swap) if computed else f"{story.answer.owner} has {story.answer.value}."
-
-
-def _who_has_what(computed: list[_Quantity], swap: bool) -> str:
-    """`Ben has 12 - 4 = 8. Ann has 8 * 3 = 24.`"""
-    return " ".join(
-        (
-            f"{step.owner} has {_equation(step, swap)}."
-            if step.owner
-            else f"That is {_equation(step, swap)}."
-        )
-        for step in computed
-    )
-
-
-def _equations(computed: list[_Quantity], swap: bool) -> str:
-    """`12 - 4 = 8. 8 * 3 = 24.`"""
-    return " ".join(f"{_equation(step, swap)}." for step in computed)
-
-
-def _first_and_then(computed: list[_Quantity], swap: bool) -> str:
-    """`First 12 - 4 = 8. Then 8 * 3 = 24.`"""
-    return " ".join(
-        f"{'Then' if i else 'First'} {_equation(step, swap)}." for i, step in enumerate(computed)
-    )
-
-
-def _one_equation(computed: list[_Quantity], swap: bool) -> str:
-    """`(12 - 4) * 3 = 24.`"""
-    return f"{_Spelling(swap=swap).formula(computed[-1])} = {computed[-1].value}."
+    if not computed:
+        return f"{story.answer.owner} has {story.answer.value}."
+    if begin is None:
+        return f"{_Spelling(swap=swap).formula(computed[-1])} = {computed[-1].value}."
+    return " ".join(f"{begin(i, step)}{_equation(step, swap)}." for i, step in enumerate(computed))
 
 
 def _equation(step: _Quantity, swap: bool) -> str:
@@ -471,8 +417,11 @@ def _equation(step: _Quantity, swap: bool) -> str:
     return f"{_Spelling(names=values, swap=swap).formula(step)} = {step.value}"
 
 
-_PROSE_STYLES = [
-    (prose, swap)
-    for swap in (False, True)
-    for prose in (_who_has_what, _equations, _first_and_then, _one_equation)
-]
+_BEGINNINGS: tuple[Callable[[int, _Quantity], str] | None, ...] = (
+    # `Ben has 12 - 4 = 8. Ann has 8 * 3 = 24.`
+    lambda i, step: f"{step.owner} has " if step.owner else "That is ",
+    lambda i, step: "",  # `12 - 4 = 8. 8 * 3 = 24.`
+    lambda i, step: "Then " if i else "First ",  # `First 12 - 4 = 8. Then 8 * 3 = 24.`
+    None,
+)
+_PROSE_STYLES = [(begin, swap) for swap in (False, True) for begin in _BEGINNINGS]

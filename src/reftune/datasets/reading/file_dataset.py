@@ -85,17 +85,10 @@ class FileDataset(Component):
 
     def all_problems(
         self, rows: Mapping[Split, Sequence[Row]], counts: Mapping[Split, Counter[str]]
-    ) -> dict[Split, list[Problem]]:
-        """The problems of each split. Rows that are left out are counted in the split's entry of
-        `counts`, by reason."""
-        return {split: self.problems(rows[split], split, counts[split]) for split in rows}
-
-    def notes(
-        self, rows: Mapping[Split, Sequence[Row]], problems: Mapping[Split, Sequence[Problem]]
-    ) -> tuple[str, ...]:
-        """What the user should know about the data; see `Splits.notes`. `problems` were read from
-        `rows`."""
-        return ()
+    ) -> tuple[dict[Split, list[Problem]], tuple[str, ...]]:
+        """The problems of each split, and the notes for `Splits.notes`. Rows that are left out are
+        counted in the split's entry of `counts`, by reason."""
+        return {split: self.problems(rows[split], split, counts[split]) for split in rows}, ()
 
     def trainable(self, splits: Splits) -> Splits:
         """`splits` without training problems that are unfit to learn from. By default, these are
@@ -118,8 +111,7 @@ class FileDataset(Component):
             rows["dev"] = self._rows(self.dev, "dev")
         rows["train"] = self._rows(self.train, "train")
         counts = {split: Counter[str]() for split in rows}
-        problems = self.all_problems(rows, counts)
-        notes = self.notes(rows, problems)
+        problems, notes = self.all_problems(rows, counts)
         try:
             splits = draw_splits(
                 train=problems["train"],

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from reftune.datasets.reading.conversations import read_conversation
-from reftune.datasets.reading.options import Options, has_options, read_options
+from reftune.datasets.reading.options import Options, read_options
 from reftune.datasets.reading.rows import Row
 from reftune.errors import DataError
 from reftune.grading.golds import GoldKind, listed_item, read_gold, stated_gold, with_points
@@ -42,7 +42,7 @@ class GoldReader:
     def options(self, row: Row, columns: str | Sequence[str] | None) -> Options | None:
         """The row's options; None if the row has no options, or if the answer kind does not use
         them. Raises: DataError if the options cannot be read."""
-        if columns is None or self.kind not in ("choice", "auto") or not has_options(row, columns):
+        if columns is None or self.kind not in ("choice", "auto"):
             return None
         return read_options(row, columns, self.reading)
 
