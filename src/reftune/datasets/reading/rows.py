@@ -99,7 +99,7 @@ class Row:
 
     def value(self, column: str) -> Any:
         """The column's value. Raises: DataError if the row has no such column."""
-        value = self._found(column)
+        value = self.get(column, MISSING)
         if value is MISSING:
             raise DataError(
                 f"{self.where}: no column {column!r}; expected one of"
@@ -107,20 +107,14 @@ class Row:
             )
         return value
 
-    def get(self, column: str) -> Any:
-        """Like `value`, but None if the row has no such column."""
-        value = self._found(column)
-        return None if value is MISSING else value
-
-    def _found(self, path: str) -> Any:
-        """The value of the column named `path`. If there is no such column, `path` is read as the
-        dotted path of a nested column. MISSING if that does not exist either."""
-        if path in self.columns:
-            return self.columns[path]
+    def get(self, column: str, default: object = None) -> Any:
+        """Like `value`, but `default` if the row has no such column."""
+        if column in self.columns:
+            return self.columns[column]
         value: Any = self.columns
-        for name in path.split("."):
+        for name in column.split("."):
             if not isinstance(value, Mapping) or name not in value:
-                return MISSING
+                return default
             value = value[name]
         return value
 
