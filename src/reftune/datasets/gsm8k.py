@@ -6,7 +6,8 @@ from __future__ import annotations
 import builtins
 import keyword
 import re
-from collections.abc import Iterable
+from collections.abc import Container
+from itertools import chain, count
 from typing import Any, ClassVar, Literal
 
 from reftune.datasets.reading.authors import PaperDataset
@@ -85,11 +86,8 @@ def program_of(solution: str) -> str | None:
         steps[name] = expression
         if PLAIN_NUMBER.fullmatch(match["result"].strip()):
             names[float(match["result"])] = name
-    return (
-        program(list(steps.items()))
-        if any(set(step) & set("+-*/") for step in steps.values())
-        else None
-    )
+    has_operator = any(set(step) & set("+-*/") for step in steps.values())
+    return program(list(steps.items())) if has_operator else None
 
 
 def _name(after: str) -> str:
@@ -102,10 +100,7 @@ def _name(after: str) -> str:
     return "step" if not name or keyword.iskeyword(name) or hasattr(builtins, name) else name
 
 
-def _unused(name: str, taken: Iterable[str]) -> str:
-    number = 1
-    numbered = name if name != "step" else "step_1"
-    while numbered in taken:
-        number += 1
-        numbered = f"{name}_{number}"
-    return numbered
+def _unused(name: str, taken: Container[str]) -> str:
+    first = "step_1" if name == "step" else name
+    names = chain([first], (f"{name}_{number}" for number in count(2)))
+    return next(each for each in names if each not in taken)

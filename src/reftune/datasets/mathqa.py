@@ -31,7 +31,7 @@ FORMULA_TOLERANCE = Fraction(1, 100)
 differ because options may be rounded."""
 
 OPTION_BREAK = re.compile(r"\s*,\s*(?=[b-e]\s*\)\s)")
-OPTION_LETTER = re.compile(r"\s*(?P<letter>[a-e])\s*\)\s*")
+OPTION = re.compile(r"\s*(?P<letter>[a-e])\s*\)(?P<text>.*)", re.DOTALL)
 SPELLINGS = [
     (re.compile(pattern), replacement)
     for pattern, replacement in [
@@ -176,12 +176,11 @@ class Mathqa(PaperDataset):
 def choice_program(row: Row, options: Sequence[str]) -> str | None:
     """A program that computes the value of the row's formula and returns the letter of the nearest
     option. None if the row has no readable formula, or if none of its options states a number."""
-    steps = _steps(row)
-    values = {
-        letter: option_value(option) for letter, option in zip(LETTERS, options, strict=False)
-    }
+    steps, values = _steps(row), zip(LETTERS, map(option_value, options), strict=False)
     spelled = ", ".join(
-        f'"{letter}": {_literal(value)}' for letter, value in values.items() if value is not None
+        f'"{letter}": {spell(value).replace("/", " / ")}'
+        for letter, value in values
+        if value is not None
     )
     if steps is None or not spelled:
         return None
@@ -229,10 +228,6 @@ def _ends_in_another_letter(problem: Problem) -> bool:
     return match is not None and match[1] != problem.answer.value
 
 
-def _literal(value: Fraction) -> str:
-    return spell(value).replace("/", " / ")
-
-
 # --- options --------------------------------------------------------------------------------------
 
 
@@ -245,12 +240,10 @@ def read_options(text: str) -> tuple[str, ...] | None:
         return None
     if not 2 <= len(pieces) <= len(LETTERS):
         return None
-    matches = [OPTION_LETTER.match(piece) for piece in pieces]
+    matches = [OPTION.fullmatch(piece) for piece in pieces]
     letters = "".join(match["letter"] for match in matches if match)
-    options = [
-        piece[match.end() :].strip() for match, piece in zip(matches, pieces, strict=True) if match
-    ]
-    return tuple(options) if letters == LETTERS[: len(pieces)] and all(options) else None
+    options = tuple(match["text"].strip() for match in matches if match)
+    return options if letters == LETTERS[: len(pieces)] and all(options) else None
 
 
 def option_value(text: str) -> Fraction | None:

@@ -16,15 +16,11 @@ from reftune.grading.golds import literal
 from reftune.text import shown
 from reftune.types import Message
 
-ROLES: Mapping[str, Literal["system", "user", "assistant"]] = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
+Role = Literal["system", "user", "assistant"]
+ROLES: Mapping[str, Role] = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "model", "bot"), "assistant"),
 }
 WRITTEN = re.compile(
     rf"""\s*\[\s*\{{.*?["'](?:role|from)["']\s*:\s*["'](?:{"|".join(ROLES)})["'].*\]\s*""",
@@ -120,7 +116,7 @@ def _is_empty_system(turn: Mapping[str, Any]) -> bool:
     return _role(turn) == "system" and (content is None or not str(content).strip())
 
 
-def _role(turn: Mapping[str, Any]) -> Literal["system", "user", "assistant"] | None:
+def _role(turn: Mapping[str, Any]) -> Role | None:
     return ROLES.get(str(turn.get("role", turn.get("from"))).lower())
 
 

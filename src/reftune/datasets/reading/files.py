@@ -33,7 +33,8 @@ DELIMITERS = ",;\t|"
 used. In a tie, the delimiter listed first here wins."""
 TYPE_NAMES: Mapping[type, str] = {
     bool: "a truth value",
-    **dict.fromkeys((int, float), "a number"),
+    int: "a number",
+    float: "a number",
     str: "text",
     Sequence: "a list",
     Mapping: "a mapping",
