@@ -144,22 +144,17 @@ class Mathqa(PaperDataset):
             choices=options,
             columns=row.others("Problem", "Rationale", "options", "correct"),
         )
-        prose = _prose(row) if self.rationale == "nl" else None
+        is_nl = self.rationale == "nl"
+        prose = _prose(row) if is_nl else None
         if self.answer == "choice":
-            worked = prose if self.rationale == "nl" else choice_program(row, options)
-            return replace(problem, rationale=worked)
+            return replace(problem, rationale=prose if is_nl else choice_program(row, options))
         gold_text = options[LETTERS.index(str(letter))]
         gold = option_answer(gold_text)
         if gold is None:
             raise Unusable("no_number")
-        worked = FINAL_LETTER.sub("", prose or "") or None
+        worked = FINAL_LETTER.sub("", prose or "") or None if is_nl else _formula_program(row)
         return replace(
-            problem,
-            question=stem,
-            answer=gold,
-            gold_text=gold_text,
-            rationale=worked if self.rationale == "nl" else _formula_program(row),
-            choices=(),
+            problem, question=stem, answer=gold, gold_text=gold_text, rationale=worked, choices=()
         )
 
     @classmethod
