@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from reftune.datasets import Splits
 from reftune.datasets.reading.authors import PaperDataset
 from reftune.datasets.reading.programs import arithmetic, program
-from reftune.datasets.reading.rows import Row, read_rows
+from reftune.datasets.reading.rows import Row
 from reftune.datasets.reading.splits import drop_untrainable
 from reftune.errors import DataError
 from reftune.types import Problem
@@ -29,9 +29,8 @@ class Svamp(PaperDataset):
         DataError if `nl` is requested and the data has no rationales."""
         if self.rationale == "nl":
             if all(problem.rationale is None for problem in splits.train):
-                first = read_rows(self.train, "train", names=self.file_names()["train"])[0]
                 raise DataError(
-                    f"{first.where}: no answer_cot; expected the authors' nl file, or"
+                    f"{self.train}: no answer_cot; expected the authors' nl file, or"
                     " dataset.rationale=program"
                 )
             splits = drop_untrainable(

@@ -114,12 +114,16 @@ class WordProblems(Component):
         self, id: str, story: _Story, styles: random.Random, options: random.Random
     ) -> Problem:
         style, rationale = self._solution(story, styles)
-        choices = _options(story.answer, self.max_value, options) if self.answer == "choice" else ()
+        value = story.answer.value
+        answer, choices = Answer(kind="number", value=Fraction(value)), tuple[str, ...]()
+        if self.answer == "choice":
+            choices = _options(story.answer, self.max_value, options)
+            answer = Answer(kind="choice", value="abcd"[choices.index(str(value))])
         num_operations = sum(bool(quantity.symbol) for quantity in _ancestors(story.answer))
         return Problem(
             id=id,
             question=story.text,
-            answer=_answer(choices, story.answer.value),
+            answer=answer,
             rationale=rationale,
             choices=choices,
             columns={"operations": num_operations, "style": style},
@@ -315,55 +319,35 @@ def _options(right: _Quantity, max_value: int, rng: random.Random) -> tuple[str,
     return tuple(map(str, values))
 
 
-def _answer(choices: tuple[str, ...], value: int) -> Answer:
-    if choices:
-        return Answer(kind="choice", value="abcd"[choices.index(str(value))])
-    return Answer(kind="number", value=Fraction(value))
-
-
 # --- rationales -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Spelling:
-    """How arithmetic is written down."""
-
-    names: Mapping[_Quantity, str] = field(default_factory=dict)
-    """Quantity → its name. A quantity without a name is written as a number or expression."""
-    swap: bool = False
-    """Whether to swap the operands of `+` and `*`: `3 * 12` instead of `12 * 3`."""
-
-    def formula(self, quantity: _Quantity) -> str:
-        """The expression that computes a quantity, such as `(a - 4) * 3`."""
-        if not quantity.symbol:
-            return str(quantity.value)
-        left, right = (self._operand(operand, quantity) for operand in quantity.operands)
-        if self.swap and quantity.symbol in ("+", "*"):
-            left, right = right, left
-        return f"{left} {quantity.symbol} {right}"
-
-    def term(self, quantity: _Quantity) -> str:
-        return self.names.get(quantity) or self.formula(quantity)
-
-    def _operand(self, operand: _Quantity, of: _Quantity) -> str:
-        is_written_sum = operand not in self.names and operand.symbol in ("+", "-")
-        needs_brackets = of.symbol == "*" or (of.symbol == "-" and operand is of.operands[1])
-        return (
-            f"({self.term(operand)})" if is_written_sum and needs_brackets else self.term(operand)
-        )
+def _formula(quantity: _Quantity, names: Mapping[_Quantity, str], swap: bool) -> str:
+    """The expression that computes a quantity, such as `(a - 4) * 3`. A quantity that has no name
+    in `names` is written as a number or expression. `swap` swaps the operands of `+` and `*`, as in
+    `3 * 12` instead of `12 * 3`."""
+    if not quantity.symbol:
+        return str(quantity.value)
+    terms = []
+    for operand in quantity.operands:
+        term = names.get(operand) or _formula(operand, names, swap)
+        is_written_sum = operand not in names and operand.symbol in ("+", "-")
+        is_subtracted = quantity.symbol == "-" and operand is quantity.operands[1]
+        needs_brackets = is_written_sum and (quantity.symbol == "*" or is_subtracted)
+        terms.append(f"({term})" if needs_brackets else term)
+    if swap and quantity.symbol in ("+", "*"):
+        terms.reverse()
+    return f" {quantity.symbol} ".join(terms)
 
 
 def _write_program(story: _Story, style: int) -> str:
     """A program that returns the answer. The style determines which quantities are assigned to
     variables, and what the variables are called."""
     naming, swap, ending = _PROGRAM_STYLES[style]
-    spelling = _Spelling(names=naming(story), swap=swap)
-    assignments = [
-        f"{name} = {spelling.formula(quantity)}" for quantity, name in spelling.names.items()
-    ]
-    return "\n    ".join(
-        ["def solution():", *assignments, ending.format(spelling.term(story.answer))]
-    )
+    names = naming(story)
+    lines = [f"{name} = {_formula(quantity, names, swap)}" for quantity, name in names.items()]
+    result = names.get(story.answer) or _formula(story.answer, names, swap)
+    return "\n    ".join(["def solution():", *lines, ending.format(result)])
 
 
 def _steps(story: _Story, letters: str) -> dict[_Quantity, str]:
@@ -408,13 +392,13 @@ def _write_prose(story: _Story, style: int) -> str:
     if not computed:
         return f"{story.answer.owner} has {story.answer.value}."
     if begin is None:
-        return f"{_Spelling(swap=swap).formula(computed[-1])} = {computed[-1].value}."
+        return f"{_formula(computed[-1], {}, swap)} = {computed[-1].value}."
     return " ".join(f"{begin(i, step)}{_equation(step, swap)}." for i, step in enumerate(computed))
 
 
 def _equation(step: _Quantity, swap: bool) -> str:
     values = {operand: str(operand.value) for operand in step.operands}
-    return f"{_Spelling(names=values, swap=swap).formula(step)} = {step.value}"
+    return f"{_formula(step, values, swap)} = {step.value}"
 
 
 _BEGINNINGS: tuple[Callable[[int, _Quantity], str] | None, ...] = (

@@ -128,22 +128,18 @@ def _message(turn: Mapping[str, Any], where: str) -> Message:
             f"{where}: a turn has the role {shown(speaker)}; expected one of {', '.join(ROLES)}"
             f" ({NO_TOOLS})"
         )
+    has = f"{where}: a turn with role {speaker} has"
     for key in ("tool_calls", "function_call"):
         if not is_empty(turn.get(key)):
-            raise DataError(
-                f"{where}: a turn with role {speaker} has {key}: {shown(turn[key])}; expected text"
-                f" only ({NO_TOOLS})"
-            )
+            raise DataError(f"{has} {key}: {shown(turn[key])}; expected text only ({NO_TOOLS})")
     for key in THOUGHTS:
         if isinstance(thought := turn.get(key), str) and thought.strip():
             raise DataError(
-                f"{where}: a turn with role {speaker} has {key}: {shown(thought)}; expected the"
-                " thoughts in its text, as <think>…</think>, or none"
+                f"{has} {key}: {shown(thought)}; expected the thoughts in its text, as"
+                " <think>…</think>, or none"
             )
     if content is None:
-        raise DataError(
-            f"{where}: a turn with role {speaker} has no text: {shown(turn)}; expected text"
-        )
+        raise DataError(f"{has} no text: {shown(turn)}; expected text")
     return Message(role=role, content=content)
 
 

@@ -104,12 +104,15 @@ class FileDataset(Component):
         """Read the files, clean the splits, and draw the dev split with `seed` if the recipe names
         no source for it. Raises: DataError if the data cannot be read, or if `dev_size` is too
         large."""
-        rows: dict[Split, Sequence[Row]] = {}
-        if self.test is not None or not is_single_split(self.train):
-            rows["test"] = self._rows(self.test or self.train, "test")
-        if self.dev is not None:
-            rows["dev"] = self._rows(self.dev, "dev")
-        rows["train"] = self._rows(self.train, "train")
+        has_test = self.test is not None or not is_single_split(self.train)
+        test = self.test or self.train if has_test else None
+        sources: dict[Split, str | None] = {"test": test, "dev": self.dev, "train": self.train}
+        names = self.file_names()
+        rows = {
+            split: read_rows(source, split, names=names.get(split, ()), revision=self.revision)
+            for split, source in sources.items()
+            if source is not None
+        }
         counts = {split: Counter[str]() for split in rows}
         problems, notes = self.all_problems(rows, counts)
         try:
@@ -127,7 +130,3 @@ class FileDataset(Component):
         of_test = {f"test_{name}": count for name, count in counts.pop("test", Counter()).items()}
         dropped = sum(counts.values(), Counter(of_test))
         return self.trainable(replace(splits, counts={**dropped, **splits.counts}, notes=notes))
-
-    def _rows(self, source: str, split: Split) -> list[Row]:
-        names = self.file_names().get(split, ())
-        return read_rows(source, split, names=names, revision=self.revision)
