@@ -72,9 +72,8 @@ def program_of(solution: str) -> str | None:
     operator, or if any step is not plain arithmetic.
 
     Each step assigns its result to a variable, which is named after the words that follow the
-    step's annotation. A number that equals the result of an earlier step is replaced by that step's
-    variable. If several earlier steps have this result, the variable of the last of these steps is
-    used.
+    step's annotation. This variable replaces later numbers that equal the result. If several
+    earlier steps have this result, the last of them counts.
     """
     steps: dict[str, str] = {}
     names: dict[float, str] = {}
@@ -91,8 +90,8 @@ def program_of(solution: str) -> str | None:
 
 
 def _name(after: str) -> str:
-    """A variable name formed from the text after a step's annotation. For example,
-    `24 clips in May.` becomes `clips_may`. If the text has no usable word, the name is `step`."""
+    """A variable name from the text after a step's annotation, such as `clips_may` for `24 clips in
+    May.`, or `step` if the text has no usable word."""
     words = re.match(r"\s*[-$]?[\d.,/]*\s*((?:[A-Za-z]+\b\s*)*)", after)
     assert words is not None
     telling = [word for word in words[1].lower().split() if word not in NOT_NAMES][:MAX_NAME_WORDS]

@@ -54,12 +54,11 @@ class Jsonl(FileDataset):
         read = {split: self._read(rows[split], columns[split]) for split in rows}
         votes = sum(each.votes for of_split in read.values() for each in of_split)
         are_texts = votes > 0 and self.positions_from is None
-        problems = _with_contexts(
-            {
-                split: [each.as_text() if are_texts else each.problem for each in of_split]
-                for split, of_split in read.items()
-            }
-        )
+        problems = {
+            split: [each.as_text() if are_texts else each.problem for each in of_split]
+            for split, of_split in read.items()
+        }
+        problems = _with_contexts(problems)
         return problems, unused_columns(problems, columns["train"])
 
     def trainable(self, splits: Splits) -> Splits:
@@ -97,10 +96,9 @@ class Jsonl(FileDataset):
         return self.answer_kind == "choice" or self.positions_from is not None
 
     def _columns(self, rows: Sequence[Row], *, is_train: bool) -> Columns:
-        """The columns that the user named and, for the other fields, the columns recognised by
-        their names. Raises: DataError if the training rows lack a named column, if dev or test lack
-        a named column of the question or the options, or if no column is recognised for the
-        question or the answer."""
+        """The columns that the user named and, for the other fields, those recognised by their
+        names. Raises: DataError if the training rows lack a named column, if dev or test lack one
+        of the question or the options, or if no question or answer is recognised."""
         named = {} if self.columns is None else self.columns.model_dump()
         for field, value in named.items():
             names = [value] if isinstance(value, str) else value or []
@@ -112,9 +110,8 @@ class Jsonl(FileDataset):
         return recognise(rows, named, has_options=self._says_options)
 
     def _options(self, row: Row, columns: Columns) -> Options | None:
-        """The row's options; None if the row has no options, or if the answer kind does not use
-        them. Raises: DataError if the answer kind needs options and the row has none, or if the
-        options cannot be read."""
+        """As `GoldReader.options`. Raises: DataError also if the answer kind needs options and the
+        row has none."""
         try:
             options = self.golds.options(row, columns.choices)
         except DataError as error:
@@ -146,8 +143,7 @@ class Jsonl(FileDataset):
 
     def _id(self, row: Row, column: str | None) -> str:
         """The row's id. A column that the user did not name is ignored if it contains no id."""
-        value = None if column is None else row.get(column)
-        if column is None or value is None:
+        if column is None or (value := row.get(column)) is None:
             return row.id
         if isinstance(value, int | float):
             return str(value)
@@ -193,7 +189,7 @@ class _Read:
     gold: str
     """The gold answer as `GoldReader.spelled` writes it."""
     labels: tuple[str, ...]
-    """See `Options.labels`."""
+    """As in `Options`."""
     where: str
 
     @property
@@ -214,10 +210,11 @@ class _Read:
         even if it is also the label of another option. Raises: DataError if several options have
         this text."""
         letters = self._letters_of_text
+        if not letters:
+            return self.problem
         if len(letters) > 1:
             raise DataError(f"{self.where}: several options are {shown(self.gold)}; expected one")
-        answers = [Answer(kind="choice", value=letter) for letter in letters]
-        return replace(self.problem, answer=answers[0]) if answers else self.problem
+        return replace(self.problem, answer=Answer(kind="choice", value=letters[0]))
 
 
 def _with_contexts(splits: dict[Split, list[Problem]]) -> dict[Split, list[Problem]]:
@@ -231,8 +228,7 @@ def _with_contexts(splits: dict[Split, list[Problem]]) -> dict[Split, list[Probl
             key = question_key(problem)
             other = first.setdefault(key, problem)
             if _system(problem) != _system(other):
-                is_same = same_gold(problem.answer, other.answer)
-                agree[key] = agree.get(key, True) and is_same
+                agree[key] = agree.get(key, True) and same_gold(problem.answer, other.answer)
     if 2 * sum(agree.values()) >= len(agree):
         return splits
     return {
@@ -247,8 +243,8 @@ def _system(problem: Problem) -> str:
 
 def _question(row: Row, columns: Columns) -> tuple[str, tuple[Message, ...]]:
     """The question as one string and, if a cell is a conversation, the turns before the answer.
-    The text of other columns becomes part of the conversation's first question. Raises: DataError
-    if a cell contains no question, or if a prompt contains the beginning of the reply."""
+    Other columns become part of the conversation's first question. Raises: DataError if a cell
+    contains no question, or if a prompt contains the beginning of the reply."""
     names = columns.asked
     for place, name in enumerate(names):
         if (conversation := read_conversation(row, name)) is not None:
@@ -272,9 +268,7 @@ def _texts(row: Row, columns: Sequence[str]) -> list[str]:
 
 
 def _rationale(row: Row, column: str | None) -> str | None:
-    if column is None:
+    if column is None or is_missing(row.get(column)):
         return None
     conversation = read_conversation(row, column)
-    if conversation is not None:
-        return conversation.reply
-    return None if is_missing(row.get(column)) else row.text(column)
+    return row.text(column) if conversation is None else conversation.reply

@@ -194,8 +194,8 @@ def _steps(row: Row) -> list[tuple[str, str]] | None:
 
 
 def _formulas_agree(rows: Sequence[Row]) -> list[bool]:
-    """For each row, whether its formula's value is within 1% of the gold option. Rows from the
-    files of ReFT's authors are not checked: for them, the result is True."""
+    """For each row, whether its formula's value is within 1% of the gold option. True for rows from
+    the files of ReFT's authors, which are not checked."""
     results = run_programs(["" if is_authors(row) else _formula_program(row) or "" for row in rows])
     return [
         is_authors(row) or _is_near_gold(row, result.value)
@@ -212,8 +212,7 @@ def _is_near_gold(row: Row, value: object) -> bool:
 
 
 def _prose(row: Row) -> str | None:
-    """The row's `Rationale`, without the quotation marks that surround most rationales; None if
-    nothing is left."""
+    """The row's `Rationale` without its usual quotation marks; None if nothing is left."""
     text = row.optional_text("Rationale")
     return None if text is None else repaired(text.strip('" \n')) or None
 
@@ -227,9 +226,8 @@ def _ends_in_another_letter(problem: Problem) -> bool:
 
 
 def read_options(text: str) -> tuple[str, ...] | None:
-    """The texts of the options, beginning with option a. `text` looks like
-    `a ) 38 , b ) 27.675 , …` or like the Python list `["a ) 38", …]`. For any other text, the
-    result is None."""
+    """The texts of the options, beginning with option a. `text` looks like `a ) 38 , b ) 27 , …` or
+    like the Python list `["a ) 38", …]`. None for any other text."""
     pieces = literal(text) if text.startswith("[") else OPTION_BREAK.split(text)
     if not isinstance(pieces, list) or not all(isinstance(piece, str) for piece in pieces):
         return None
@@ -285,8 +283,7 @@ def _letter(row: Row, column: str, options: Sequence[str]) -> Answer:
 
 
 def _with_options(stem: str, options: Sequence[str]) -> str:
-    """The question, followed by a line with its options, which are written in the style of ReFT's
-    authors: `a ) 38 , b ) 27 , …`."""
+    """The question and a line with its options, as ReFT's authors write: `a ) 38 , b ) 27 , …`."""
     lettered = zip(LETTERS, options, strict=False)
     return f"{stem}\n" + " , ".join(f"{letter} ) {option}" for letter, option in lettered)
 

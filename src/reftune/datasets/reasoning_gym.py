@@ -37,8 +37,7 @@ class ReasoningGym(Component):
     test_size: int = Field(500, ge=0)
     """The test questions do not depend on the other sizes."""
     data_seed: int = Field(0, ge=0, le=20)
-    """Determines which questions are generated. Which of them become dev questions depends on the
-    run's seed."""
+    """Determines the questions. Which of them become dev questions depends on the run's seed."""
 
     def load(self, *, seed: int) -> Splits:
         """Generate all splits. Raises: RecipeError if the package is missing, or if it rejects the
@@ -49,8 +48,7 @@ class ReasoningGym(Component):
         return drop_contradictions(splits)
 
     def _draw(self, split: str, count: int, *, without: list[Problem]) -> list[Problem]:
-        """The first `count` different questions that the split's seeds generate, apart from the
-        questions in `without`."""
+        """The first `count` different questions of the split's seeds that are not in `without`."""
         first_seed = (2 * self.data_seed + (split == "train")) * SEED_RANGE
         drawn: dict[str, Problem] = {}
         asked = {question_key(problem) for problem in without}

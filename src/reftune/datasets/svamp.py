@@ -41,15 +41,15 @@ class Svamp(PaperDataset):
         return super().trainable(splits)
 
     def published_problem(self, row: Row) -> Problem:
-        """The problem in a row of the published files. If rationales are programs, the program is
-        generated from the row's equation."""
+        """The problem in a row of the published files. A program comes from the row's equation."""
         body = row.text("Body")  # a third of the bodies lack a final period
+        worked = arithmetic(row.text("Equation"), {}) if self.rationale == "program" else None
         return Problem(
             id=row.text("ID"),
             question=f"{body}{'' if body[-1] in '.?!,;:' else '.'} {row.text('Question')}",
             answer=row.number_gold("Answer"),
             gold_text=str(row.value("Answer")),
-            rationale=program_of(row.text("Equation")) if self.rationale == "program" else None,
+            rationale=None if worked is None else program([("result", worked)]),
             columns=row.others("ID", "Body", "Question", "Answer"),
         )
 
@@ -62,10 +62,3 @@ class Svamp(PaperDataset):
             "Equation": f"( {n}.0 + 1.0 )",
             "Answer": n + 1,
         }
-
-
-def program_of(equation: str) -> str | None:
-    """A program that computes an equation such as `( 76.0 - 25.0 )`; None if the equation is not
-    plain arithmetic."""
-    expression = arithmetic(equation, {})
-    return None if expression is None else program([("result", expression)])

@@ -32,8 +32,7 @@ from reftune.types import Answer, Problem
 NAMES = ("Ann", "Ben", "Eva", "Ivy", "Leo", "Mia", "Noa", "Sam", "Tom", "Zoe")
 OBJECTS = ("drums", "geese", "hats", "kites", "pies", "snails")
 FACTORS = range(2, 10)
-"""Possible prices, and possible factors in "times as many". Larger numbers would not make sensible
-stories."""
+"""Possible prices and factors in "times as many". Larger ones would not make sensible stories."""
 NUM_OPTIONS = 4
 MAX_DRAWS = 10_000
 """Number of stories tried before the search for a new question gives up."""
@@ -130,8 +129,7 @@ class WordProblems(Component):
         )
 
     def _solution(self, story: _Story, rng: random.Random) -> tuple[str, str]:
-        """Draw a style with `rng`. Returns the style's index, as text, and the worked solution in
-        this style."""
+        """The index of a style drawn with `rng`, as text, and the worked solution in this style."""
         style = rng.randrange(self.styles)
         write = _write_program if self.rationale == "program" else _write_prose
         return str(style), write(story, style)
@@ -177,8 +175,7 @@ class _Quantity:
 
     value: int
     owner: str = ""
-    """The person who has the things. Empty for a bare number, and for an answer about coins or
-    about two people."""
+    """Who has the things; empty for a bare number and for answers about coins or two people."""
     symbol: str = ""
     """The operation that computes this quantity; empty for a number stated in the story."""
     operands: tuple[_Quantity, ...] = ()
@@ -209,8 +206,7 @@ class _Teller:
     rng: random.Random
     numbers: tuple[int, int]
     people: list[str]
-    """Everyone who may appear in the story. People who already have something are also in
-    `holdings`."""
+    """Everyone who may appear in the story. Those who already have things are in `holdings`."""
     thing: str
     holdings: dict[str, _Quantity] = field(default_factory=dict)
     """Each person's current amount."""
@@ -228,27 +224,23 @@ class _Teller:
         stories."""
         person = self.latest if self.rng.random() < 0.7 else self.rng.choice(list(self.holdings))
         number = self._number()
-        symbol, verb = self.rng.choice(
-            (("+", "buys"), ("+", "finds"), ("-", "loses"), ("-", "sells"))
-        )
+        verb = self.rng.choice(("buys", "finds", "loses", "sells"))
+        symbol = "+" if verb in ("buys", "finds") else "-"
         quantity = _combine(self.holdings[person], symbol, number, person)
         self._tell(f"{person} {verb} {number.value} {self.thing}.", quantity)
 
     def relate(self) -> None:
-        """Introduce a new person, who has more or fewer things than the last person mentioned, or
-        several times as many."""
+        """Introduce a person with more, fewer or several times as many things as the latest one."""
         person, base = self._someone_new(), self.latest
         symbol = self.rng.choice("+-*")
         number = self._factor() if symbol == "*" else self._number()
         comparison = {
-            "+": f"{number.value} more {self.thing} than",
-            "-": f"{number.value} fewer {self.thing} than",
-            "*": f"{number.value} times as many {self.thing} as",
+            "+": f"more {self.thing} than",
+            "-": f"fewer {self.thing} than",
+            "*": f"times as many {self.thing} as",
         }[symbol]
-        self._tell(
-            f"{person} has {comparison} {base}.",
-            _combine(self.holdings[base], symbol, number, person),
-        )
+        quantity = _combine(self.holdings[base], symbol, number, person)
+        self._tell(f"{person} has {number.value} {comparison} {base}.", quantity)
 
     def distract(self) -> None:
         person = self.rng.choice(self.people)
@@ -357,12 +349,8 @@ def _steps(story: _Story, letters: str) -> dict[_Quantity, str]:
 
 def _told_numbers(story: _Story, letters: str) -> dict[_Quantity, str]:
     """Each stated number is named by a letter: `a = 12`, `b = 4`, `c = 3`, `return (a - b) * c`."""
-    sources = [
-        source
-        for quantity in (*story.quantities, story.answer)
-        for source in (*quantity.operands, quantity)
-    ]
-    numbers = dict.fromkeys(source for source in sources if not source.symbol)
+    told = (x for each in (*story.quantities, story.answer) for x in (*each.operands, each))
+    numbers = dict.fromkeys(quantity for quantity in told if not quantity.symbol)
     return dict(zip(numbers, letters, strict=False))
 
 
@@ -386,9 +374,8 @@ def _write_prose(story: _Story, style: int) -> str:
     """The computed quantities as sentences. The style determines how a sentence begins, or that a
     single equation computes the answer, as in `(12 - 4) * 3 = 24.`"""
     begin, swap = _PROSE_STYLES[style]
-    computed = [
-        quantity for quantity in dict.fromkeys((*story.quantities, story.answer)) if quantity.symbol
-    ]
+    needed = dict.fromkeys((*story.quantities, story.answer))
+    computed = [quantity for quantity in needed if quantity.symbol]
     if not computed:
         return f"{story.answer.owner} has {story.answer.value}."
     if begin is None:

@@ -209,8 +209,8 @@ def _csv_lines(path: Path, text: str, delimiter: str, first: int) -> Iterator[Li
     try:
         for cells in reader:
             joined = lines[line - first : reader.line_num]
-            are_rows = all(each.count("\t") == len(cells) - 1 for each in joined)
-            if delimiter == "\t" and len(joined) > 1 and are_rows:
+            are_rows = len(joined) > 1 and all(x.count("\t") == len(cells) - 1 for x in joined)
+            if delimiter == "\t" and are_rows:
                 raise DataError(
                     f"{path}:{line}: a quotation mark joins this line and the next ones, up to line"
                     f" {first + reader.line_num - 1}; expected one row per line (if the mark is"
@@ -253,12 +253,9 @@ def _cell(cell: Any) -> str | None:
 
 def _table(lines: Iterable[Line]) -> Records:
     """The records of a table. The first line that is not empty names the columns. Empty cells
-    become null, and empty lines are skipped.
-
-    If the first column has no name, it is assumed to be a pandas index and is skipped. Any other
-    column without a name must be empty. Raises: DataError if a column's name is repeated, or if a
-    line does not fit the header.
-    """
+    become null, and empty lines are skipped. So is a first column without a name, as pandas writes
+    its index; any other column without a name must be empty. Raises: DataError if a column's name
+    is repeated, or if a line does not fit the header."""
     filled = (line for line in lines if any(cell is not None and cell.strip() for cell in line[1]))
     where, first = next(filled, ("", ()))
     header = [(cell or "").strip() for cell in first]
@@ -311,9 +308,8 @@ def _as_written(value: Any, kind: Any) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """The plain form of a value from a data source: line breaks become Unix line breaks, decimals
-    become ordinary numbers, dates and times become text such as `2021-03-05`, and NaN becomes
-    null."""
+    """The plain form of a value: line breaks become Unix line breaks, decimals become ordinary
+    numbers, dates and times become text such as `2021-03-05`, and NaN becomes null."""
     if isinstance(value, dict):
         return {name: plain(each) for name, each in value.items()}
     if isinstance(value, list):
@@ -328,8 +324,7 @@ def plain(value: Any) -> Any:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message or, if there is no message, the name of the error's
-    type."""
+    """The first line of an error's message or, without a message, the name of the error's type."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 

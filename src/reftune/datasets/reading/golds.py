@@ -1,5 +1,4 @@
-"""Reads cells that contain a gold answer, either alone or at the end of a worked solution or a
-conversation."""
+"""Reads cells with a gold answer, alone or at the end of a worked solution or a conversation."""
 
 from __future__ import annotations
 
@@ -112,9 +111,8 @@ def worked_solution(text: str) -> str | None:
 
 
 def marked_text(row: Row, column: str) -> Any:
-    """The value of a cell that contains a gold answer. If the cell is a conversation, this is the
-    assistant's reply. Raises: DataError if the row has no such column, or if the conversation has
-    no reply."""
+    """The value of a cell or, if it is a conversation, the assistant's reply. Raises: DataError if
+    the row has no such column, or if the conversation has no reply."""
     value = row.value(column)
     conversation = read_conversation(row, column)
     if conversation is None:

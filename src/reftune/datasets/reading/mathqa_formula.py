@@ -122,9 +122,8 @@ def _value(
     if operand in EXACT_CONSTANTS:
         return EXACT_CONSTANTS[operand]
     constant = operand.removeprefix("const_").replace("_", ".")
-    return (
-        _literal(constant) if operand.startswith("const_") and NUMBER.fullmatch(constant) else None
-    )
+    is_constant = operand.startswith("const_") and NUMBER.fullmatch(constant)
+    return _literal(constant) if is_constant else None
 
 
 def _literal(number: str) -> str:

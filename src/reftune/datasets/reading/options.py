@@ -28,9 +28,8 @@ class Options:
     """The data's label for each option, in lower case; empty if the options have no labels."""
 
     def letter(self, gold: str, positions_from: int | None) -> str | None:
-        """The letter of the option with the label `gold`. If no option has this label and
-        `positions_from` is given, `gold` is read as a position, counted from `positions_from`. None
-        if there is no such option."""
+        """The letter of the option with the label `gold` or, if there is none, at the position
+        `gold`, counted from `positions_from`. None if there is no such option."""
         label = bare(gold)
         if label in self.labels:
             return ascii_lowercase[self.labels.index(label)]
@@ -85,8 +84,7 @@ def is_empty(cell: object) -> bool:
 
 
 def _in_columns(row: Row, columns: Sequence[str]) -> Mapping[str, Any] | list[Any]:
-    """The options in several columns: a mapping from labels to options if the columns' names
-    contain labels, and a list otherwise."""
+    """The options in several columns, with their labels if the columns' names contain labels."""
     filled = [(name, row.get(name)) for name in columns if not row.is_blank(name)]
     labels = {name: re.sub(r".*?(\d+|.)$", r"\1", name.lower()) for name in columns}
     places = [int(label) if label.isdecimal() else ord(label) for label in labels.values()]
@@ -113,10 +111,7 @@ def _options(value: object, reading: Reading) -> Options | None:
         or not all(isinstance(text, (str, int, float)) for text in value)
     ):
         return None
-    texts = [
-        text if isinstance(text, str) else with_separator(str(text), reading.decimal)
-        for text in value
-    ]
+    texts = [x if isinstance(x, str) else with_separator(str(x), reading.decimal) for x in value]
     spelled = tuple(str(label).strip().lower() for label in labels if label is not None)
     return Options(
         texts=unlettered([text.strip() for text in texts]),

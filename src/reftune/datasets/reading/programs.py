@@ -13,9 +13,8 @@ LARGEST_WHOLE = 10**15
 
 
 def program(steps: Sequence[tuple[str, str]], *, result: str | None = None) -> str:
-    """The source of a function `solution()`. For each (name, expression) in `steps`, in order, the
-    function assigns the expression to the name. It then returns the expression `result`, which is
-    the last name by default."""
+    """The source of a function `solution()`. For each (name, expression) in `steps`, it assigns the
+    expression to the name. It returns the expression `result`, by default the last name."""
     lines = ["import math"] * any("math." in expression for _, expression in steps)
     lines += [f"{name} = {expression}" for name, expression in steps]
     lines += [f"return {result or steps[-1][0]}"]

@@ -1,8 +1,5 @@
-"""Reads the rows of a data source: a local file, a folder with one file per split, or a Hub
-dataset.
-
-Every row records its location, such as `file:line`, for error messages.
-"""
+"""Reads the rows of a local file, a folder with one file per split, or a Hub dataset. Every row
+records its location for error messages."""
 
 from __future__ import annotations
 
@@ -50,8 +47,7 @@ class Row:
     where: str
     """`file:line`, or the source and the row's number if the source has no lines."""
     id: str
-    """`FILE-N` for row N of a file, or `NAME-SPLIT-N` for row N on the Hub. This becomes the
-    problem's id if the data has no ids."""
+    """`FILE-N` for row N of a file, or `NAME-SPLIT-N` on the Hub. Used if the data has no ids."""
     columns: Mapping[str, Any]
 
     def text(self, column: str) -> str:
@@ -85,8 +81,7 @@ class Row:
         return value is None or (isinstance(value, str) and not value.strip())
 
     def number_gold(self, column: str) -> Answer:
-        """The gold number in a column. Raises: DataError if the column is missing, or if its
-        value is not a single number."""
+        """The gold number in a column. Raises: DataError if the value is not a single number."""
         value = self.value(column)
         answer = number_gold(value)
         if answer is None:
@@ -251,9 +246,8 @@ def _read_hub(source: str, split: str, revision: str | None) -> list[Row]:
 
     name, config, chosen = _hub_parts(source)
     chosen = chosen or ("validation" if split == "dev" else split)
-    pinned = {} if revision is None else {"revision": revision}
     try:
-        records = datasets.load_dataset(name, config or None, split=chosen, **pinned)
+        records = datasets.load_dataset(name, config or None, split=chosen, revision=revision)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
             f"{source}: cannot load the {chosen} split from the Hub ({first_line(error)}), and"

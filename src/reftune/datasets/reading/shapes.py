@@ -36,8 +36,7 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "choices": ("choices", "options", "question.choices"),
     "id": ("id", "item_id", "key", "uuid", "unique_id", "problem_id", "question_id"),
 }
-"""Field → common names of the field's column. They are tried in this order, and case is
-ignored."""
+"""Field → common names of the field's column, tried in this order. Case is ignored."""
 JUDGING = ("correct", "label")
 """Names of columns that may contain the gold answer, or whether a completion is right."""
 JUDGED = ("completion", "response", "output")
@@ -88,18 +87,14 @@ class Columns(Table):
 def recognise(
     rows: Sequence[Row], named: Mapping[str, Any], *, has_options: bool = False
 ) -> Columns:
-    """The columns of `rows`. `named` maps fields to the columns that the user named. For all other
-    fields, the columns are recognised by their names. `has_options` says that the user's settings
-    are for multiple choice.
-
-    Raises: DataError if no column is found for the question or for the answer.
-    """
+    """The columns of `rows`. `named` maps fields to the columns that the user named; those of other
+    fields are recognised by their names. `has_options` says that the user's settings are for
+    multiple choice. Raises: DataError if no column is found for the question or for the answer."""
     first, found = rows[0], _Found(rows)
     columns: dict[str, Any] = dict(named)
-    columns.setdefault("question", found.question())
-    if columns["question"] is None:
+    asked = columns.setdefault("question", found.question())
+    if asked is None:
         raise _nowhere(first, "question", found)
-    asked = columns["question"]
     parts = [asked] if isinstance(asked, str) else asked
     used = set(parts)
     chat = next((part for part in parts if any(found.chats(part))), None)
@@ -214,11 +209,13 @@ class _Found:
         """Whether the columns contain numbers that are in the question, and the gold answers are
         numbers too. Rows in which a column is empty are ignored."""
         rows = [row for row in self.rows if all(row.get(name) is not None for name in columns)]
-        return len(rows) > 0 and all(
-            _is_number(row.get(answer))
-            and all(_is_operand(row, name, question) for name in columns)
-            for row in rows
-        )
+        for row in rows:
+            cells, asked = map(row.get, columns), [str(row.get(part)) for part in question]
+            if not _is_number(row.get(answer)):
+                return False
+            if not all(_is_number(x) and any(str(x) in text for text in asked) for x in cells):
+                return False
+        return len(rows) > 0
 
     def any_worked(self, column: str) -> bool:
         """Whether any cell of the column is a conversation, or a solution that marks its answer."""
@@ -234,8 +231,8 @@ class _Found:
 
 
 def is_prompt(column: str) -> bool:
-    """Whether a conversation in this column is only a prompt. If it ends with the assistant's turn,
-    this turn is the beginning of a reply."""
+    """Whether conversations in this column are only prompts. A last turn of the assistant is then
+    the beginning of a reply."""
     return column.rpartition(".")[2].lower() in ("prompt", "context_messages")
 
 
@@ -249,11 +246,6 @@ def _is_number(cell: object) -> bool:
         return read_gold(cell).kind == "number"
     except DataError:
         return False
-
-
-def _is_operand(row: Row, column: str, question: Sequence[str]) -> bool:
-    cell = row.get(column)
-    return _is_number(cell) and any(str(cell) in str(row.get(part)) for part in question)
 
 
 def _nowhere(row: Row, field: str, found: _Found) -> DataError:

@@ -52,15 +52,13 @@ def unused_columns(splits: Mapping[Split, Sequence[Problem]], used: Columns) -> 
 
 
 def _adds_list(column: str, problem: Problem) -> bool:
-    cell = problem.columns.get(column)
-    if not isinstance(cell, Sequence) or isinstance(cell, str) or not cell:
+    cell, name = problem.columns.get(column), column.lower()
+    if not isinstance(cell, Sequence) or isinstance(cell, str) or not cell or name in SAMPLES:
         return False
-    if column.lower() in SAMPLES:
-        return False
-    if column.lower() in ("image", "images"):
+    if name in ("image", "images"):
         return "<image>" in problem.question
     is_long = (isinstance(item, str) and len(item.split()) >= LEAST_IN_LIST for item in cell)
-    return column.lower() == "history" or (any(is_long) and problem.question not in cell)
+    return name == "history" or (any(is_long) and problem.question not in cell)
 
 
 def _is_text(column: str, problems: Sequence[Problem]) -> bool:
