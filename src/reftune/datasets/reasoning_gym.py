@@ -37,7 +37,8 @@ class ReasoningGym(Component):
     test_size: int = Field(500, ge=0)
     """The test questions do not depend on the other sizes."""
     data_seed: int = Field(0, ge=0, le=20)
-    """Determines the questions. Which of them become dev questions depends on the run's seed."""
+    """Determines which questions are generated. Which of them become dev questions depends on the
+    run's seed."""
 
     def load(self, *, seed: int) -> Splits:
         """Generate all splits. Raises: RecipeError if the package is missing, or if it rejects the

@@ -193,7 +193,7 @@ def _read_csv(path: Path) -> Records:
 
 
 def _delimiter(path: Path, text: str) -> str:
-    first = text.lstrip().partition("\n")[0]
+    first = re.split(r"[\r\n]", text.lstrip(), maxsplit=1)[0]
     if ending(path) == ".tsv" and "\t" in first:
         return "\t"
     return max(

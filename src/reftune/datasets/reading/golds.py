@@ -71,8 +71,7 @@ class GoldReader:
         return answer, stated
 
     def spelled(self, stated: object) -> str:
-        """A gold answer as text that can be compared with labels, positions and option values. A
-        whole float such as 2.0 becomes `2`."""
+        """A gold answer as text to compare with labels, positions and options: `2` for 2.0."""
         is_whole = isinstance(stated, float) and stated.is_integer()
         return f"{stated:.0f}" if is_whole else with_points(stated, self.reading)
 
