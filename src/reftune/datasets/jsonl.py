@@ -110,7 +110,7 @@ class Jsonl(FileDataset):
         return recognise(rows, named, has_options=self._says_options)
 
     def _options(self, row: Row, columns: Columns) -> Options | None:
-        """As `GoldReader.options`, but kind `choice` needs options. Raises: DataError if it has none."""
+        """As `GoldReader.options`. Raises: DataError, also if the kind `choice` has no options."""
         try:
             options = self.golds.options(row, columns.choices)
         except DataError as error:
