@@ -222,6 +222,12 @@ def test_a_table_with_the_line_ends_of_an_old_mac_is_read(tmp_path: Path) -> Non
     assert [row.where for row in rows] == [f"{path}:2", f"{path}:3"]
 
 
+def test_a_table_may_mix_line_endings(tmp_path: Path) -> None:
+    text = b'question,answer\r"What is\n1 + 1?",2\r"What is\n2 + 2?",4\r'
+    rows = read(tmp_path / "data.csv", text)
+    assert [row.columns["answer"] for row in rows] == ["2", "4"]
+
+
 def test_utf_16_without_its_mark_is_refused_with_the_line(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"bare.csv:1: contains a NUL; expected UTF-8"):
         read(tmp_path / "bare.csv", "question,answer\n1 + 1?,2\n".encode("utf-16-le"))

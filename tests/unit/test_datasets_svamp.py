@@ -112,7 +112,7 @@ def test_the_original_file_gives_programs_from_equations(tmp_path: Path) -> None
 
 def test_the_original_file_has_no_nl_rationales(tmp_path: Path) -> None:
     with pytest.raises(
-        DataError, match=r"data.json:1: no answer_cot; expected .* dataset.rationale=program"
+        DataError, match=r"data.json: no answer_cot; expected .* dataset.rationale=program"
     ):
         load(tmp_path, [ORIGINAL], rationale="nl")
 

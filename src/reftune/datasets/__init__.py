@@ -21,18 +21,14 @@ class Dataset(Protocol):
     """The interface of every dataset."""
 
     def load(self, *, seed: int) -> Splits:
-        """The train, dev and test splits. Random choices, such as which questions are drawn for
-        dev, depend on `seed`. Raises: DataError if the data is unusable. The message names the
-        source and, if possible, the line."""
+        """The splits. Random choices, such as which questions are drawn for dev, depend on `seed`.
+        Raises: DataError, which names the source and, if possible, the line, for unusable data."""
 
 
 def load_dataset(dataset: Dataset, *, seed: int) -> Splits:
     """The splits of a dataset, with unique ids. No question is in more than one split, and no
-    training problem has a rationale that contradicts its gold answer.
-
-    Raises: as `Dataset.load`; also DataError if a user's own dataset returns something other than
-    splits of problems.
-    """
+    training problem has a rationale that contradicts its gold answer. Raises: as `Dataset.load`;
+    also DataError if a user's own dataset returns something other than splits of problems."""
     splits = dataset.load(seed=seed)
     is_ours = type(dataset).__module__.startswith("reftune.")
     if is_ours or isinstance(dataset, FileDataset):  # its `load` already does this

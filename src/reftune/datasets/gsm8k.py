@@ -6,7 +6,8 @@ from __future__ import annotations
 import builtins
 import keyword
 import re
-from collections.abc import Iterable
+from collections.abc import Container
+from itertools import chain, count
 from typing import Any, ClassVar, Literal
 
 from reftune.datasets.reading.authors import PaperDataset
@@ -71,9 +72,8 @@ def program_of(solution: str) -> str | None:
     operator, or if any step is not plain arithmetic.
 
     Each step assigns its result to a variable, which is named after the words that follow the
-    step's annotation. A number that equals the result of an earlier step is replaced by that step's
-    variable. If several earlier steps have this result, the variable of the last of these steps is
-    used.
+    step's annotation. This variable replaces later numbers that equal the result. If several
+    earlier steps have this result, the last of them counts.
     """
     steps: dict[str, str] = {}
     names: dict[float, str] = {}
@@ -85,16 +85,13 @@ def program_of(solution: str) -> str | None:
         steps[name] = expression
         if PLAIN_NUMBER.fullmatch(match["result"].strip()):
             names[float(match["result"])] = name
-    return (
-        program(list(steps.items()))
-        if any(set(step) & set("+-*/") for step in steps.values())
-        else None
-    )
+    has_operator = any(set(step) & set("+-*/") for step in steps.values())
+    return program(list(steps.items())) if has_operator else None
 
 
 def _name(after: str) -> str:
-    """A variable name formed from the text after a step's annotation. For example,
-    `24 clips in May.` becomes `clips_may`. If the text has no usable word, the name is `step`."""
+    """A variable name from the text after a step's annotation, such as `clips_may` for `24 clips in
+    May.`, or `step` if the text has no usable word."""
     words = re.match(r"\s*[-$]?[\d.,/]*\s*((?:[A-Za-z]+\b\s*)*)", after)
     assert words is not None
     telling = [word for word in words[1].lower().split() if word not in NOT_NAMES][:MAX_NAME_WORDS]
@@ -102,10 +99,7 @@ def _name(after: str) -> str:
     return "step" if not name or keyword.iskeyword(name) or hasattr(builtins, name) else name
 
 
-def _unused(name: str, taken: Iterable[str]) -> str:
-    number = 1
-    numbered = name if name != "step" else "step_1"
-    while numbered in taken:
-        number += 1
-        numbered = f"{name}_{number}"
-    return numbered
+def _unused(name: str, taken: Container[str]) -> str:
+    first = "step_1" if name == "step" else name
+    names = chain([first], (f"{name}_{number}" for number in count(2)))
+    return next(each for each in names if each not in taken)

@@ -6,19 +6,22 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from string import ascii_lowercase
 from typing import Any, ClassVar, Literal
 
 from reftune.datasets import FileDataset, Splits
 from reftune.datasets.reading.conversations import read_conversation
 from reftune.datasets.reading.file_dataset import Split
 from reftune.datasets.reading.golds import GoldReader, is_missing, marked_text, worked_solution
-from reftune.datasets.reading.options import Options
+from reftune.datasets.reading.options import Options, bare
 from reftune.datasets.reading.rationales import drop_contradictions
 from reftune.datasets.reading.rows import Row, refuse_type_changes
 from reftune.datasets.reading.shapes import Columns, is_prompt, recognise
 from reftune.datasets.reading.splits import question_key, same_gold
-from reftune.datasets.reading.unused import unused_columns, unused_lists
+from reftune.datasets.reading.unused import unused_columns
 from reftune.errors import DataError
+from reftune.grading.golds import same_option
+from reftune.grading.options import option_values
 from reftune.grading.rewards.function import ARGUMENTS
 from reftune.text import shown
 from reftune.types import Answer, AnswerKind, Message, Problem
@@ -42,26 +45,21 @@ class Jsonl(FileDataset):
 
     def all_problems(
         self, rows: Mapping[Split, Sequence[Row]], counts: Mapping[Split, Counter[str]]
-    ) -> dict[Split, list[Problem]]:
-        """The problems of each split. A gold answer may be both one option's label and another
-        option's text. It is then read as a text if most of the dataset's unambiguous gold answers
-        are texts, and as a label otherwise. Raises: DataError if a column is missing or a row is
-        invalid."""
-        read = {split: self._read(rows[split], is_train=split == "train") for split in rows}
+    ) -> tuple[dict[Split, list[Problem]], tuple[str, ...]]:
+        """The problems of each split, and notes on unused columns. A gold answer may be both one
+        option's label and another option's text. It is then read as a text if most of the dataset's
+        unambiguous gold answers are texts, and as a label otherwise. Raises: DataError if a column
+        is missing or a row is invalid."""
+        columns = {split: self._columns(rows[split], is_train=split == "train") for split in rows}
+        read = {split: self._read(rows[split], columns[split]) for split in rows}
         votes = sum(each.votes for of_split in read.values() for each in of_split)
         are_texts = votes > 0 and self.positions_from is None
         problems = {
             split: [each.as_text() if are_texts else each.problem for each in of_split]
             for split, of_split in read.items()
         }
-        return _with_contexts(problems)
-
-    def notes(
-        self, rows: Mapping[Split, Sequence[Row]], problems: Mapping[Split, Sequence[Problem]]
-    ) -> tuple[str, ...]:
-        columns = self._columns(rows["train"], is_train=True)
-        notes = unused_columns(problems, columns), unused_lists(problems["train"], columns)
-        return tuple(filter(None, notes))
+        problems = _with_contexts(problems)
+        return problems, unused_columns(problems, columns["train"])
 
     def trainable(self, splits: Splits) -> Splits:
         """`splits` without the training rows whose rationale contradicts the gold answer. Numbers
@@ -82,11 +80,10 @@ class Jsonl(FileDataset):
             kind=self.answer_kind, positions_from=self.positions_from, decimal=self.decimal
         )
 
-    def _read(self, rows: Sequence[Row], *, is_train: bool) -> list[_Read]:
-        columns = self._columns(rows, is_train=is_train)
+    def _read(self, rows: Sequence[Row], columns: Columns) -> list[_Read]:
         refuse_type_changes(rows, [name for name in columns.names if name != columns.id])
         read = [self._read_row(row, columns) for row in rows]
-        if self.positions_from is not None and all(each.options is None for each in read):
+        if self.positions_from is not None and not any(each.problem.choices for each in read):
             raise DataError(
                 f"{rows[0].where}: no options; positions_from expects a column of options"
                 " (dataset.columns.choices), and answer_kind: auto or choice"
@@ -99,10 +96,9 @@ class Jsonl(FileDataset):
         return self.answer_kind == "choice" or self.positions_from is not None
 
     def _columns(self, rows: Sequence[Row], *, is_train: bool) -> Columns:
-        """The columns that the user named and, for the other fields, the columns recognised by
-        their names. Raises: DataError if the training rows lack a named column, if dev or test lack
-        a named column of the question or the options, or if no column is recognised for the
-        question or the answer."""
+        """The columns that the user named and, for the other fields, those recognised by their
+        names. Raises: DataError if the training rows lack a named column, if dev or test lack one
+        of the question or the options, or if no question or answer is recognised."""
         named = {} if self.columns is None else self.columns.model_dump()
         for field, value in named.items():
             names = [value] if isinstance(value, str) else value or []
@@ -114,9 +110,7 @@ class Jsonl(FileDataset):
         return recognise(rows, named, has_options=self._says_options)
 
     def _options(self, row: Row, columns: Columns) -> Options | None:
-        """The row's options; None if the row has no options, or if the answer kind does not use
-        them. Raises: DataError if the answer kind needs options and the row has none, or if the
-        options cannot be read."""
+        """As `GoldReader.options`. Raises: DataError, also if the kind `choice` has no options."""
         try:
             options = self.golds.options(row, columns.choices)
         except DataError as error:
@@ -148,8 +142,7 @@ class Jsonl(FileDataset):
 
     def _id(self, row: Row, column: str | None) -> str:
         """The row's id. A column that the user did not name is ignored if it contains no id."""
-        value = None if column is None else row.get(column)
-        if column is None or value is None:
+        if column is None or (value := row.get(column)) is None:
             return row.id
         if isinstance(value, int | float):
             return str(value)
@@ -181,8 +174,9 @@ class Jsonl(FileDataset):
             decimal=self.decimal,
             columns=row.others(*ARGUMENTS.intersection(columns.names)),
         )
+        labels = () if options is None else options.labels
         gold = self.golds.spelled(stated)
-        return _Read(problem=problem, gold=gold, options=options, where=row.where)
+        return _Read(problem=problem, gold=gold, labels=labels, where=row.where)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -193,27 +187,33 @@ class _Read:
     problem: Problem
     gold: str
     """The gold answer as `GoldReader.spelled` writes it."""
-    options: Options | None
+    labels: tuple[str, ...]
+    """As in `Options`."""
     where: str
 
     @property
     def votes(self) -> int:
         """1 if the gold answer is an option's text but not a label, −1 if it is a label but not a
         text, and 0 otherwise."""
-        if self.options is None or not self.options.labels:
-            return 0
-        return self.options.has_text(self.gold) - self.options.has_label(self.gold)
+        is_label = bare(self.gold) in self.labels
+        return bool(self._letters_of_text) - is_label if self.labels else 0
+
+    @property
+    def _letters_of_text(self) -> list[str]:
+        """The letters of the options that equal the gold answer, either as text or as a number."""
+        options = zip(ascii_lowercase, option_values(self.problem), strict=False)
+        return [letter for letter, value in options if same_option(self.gold, value)]
 
     def as_text(self) -> Problem:
         """The row's problem. If the gold answer is the text of an option, it is read as that text,
         even if it is also the label of another option. Raises: DataError if several options have
         this text."""
-        if self.options is None or not self.options.has_text(self.gold):
+        letters = self._letters_of_text
+        if not letters:
             return self.problem
-        letter = self.options.letter_of_text(self.gold)
-        if letter is None:
+        if len(letters) > 1:
             raise DataError(f"{self.where}: several options are {shown(self.gold)}; expected one")
-        return replace(self.problem, answer=Answer(kind="choice", value=letter))
+        return replace(self.problem, answer=Answer(kind="choice", value=letters[0]))
 
 
 def _with_contexts(splits: dict[Split, list[Problem]]) -> dict[Split, list[Problem]]:
@@ -227,8 +227,7 @@ def _with_contexts(splits: dict[Split, list[Problem]]) -> dict[Split, list[Probl
             key = question_key(problem)
             other = first.setdefault(key, problem)
             if _system(problem) != _system(other):
-                is_same = same_gold(problem.answer, other.answer)
-                agree[key] = agree.get(key, True) and is_same
+                agree[key] = agree.get(key, True) and same_gold(problem.answer, other.answer)
     if 2 * sum(agree.values()) >= len(agree):
         return splits
     return {
@@ -243,8 +242,8 @@ def _system(problem: Problem) -> str:
 
 def _question(row: Row, columns: Columns) -> tuple[str, tuple[Message, ...]]:
     """The question as one string and, if a cell is a conversation, the turns before the answer.
-    The text of other columns becomes part of the conversation's first question. Raises: DataError
-    if a cell contains no question, or if a prompt contains the beginning of the reply."""
+    Other columns become part of the conversation's first question. Raises: DataError if a cell
+    contains no question, or if a prompt contains the beginning of the reply."""
     names = columns.asked
     for place, name in enumerate(names):
         if (conversation := read_conversation(row, name)) is not None:
@@ -268,9 +267,7 @@ def _texts(row: Row, columns: Sequence[str]) -> list[str]:
 
 
 def _rationale(row: Row, column: str | None) -> str | None:
-    if column is None:
+    if column is None or is_missing(row.get(column)):
         return None
     conversation = read_conversation(row, column)
-    if conversation is not None:
-        return conversation.reply
-    return None if is_missing(row.get(column)) else row.text(column)
+    return row.text(column) if conversation is None else conversation.reply

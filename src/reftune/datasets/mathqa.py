@@ -31,7 +31,7 @@ FORMULA_TOLERANCE = Fraction(1, 100)
 differ because options may be rounded."""
 
 OPTION_BREAK = re.compile(r"\s*,\s*(?=[b-e]\s*\)\s)")
-OPTION_LETTER = re.compile(r"\s*(?P<letter>[a-e])\s*\)\s*")
+OPTION = re.compile(r"\s*(?P<letter>[a-e])\s*\)(?P<text>.*)", re.DOTALL)
 SPELLINGS = [
     (re.compile(pattern), replacement)
     for pattern, replacement in [
@@ -144,22 +144,17 @@ class Mathqa(PaperDataset):
             choices=options,
             columns=row.others("Problem", "Rationale", "options", "correct"),
         )
-        prose = _prose(row) if self.rationale == "nl" else None
+        is_nl = self.rationale == "nl"
+        prose = _prose(row) if is_nl else None
         if self.answer == "choice":
-            worked = prose if self.rationale == "nl" else choice_program(row, options)
-            return replace(problem, rationale=worked)
+            return replace(problem, rationale=prose if is_nl else choice_program(row, options))
         gold_text = options[LETTERS.index(str(letter))]
         gold = option_answer(gold_text)
         if gold is None:
             raise Unusable("no_number")
-        worked = FINAL_LETTER.sub("", prose or "") or None
+        worked = FINAL_LETTER.sub("", prose or "") or None if is_nl else _formula_program(row)
         return replace(
-            problem,
-            question=stem,
-            answer=gold,
-            gold_text=gold_text,
-            rationale=worked if self.rationale == "nl" else _formula_program(row),
-            choices=(),
+            problem, question=stem, answer=gold, gold_text=gold_text, rationale=worked, choices=()
         )
 
     @classmethod
@@ -176,12 +171,11 @@ class Mathqa(PaperDataset):
 def choice_program(row: Row, options: Sequence[str]) -> str | None:
     """A program that computes the value of the row's formula and returns the letter of the nearest
     option. None if the row has no readable formula, or if none of its options states a number."""
-    steps = _steps(row)
-    values = {
-        letter: option_value(option) for letter, option in zip(LETTERS, options, strict=False)
-    }
+    steps, values = _steps(row), zip(LETTERS, map(option_value, options), strict=False)
     spelled = ", ".join(
-        f'"{letter}": {_literal(value)}' for letter, value in values.items() if value is not None
+        f'"{letter}": {spell(value).replace("/", " / ")}'
+        for letter, value in values
+        if value is not None
     )
     if steps is None or not spelled:
         return None
@@ -200,8 +194,8 @@ def _steps(row: Row) -> list[tuple[str, str]] | None:
 
 
 def _formulas_agree(rows: Sequence[Row]) -> list[bool]:
-    """For each row, whether its formula's value is within 1% of the gold option. Rows from the
-    files of ReFT's authors are not checked: for them, the result is True."""
+    """For each row, whether its formula's value is within 1% of the gold option. True for rows from
+    the files of ReFT's authors, which are not checked."""
     results = run_programs(["" if is_authors(row) else _formula_program(row) or "" for row in rows])
     return [
         is_authors(row) or _is_near_gold(row, result.value)
@@ -218,8 +212,7 @@ def _is_near_gold(row: Row, value: object) -> bool:
 
 
 def _prose(row: Row) -> str | None:
-    """The row's `Rationale`, without the quotation marks that surround most rationales; None if
-    nothing is left."""
+    """The row's `Rationale` without its usual quotation marks; None if nothing is left."""
     text = row.optional_text("Rationale")
     return None if text is None else repaired(text.strip('" \n')) or None
 
@@ -229,28 +222,21 @@ def _ends_in_another_letter(problem: Problem) -> bool:
     return match is not None and match[1] != problem.answer.value
 
 
-def _literal(value: Fraction) -> str:
-    return spell(value).replace("/", " / ")
-
-
 # --- options --------------------------------------------------------------------------------------
 
 
 def read_options(text: str) -> tuple[str, ...] | None:
-    """The texts of the options, beginning with option a. `text` looks like
-    `a ) 38 , b ) 27.675 , …` or like the Python list `["a ) 38", …]`. For any other text, the
-    result is None."""
+    """The texts of the options, beginning with option a. `text` looks like `a ) 38 , b ) 27 , …` or
+    like the Python list `["a ) 38", …]`. None for any other text."""
     pieces = literal(text) if text.startswith("[") else OPTION_BREAK.split(text)
     if not isinstance(pieces, list) or not all(isinstance(piece, str) for piece in pieces):
         return None
     if not 2 <= len(pieces) <= len(LETTERS):
         return None
-    matches = [OPTION_LETTER.match(piece) for piece in pieces]
+    matches = [OPTION.fullmatch(piece) for piece in pieces]
     letters = "".join(match["letter"] for match in matches if match)
-    options = [
-        piece[match.end() :].strip() for match, piece in zip(matches, pieces, strict=True) if match
-    ]
-    return tuple(options) if letters == LETTERS[: len(pieces)] and all(options) else None
+    options = tuple(match["text"].strip() for match in matches if match)
+    return options if letters == LETTERS[: len(pieces)] and all(options) else None
 
 
 def option_value(text: str) -> Fraction | None:
@@ -297,8 +283,7 @@ def _letter(row: Row, column: str, options: Sequence[str]) -> Answer:
 
 
 def _with_options(stem: str, options: Sequence[str]) -> str:
-    """The question, followed by a line with its options, which are written in the style of ReFT's
-    authors: `a ) 38 , b ) 27 , …`."""
+    """The question and a line with its options, as ReFT's authors write: `a ) 38 , b ) 27 , …`."""
     lettered = zip(LETTERS, options, strict=False)
     return f"{stem}\n" + " , ".join(f"{letter} ) {option}" for letter, option in lettered)
 

@@ -60,23 +60,16 @@ class Mixture(Component):
             several_rationales=True,
         )
         train = self._drawn(mixed.train, seed)
-        counts = {
-            f"{name}: {reason}": count
-            for name, splits in parts.items()
-            for reason, count in splits.counts.items()
-        }
-        notes = [
-            note.replace(" dataset.", f" dataset.parts.{name}.dataset.")
-            for name, splits in parts.items()
-            for note in splits.notes
-        ]
-        left = len(mixed.train) - len(train)
-        return replace(
-            mixed,
-            train=train,
-            counts={**counts, **mixed.counts, **({"over_share": left} if left else {})},
-            notes=tuple(notes),
-        )
+        counts: dict[str, int] = {}
+        notes: list[str] = []
+        for name, splits in parts.items():
+            counts |= {f"{name}: {reason}": count for reason, count in splits.counts.items()}
+            own = f" dataset.parts.{name}.dataset."
+            notes += [note.replace(" dataset.", own) for note in splits.notes]
+        counts |= mixed.counts
+        if left := len(mixed.train) - len(train):
+            counts["over_share"] = left
+        return replace(mixed, train=train, counts=counts, notes=tuple(notes))
 
     def _drawn(self, train: Sequence[Problem], seed: int) -> tuple[Problem, ...]:
         """The largest selection from `train` in which each dataset has its share. The problems are

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -51,16 +49,14 @@ class ReasoningGym(Component):
         return drop_contradictions(splits)
 
     def _draw(self, split: str, count: int, *, without: list[Problem]) -> list[Problem]:
-        """The first `count` different questions that the split's seeds generate, apart from the
-        questions in `without`."""
+        """The first `count` different questions of the split's seeds that are not in `without`."""
         first_seed = (2 * self.data_seed + (split == "train")) * SEED_RANGE
         drawn: dict[str, Problem] = {}
         asked = {question_key(problem) for problem in without}
         for start in range(first_seed, first_seed + PATIENCE * count, max(count, 1)):
             task = self._task(start, count)
             for n in range(count):
-                with _seeded(start + n):
-                    entry = task[n]
+                entry = _entry(task, n, seed=start + n)
                 problem = _problem(f"{self.task}-{split}-{start + n}", task, entry)
                 if question_key(problem) not in asked:
                     drawn.setdefault(question_key(problem), problem)
@@ -102,13 +98,12 @@ class ReasoningGym(Component):
             ) from None
 
 
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seed Python's global generator inside the block, because some tasks draw from it."""
+def _entry(task: Any, n: int, *, seed: int) -> dict[str, Any]:
+    """Question `n`. Python's global generator, from which some tasks draw, starts with `seed`."""
     state = random.getstate()
     random.seed(seed)
     try:
-        yield
+        return dict(task[n])
     finally:
         random.setstate(state)
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from reftune.datasets import Splits
 from reftune.datasets.reading.authors import PaperDataset
 from reftune.datasets.reading.programs import arithmetic, program
-from reftune.datasets.reading.rows import Row, read_rows
+from reftune.datasets.reading.rows import Row
 from reftune.datasets.reading.splits import drop_untrainable
 from reftune.errors import DataError
 from reftune.types import Problem
@@ -29,9 +29,8 @@ class Svamp(PaperDataset):
         DataError if `nl` is requested and the data has no rationales."""
         if self.rationale == "nl":
             if all(problem.rationale is None for problem in splits.train):
-                first = read_rows(self.train, "train", names=self.file_names()["train"])[0]
                 raise DataError(
-                    f"{first.where}: no answer_cot; expected the authors' nl file, or"
+                    f"{self.train}: no answer_cot; expected the authors' nl file, or"
                     " dataset.rationale=program"
                 )
             splits = drop_untrainable(
@@ -42,15 +41,15 @@ class Svamp(PaperDataset):
         return super().trainable(splits)
 
     def published_problem(self, row: Row) -> Problem:
-        """The problem in a row of the published files. If rationales are programs, the program is
-        generated from the row's equation."""
+        """The problem in a row of the published files. A program comes from the row's equation."""
         body = row.text("Body")  # a third of the bodies lack a final period
+        worked = arithmetic(row.text("Equation"), {}) if self.rationale == "program" else None
         return Problem(
             id=row.text("ID"),
             question=f"{body}{'' if body[-1] in '.?!,;:' else '.'} {row.text('Question')}",
             answer=row.number_gold("Answer"),
             gold_text=str(row.value("Answer")),
-            rationale=program_of(row.text("Equation")) if self.rationale == "program" else None,
+            rationale=None if worked is None else program([("result", worked)]),
             columns=row.others("ID", "Body", "Question", "Answer"),
         )
 
@@ -63,10 +62,3 @@ class Svamp(PaperDataset):
             "Equation": f"( {n}.0 + 1.0 )",
             "Answer": n + 1,
         }
-
-
-def program_of(equation: str) -> str | None:
-    """A program that computes an equation such as `( 76.0 - 25.0 )`; None if the equation is not
-    plain arithmetic."""
-    expression = arithmetic(equation, {})
-    return None if expression is None else program([("result", expression)])

@@ -32,8 +32,7 @@ from reftune.types import Answer, Problem
 NAMES = ("Ann", "Ben", "Eva", "Ivy", "Leo", "Mia", "Noa", "Sam", "Tom", "Zoe")
 OBJECTS = ("drums", "geese", "hats", "kites", "pies", "snails")
 FACTORS = range(2, 10)
-"""Possible prices, and possible factors in "times as many". Larger numbers would not make sensible
-stories."""
+"""Possible prices and factors in "times as many". Larger ones would not make sensible stories."""
 NUM_OPTIONS = 4
 MAX_DRAWS = 10_000
 """Number of stories tried before the search for a new question gives up."""
@@ -93,44 +92,44 @@ class WordProblems(Component):
         return Splits(train=train, dev=dev, test=test)
 
     def _different_stories(self, rng: random.Random) -> Iterator[_Story]:
+        """Stories with different texts. Each number of operations that the settings allow is
+        equally likely. Raises: DataError if no new story is found."""
         seen: set[str] = set()
         while True:
-            story = self._new_story(rng, seen)
+            num_operations = rng.randint(*self.operations)
+            drawn = (self._story(num_operations, rng) for _ in range(MAX_DRAWS))
+            story = next((each for each in drawn if each and each.text not in seen), None)
+            if story is None:
+                raise DataError(
+                    f"word_problems: no new question with {counted(num_operations, 'operation')}"
+                    f" after {counted(len(seen), 'question')}, but the splits need"
+                    f" {self.train + self.dev + self.test}; widen numbers, raise people or"
+                    " max_value, or make the splits smaller"
+                )
             seen.add(story.text)
             yield story
-
-    def _new_story(self, rng: random.Random, seen: set[str]) -> _Story:
-        """A story that is not in `seen`. Each number of operations that the settings allow is
-        equally likely. Raises: DataError if no such story is found."""
-        num_operations = rng.randint(*self.operations)
-        for _ in range(MAX_DRAWS):
-            story = self._story(num_operations, rng)
-            if story is not None and story.text not in seen:
-                return story
-        raise DataError(
-            f"word_problems: no new question with {counted(num_operations, 'operation')} after"
-            f" {counted(len(seen), 'question')}, but the splits need"
-            f" {self.train + self.dev + self.test}; widen numbers, raise people or max_value, or"
-            " make the splits smaller"
-        )
 
     def _problem(
         self, id: str, story: _Story, styles: random.Random, options: random.Random
     ) -> Problem:
         style, rationale = self._solution(story, styles)
-        choices = _options(story.answer, self.max_value, options) if self.answer == "choice" else ()
+        value = story.answer.value
+        answer, choices = Answer(kind="number", value=Fraction(value)), tuple[str, ...]()
+        if self.answer == "choice":
+            choices = _options(story.answer, self.max_value, options)
+            answer = Answer(kind="choice", value="abcd"[choices.index(str(value))])
+        num_operations = sum(bool(quantity.symbol) for quantity in _ancestors(story.answer))
         return Problem(
             id=id,
             question=story.text,
-            answer=_answer(choices, story.answer.value),
+            answer=answer,
             rationale=rationale,
             choices=choices,
-            columns={"operations": story.num_operations, "style": style},
+            columns={"operations": num_operations, "style": style},
         )
 
     def _solution(self, story: _Story, rng: random.Random) -> tuple[str, str]:
-        """Draw a style with `rng`. Returns the style's index, as text, and the worked solution in
-        this style."""
+        """The index of a style drawn with `rng`, as text, and the worked solution in this style."""
         style = rng.randrange(self.styles)
         write = _write_program if self.rationale == "program" else _write_prose
         return str(style), write(story, style)
@@ -152,7 +151,7 @@ class WordProblems(Component):
         if ask in ("together", "more") and rng.random() < 0.5:
             teller.introduce()
         for _ in range(num_operations - (ask != "count")):
-            if teller.has_someone_new and rng.random() < 0.6:
+            if len(teller.holdings) < self.people and rng.random() < 0.6:
                 teller.relate()
             else:
                 teller.update()
@@ -176,8 +175,7 @@ class _Quantity:
 
     value: int
     owner: str = ""
-    """The person who has the things. Empty for a bare number, and for an answer about coins or
-    about two people."""
+    """Who has the things; empty for a bare number and for answers about coins or two people."""
     symbol: str = ""
     """The operation that computes this quantity; empty for a number stated in the story."""
     operands: tuple[_Quantity, ...] = ()
@@ -200,10 +198,6 @@ class _Story:
     """The people's quantities from which the answer is computed, in the order of the story."""
     answer: _Quantity
 
-    @property
-    def num_operations(self) -> int:
-        return sum(bool(quantity.symbol) for quantity in _ancestors(self.answer))
-
 
 @dataclass(kw_only=True, slots=True)
 class _Teller:
@@ -212,8 +206,7 @@ class _Teller:
     rng: random.Random
     numbers: tuple[int, int]
     people: list[str]
-    """Everyone who may appear in the story. People who already have something are also in
-    `holdings`."""
+    """Everyone who may appear in the story. Those who already have things are in `holdings`."""
     thing: str
     holdings: dict[str, _Quantity] = field(default_factory=dict)
     """Each person's current amount."""
@@ -221,10 +214,6 @@ class _Teller:
     sentences: list[str] = field(default_factory=list)
     latest: str = ""
     """The person mentioned last."""
-
-    @property
-    def has_someone_new(self) -> bool:
-        return len(self.holdings) < len(self.people)
 
     def introduce(self) -> None:
         person, number = self._someone_new(), self._number()
@@ -235,35 +224,27 @@ class _Teller:
         stories."""
         person = self.latest if self.rng.random() < 0.7 else self.rng.choice(list(self.holdings))
         number = self._number()
-        symbol, verb = self.rng.choice(
-            (("+", "buys"), ("+", "finds"), ("-", "loses"), ("-", "sells"))
-        )
+        verb = self.rng.choice(("buys", "finds", "loses", "sells"))
+        symbol = "+" if verb in ("buys", "finds") else "-"
         quantity = _combine(self.holdings[person], symbol, number, person)
         self._tell(f"{person} {verb} {number.value} {self.thing}.", quantity)
 
     def relate(self) -> None:
-        """Introduce a new person, who has more or fewer things than the last person mentioned, or
-        several times as many."""
+        """Introduce a person with more, fewer or several times as many things as the latest one."""
         person, base = self._someone_new(), self.latest
         symbol = self.rng.choice("+-*")
         number = self._factor() if symbol == "*" else self._number()
         comparison = {
-            "+": f"{number.value} more {self.thing} than",
-            "-": f"{number.value} fewer {self.thing} than",
-            "*": f"{number.value} times as many {self.thing} as",
+            "+": f"more {self.thing} than",
+            "-": f"fewer {self.thing} than",
+            "*": f"times as many {self.thing} as",
         }[symbol]
-        self._tell(
-            f"{person} has {comparison} {base}.",
-            _combine(self.holdings[base], symbol, number, person),
-        )
+        quantity = _combine(self.holdings[base], symbol, number, person)
+        self._tell(f"{person} has {number.value} {comparison} {base}.", quantity)
 
     def distract(self) -> None:
         person = self.rng.choice(self.people)
-        things = (
-            OBJECTS
-            if person not in self.holdings
-            else [thing for thing in OBJECTS if thing != self.thing]
-        )
+        things = [each for each in OBJECTS if each != self.thing or person not in self.holdings]
         sentence = f"{person} has {self._number().value} {self.rng.choice(things)}."
         self.sentences.insert(self.rng.randint(0, len(self.sentences)), sentence)
 
@@ -281,14 +262,11 @@ class _Teller:
             other = self.rng.choice([other for other in self.holdings if other != person])
             if self.holdings[other].value > self.holdings[person].value:
                 person, other = other, person
-            answer = _combine(
-                self.holdings[person], "+" if ask == "together" else "-", self.holdings[other]
-            )
-            question = (
-                f"How many {self.thing} do {person} and {other} have together?"
-                if ask == "together"
-                else f"How many more {self.thing} does {person} have than {other}?"
-            )
+            symbol, question = {
+                "together": ("+", f"How many {self.thing} do {person} and {other} have together?"),
+                "more": ("-", f"How many more {self.thing} does {person} have than {other}?"),
+            }[ask]
+            answer = _combine(self.holdings[person], symbol, self.holdings[other])
         needed = _ancestors(answer)
         return _Story(
             text=" ".join([*self.sentences, question]),
@@ -327,70 +305,41 @@ def _options(right: _Quantity, max_value: int, rng: random.Random) -> tuple[str,
     mistakes = sorted({*steps, *operations})
     rng.shuffle(mistakes)
     slips = [right.value + slip for slip in (1, -1, 2, -2, 10, -10, 3, -3)]
-    values = [
-        value
-        for value in dict.fromkeys([right.value, *mistakes, *slips])
-        if 1 <= value <= max_value
-    ][:NUM_OPTIONS]
+    likely = dict.fromkeys([right.value, *mistakes, *slips])
+    values = [value for value in likely if 1 <= value <= max_value][:NUM_OPTIONS]
     rng.shuffle(values)
     return tuple(map(str, values))
-
-
-def _answer(choices: tuple[str, ...], value: int) -> Answer:
-    if choices:
-        return Answer(kind="choice", value="abcd"[choices.index(str(value))])
-    return Answer(kind="number", value=Fraction(value))
 
 
 # --- rationales -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Spelling:
-    """How arithmetic is written down."""
-
-    names: Mapping[_Quantity, str] = field(default_factory=dict)
-    """Quantity → its name. A quantity without a name is written as a number or expression."""
-    swap: bool = False
-    """Whether to swap the operands of `+` and `*`: `3 * 12` instead of `12 * 3`."""
-
-    def formula(self, quantity: _Quantity) -> str:
-        """The expression that computes a quantity, such as `(a - 4) * 3`."""
-        if not quantity.symbol:
-            return str(quantity.value)
-        left, right = (self._operand(operand, quantity) for operand in quantity.operands)
-        if self.swap and quantity.symbol in ("+", "*"):
-            left, right = right, left
-        return f"{left} {quantity.symbol} {right}"
-
-    def term(self, quantity: _Quantity) -> str:
-        return self.names.get(quantity) or self.formula(quantity)
-
-    def _operand(self, operand: _Quantity, of: _Quantity) -> str:
-        is_written_sum = operand not in self.names and operand.symbol in ("+", "-")
-        needs_brackets = of.symbol == "*" or (of.symbol == "-" and operand is of.operands[1])
-        return (
-            f"({self.term(operand)})" if is_written_sum and needs_brackets else self.term(operand)
-        )
+def _formula(quantity: _Quantity, names: Mapping[_Quantity, str], swap: bool) -> str:
+    """The expression that computes a quantity, such as `(a - 4) * 3`. A quantity that has no name
+    in `names` is written as a number or expression. `swap` swaps the operands of `+` and `*`, as in
+    `3 * 12` instead of `12 * 3`."""
+    if not quantity.symbol:
+        return str(quantity.value)
+    terms = []
+    for operand in quantity.operands:
+        term = names.get(operand) or _formula(operand, names, swap)
+        is_written_sum = operand not in names and operand.symbol in ("+", "-")
+        is_subtracted = quantity.symbol == "-" and operand is quantity.operands[1]
+        needs_brackets = is_written_sum and (quantity.symbol == "*" or is_subtracted)
+        terms.append(f"({term})" if needs_brackets else term)
+    if swap and quantity.symbol in ("+", "*"):
+        terms.reverse()
+    return f" {quantity.symbol} ".join(terms)
 
 
 def _write_program(story: _Story, style: int) -> str:
     """A program that returns the answer. The style determines which quantities are assigned to
     variables, and what the variables are called."""
     naming, swap, ending = _PROGRAM_STYLES[style]
-    spelling = _Spelling(names=naming(story), swap=swap)
-    assignments = [
-        f"{name} = {spelling.formula(quantity)}" for quantity, name in spelling.names.items()
-    ]
-    return "\n    ".join(
-        ["def solution():", *assignments, ending.format(spelling.term(story.answer))]
-    )
-
-
-def _people(story: _Story) -> dict[_Quantity, str]:
-    """Quantities are named after their owners: `ben = 12`, `ben = ben - 4`, `ann = ben * 3`,
-    `return ann`."""
-    return {quantity: quantity.owner.lower() for quantity in story.quantities}
+    names = naming(story)
+    lines = [f"{name} = {_formula(quantity, names, swap)}" for quantity, name in names.items()]
+    result = names.get(story.answer) or _formula(story.answer, names, swap)
+    return "\n    ".join(["def solution():", *lines, ending.format(result)])
 
 
 def _steps(story: _Story, letters: str) -> dict[_Quantity, str]:
@@ -398,27 +347,19 @@ def _steps(story: _Story, letters: str) -> dict[_Quantity, str]:
     return dict(zip(story.quantities, letters, strict=False))
 
 
-def _nothing(story: _Story) -> dict[_Quantity, str]:
-    """No quantity has a name: `return (12 - 4) * 3`."""
-    return {}
-
-
 def _told_numbers(story: _Story, letters: str) -> dict[_Quantity, str]:
     """Each stated number is named by a letter: `a = 12`, `b = 4`, `c = 3`, `return (a - b) * c`."""
-    sources = [
-        source
-        for quantity in (*story.quantities, story.answer)
-        for source in (*quantity.operands, quantity)
-    ]
-    numbers = dict.fromkeys(source for source in sources if not source.symbol)
+    told = (x for each in (*story.quantities, story.answer) for x in (*each.operands, each))
+    numbers = dict.fromkeys(quantity for quantity in told if not quantity.symbol)
     return dict(zip(numbers, letters, strict=False))
 
 
 _FIRST_LETTERS, _LATER_LETTERS = string.ascii_lowercase[:15], string.ascii_lowercase[15:]
 _NAMINGS: tuple[Callable[[_Story], dict[_Quantity, str]], ...] = (
-    _people,
+    # named after their owners: `ben = 12`, `ben = ben - 4`, `ann = ben * 3`, `return ann`
+    lambda story: {quantity: quantity.owner.lower() for quantity in story.quantities},
     partial(_steps, letters=_FIRST_LETTERS),
-    _nothing,
+    lambda story: {},  # `return (12 - 4) * 3`
     partial(_told_numbers, letters=_FIRST_LETTERS),
     partial(_steps, letters=_LATER_LETTERS),
     partial(_told_numbers, letters=_LATER_LETTERS),
@@ -430,49 +371,28 @@ _PROGRAM_STYLES = [
 
 
 def _write_prose(story: _Story, style: int) -> str:
-    prose, swap = _PROSE_STYLES[style]
-    computed = [
-        quantity for quantity in dict.fromkeys((*story.quantities, story.answer)) if quantity.symbol
-    ]
-    return prose(computed, swap) if computed else f"{story.answer.owner} has {story.answer.value}."
-
-
-def _who_has_what(computed: list[_Quantity], swap: bool) -> str:
-    """`Ben has 12 - 4 = 8. Ann has 8 * 3 = 24.`"""
-    return " ".join(
-        (
-            f"{step.owner} has {_equation(step, swap)}."
-            if step.owner
-            else f"That is {_equation(step, swap)}."
-        )
-        for step in computed
-    )
-
-
-def _equations(computed: list[_Quantity], swap: bool) -> str:
-    """`12 - 4 = 8. 8 * 3 = 24.`"""
-    return " ".join(f"{_equation(step, swap)}." for step in computed)
-
-
-def _first_and_then(computed: list[_Quantity], swap: bool) -> str:
-    """`First 12 - 4 = 8. Then 8 * 3 = 24.`"""
-    return " ".join(
-        f"{'Then' if i else 'First'} {_equation(step, swap)}." for i, step in enumerate(computed)
-    )
-
-
-def _one_equation(computed: list[_Quantity], swap: bool) -> str:
-    """`(12 - 4) * 3 = 24.`"""
-    return f"{_Spelling(swap=swap).formula(computed[-1])} = {computed[-1].value}."
+    """The computed quantities as sentences. The style determines how a sentence begins, or that a
+    single equation computes the answer, as in `(12 - 4) * 3 = 24.`"""
+    begin, swap = _PROSE_STYLES[style]
+    needed = dict.fromkeys((*story.quantities, story.answer))
+    computed = [quantity for quantity in needed if quantity.symbol]
+    if not computed:
+        return f"{story.answer.owner} has {story.answer.value}."
+    if begin is None:
+        return f"{_formula(computed[-1], {}, swap)} = {computed[-1].value}."
+    return " ".join(f"{begin(i, step)}{_equation(step, swap)}." for i, step in enumerate(computed))
 
 
 def _equation(step: _Quantity, swap: bool) -> str:
     values = {operand: str(operand.value) for operand in step.operands}
-    return f"{_Spelling(names=values, swap=swap).formula(step)} = {step.value}"
+    return f"{_formula(step, values, swap)} = {step.value}"
 
 
-_PROSE_STYLES = [
-    (prose, swap)
-    for swap in (False, True)
-    for prose in (_who_has_what, _equations, _first_and_then, _one_equation)
-]
+_BEGINNINGS: tuple[Callable[[int, _Quantity], str] | None, ...] = (
+    # `Ben has 12 - 4 = 8. Ann has 8 * 3 = 24.`
+    lambda i, step: f"{step.owner} has " if step.owner else "That is ",
+    lambda i, step: "",  # `12 - 4 = 8. 8 * 3 = 24.`
+    lambda i, step: "Then " if i else "First ",  # `First 12 - 4 = 8. Then 8 * 3 = 24.`
+    None,
+)
+_PROSE_STYLES = [(begin, swap) for swap in (False, True) for begin in _BEGINNINGS]

@@ -30,8 +30,7 @@ class PaperDataset(FileDataset):
 
     @abstractmethod
     def published_problem(self, row: Row) -> Problem:
-        """The problem in a row of the published files, as opposed to the authors' files. Raises: as
-        `FileDataset.problem`."""
+        """The problem in a row of the published files. Raises: as `FileDataset.problem`."""
 
     def problem(self, row: Row) -> Problem:
         """The problem in a row of the authors' files or of the published files."""
@@ -69,8 +68,7 @@ def is_authors(row: Row) -> bool:
 
 
 def authors_rationale(row: Row, kind: Rationale) -> str | None:
-    """The rationale in the row's `answer_cot`; None if there is none. Raises: DataError if the
-    rationale is not of the expected `kind`."""
+    """The row's `answer_cot`; None if it is empty. Raises: DataError if it is of another `kind`."""
     text = row.optional_text("answer_cot")
     if text is None or ("def solution" in text) == (kind == "program"):
         return text

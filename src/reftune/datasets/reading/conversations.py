@@ -16,15 +16,11 @@ from reftune.grading.golds import literal
 from reftune.text import shown
 from reftune.types import Message
 
-ROLES: Mapping[str, Literal["system", "user", "assistant"]] = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
+Role = Literal["system", "user", "assistant"]
+ROLES: Mapping[str, Role] = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "model", "bot"), "assistant"),
 }
 WRITTEN = re.compile(
     rf"""\s*\[\s*\{{.*?["'](?:role|from)["']\s*:\s*["'](?:{"|".join(ROLES)})["'].*\]\s*""",
@@ -120,7 +116,7 @@ def _is_empty_system(turn: Mapping[str, Any]) -> bool:
     return _role(turn) == "system" and (content is None or not str(content).strip())
 
 
-def _role(turn: Mapping[str, Any]) -> Literal["system", "user", "assistant"] | None:
+def _role(turn: Mapping[str, Any]) -> Role | None:
     return ROLES.get(str(turn.get("role", turn.get("from"))).lower())
 
 
@@ -132,28 +128,23 @@ def _message(turn: Mapping[str, Any], where: str) -> Message:
             f"{where}: a turn has the role {shown(speaker)}; expected one of {', '.join(ROLES)}"
             f" ({NO_TOOLS})"
         )
+    has = f"{where}: a turn with role {speaker} has"
     for key in ("tool_calls", "function_call"):
         if not is_empty(turn.get(key)):
-            raise DataError(
-                f"{where}: a turn with role {speaker} has {key}: {shown(turn[key])}; expected text"
-                f" only ({NO_TOOLS})"
-            )
+            raise DataError(f"{has} {key}: {shown(turn[key])}; expected text only ({NO_TOOLS})")
     for key in THOUGHTS:
         if isinstance(thought := turn.get(key), str) and thought.strip():
             raise DataError(
-                f"{where}: a turn with role {speaker} has {key}: {shown(thought)}; expected the"
-                " thoughts in its text, as <think>…</think>, or none"
+                f"{has} {key}: {shown(thought)}; expected the thoughts in its text, as"
+                " <think>…</think>, or none"
             )
     if content is None:
-        raise DataError(
-            f"{where}: a turn with role {speaker} has no text: {shown(turn)}; expected text"
-        )
+        raise DataError(f"{has} no text: {shown(turn)}; expected text")
     return Message(role=role, content=content)
 
 
 def _text(content: object) -> str | None:
-    """A turn's text; None if the turn has no text, or if it also contains something else, such as
-    an image."""
+    """A turn's text; None if it has no text, or also something else, such as an image."""
     if isinstance(content, Sequence) and not isinstance(content, str):
         parts = [part.get("text") if isinstance(part, Mapping) else None for part in content]
         content = "\n".join(map(str, parts)) if None not in parts else None

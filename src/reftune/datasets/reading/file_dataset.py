@@ -1,5 +1,4 @@
-"""The base class of datasets that are read from files or from the Hub. It reads rows, draws the dev
-split and counts unusable rows."""
+"""The base class of datasets in files or on the Hub. It also draws dev and counts unusable rows."""
 
 from __future__ import annotations
 
@@ -24,8 +23,7 @@ Split = Literal["train", "dev", "test"]
 
 
 class Unusable(Exception):
-    """Raised by `FileDataset.problem` to leave a row out. The row is counted under the exception's
-    message, which states the reason."""
+    """Raised by `FileDataset.problem` to leave a row out, which is counted under the message."""
 
 
 class FileDataset(Component):
@@ -57,13 +55,11 @@ class FileDataset(Component):
 
     @classmethod
     def sample_row(cls, n: int) -> dict[str, Any]:
-        """Row `n` of a made-up file, in which every row asks a different question. Only tests of
-        the built-in datasets call this method."""
+        """Row `n` of a made-up file of different questions, for tests of the built-in datasets."""
         raise NotImplementedError
 
     def problems(self, rows: Sequence[Row], split: Split, counts: Counter[str]) -> list[Problem]:
-        """The problems in the rows of a split. Rows that are left out are counted in `counts`, by
-        reason."""
+        """The problems in the rows of a split. Rows left out are counted in `counts`, by reason."""
         found = []
         for row in rows:
             try:
@@ -85,17 +81,10 @@ class FileDataset(Component):
 
     def all_problems(
         self, rows: Mapping[Split, Sequence[Row]], counts: Mapping[Split, Counter[str]]
-    ) -> dict[Split, list[Problem]]:
-        """The problems of each split. Rows that are left out are counted in the split's entry of
-        `counts`, by reason."""
-        return {split: self.problems(rows[split], split, counts[split]) for split in rows}
-
-    def notes(
-        self, rows: Mapping[Split, Sequence[Row]], problems: Mapping[Split, Sequence[Problem]]
-    ) -> tuple[str, ...]:
-        """What the user should know about the data; see `Splits.notes`. `problems` were read from
-        `rows`."""
-        return ()
+    ) -> tuple[dict[Split, list[Problem]], tuple[str, ...]]:
+        """The problems of each split, and the notes for `Splits.notes`. Rows that are left out are
+        counted in the split's entry of `counts`, by reason."""
+        return {split: self.problems(rows[split], split, counts[split]) for split in rows}, ()
 
     def trainable(self, splits: Splits) -> Splits:
         """`splits` without training problems that are unfit to learn from. By default, these are
@@ -103,23 +92,23 @@ class FileDataset(Component):
         return drop_contradictions(splits)
 
     def file_names(self) -> Mapping[str, Sequence[str]]:
-        """Split → possible names of the split's file in a folder. They are tried before the usual
-        names."""
+        """Split → names of its file in a folder that are tried before the usual names."""
         return {}
 
     def load(self, *, seed: int) -> Splits:
-        """Read the files, clean the splits, and draw the dev split with `seed` if the recipe names
-        no source for it. Raises: DataError if the data cannot be read, or if `dev_size` is too
-        large."""
-        rows: dict[Split, Sequence[Row]] = {}
-        if self.test is not None or not is_single_split(self.train):
-            rows["test"] = self._rows(self.test or self.train, "test")
-        if self.dev is not None:
-            rows["dev"] = self._rows(self.dev, "dev")
-        rows["train"] = self._rows(self.train, "train")
+        """Read the files, clean the splits, and draw dev with `seed` if the recipe names no source
+        for it. Raises: DataError if the data cannot be read, or if `dev_size` is too large."""
+        has_test = self.test is not None or not is_single_split(self.train)
+        test = self.test or self.train if has_test else None
+        sources: dict[Split, str | None] = {"test": test, "dev": self.dev, "train": self.train}
+        names = self.file_names()
+        rows = {
+            split: read_rows(source, split, names=names.get(split, ()), revision=self.revision)
+            for split, source in sources.items()
+            if source is not None
+        }
         counts = {split: Counter[str]() for split in rows}
-        problems = self.all_problems(rows, counts)
-        notes = self.notes(rows, problems)
+        problems, notes = self.all_problems(rows, counts)
         try:
             splits = draw_splits(
                 train=problems["train"],
@@ -135,7 +124,3 @@ class FileDataset(Component):
         of_test = {f"test_{name}": count for name, count in counts.pop("test", Counter()).items()}
         dropped = sum(counts.values(), Counter(of_test))
         return self.trainable(replace(splits, counts={**dropped, **splits.counts}, notes=notes))
-
-    def _rows(self, source: str, split: Split) -> list[Row]:
-        names = self.file_names().get(split, ())
-        return read_rows(source, split, names=names, revision=self.revision)

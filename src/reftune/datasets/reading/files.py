@@ -14,6 +14,7 @@ import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import date, time, timedelta
 from decimal import Decimal
 from pathlib import Path, PurePath
@@ -30,6 +31,16 @@ Line = tuple[str, Sequence[str | None]]
 DELIMITERS = ",;\t|"
 """Possible delimiters of CSV. The delimiter that splits the first line into the most columns is
 used. In a tie, the delimiter listed first here wins."""
+TYPE_NAMES: Mapping[type, str] = {
+    bool: "a truth value",
+    int: "a number",
+    float: "a number",
+    str: "text",
+    Sequence: "a list",
+    Mapping: "a mapping",
+}
+JSON = json.JSONDecoder(parse_constant=lambda name: None if name == "NaN" else float(name))
+"""Reads NaN, which pandas writes for a missing value, as null."""
 
 
 def ending(path: PurePath) -> str:
@@ -51,15 +62,8 @@ def read_file(path: Path) -> Records:
 
 def type_name(value: object) -> str:
     """The name of a value's type in error messages."""
-    if isinstance(value, bool):
-        return "a truth value"
-    if isinstance(value, (int, float)):
-        return "a number"
-    if isinstance(value, str):
-        return "text"
-    if isinstance(value, Sequence):
-        return "a list"
-    return "a mapping" if isinstance(value, Mapping) else "of another type"
+    names = (name for kind, name in TYPE_NAMES.items() if isinstance(value, kind))
+    return next(names, "of another type")
 
 
 # --- text -----------------------------------------------------------------------------------------
@@ -85,11 +89,8 @@ def read_text(path: Path, *, fallback: str | None = None) -> str:
         line = data.count(b"\n", 0, error.start) + 1
         byte, name = data[error.start], "UTF-16" if is_utf16 else "UTF-8"
     if fallback is not None and not is_utf16:
-        try:
+        with suppress(UnicodeDecodeError):
             text = data.decode(fallback)
-        except UnicodeDecodeError:
-            pass
-        else:
             LOG.warning("%s:%d: byte %#04x is not UTF-8; read as %s", path, line, byte, fallback)
             return text
     raise DataError(f"{path}:{line}: byte {byte:#04x} is not {name}; expected {name} text")
@@ -103,14 +104,14 @@ def _read_json(path: Path) -> Records:
     or JSON lines."""
     text = read_text(path)
     try:
-        whole = _parse_json(text)
+        whole = JSON.decode(text)
     except (ValueError, RecursionError) as error:
-        if not text.lstrip().startswith("["):
-            return json_lines(path, text.split("\n"))
-        raise DataError(
-            f"{path}:{getattr(error, 'lineno', 1)}: not valid JSON ({_reason(error)}); expected a"
-            " list of objects"
-        ) from None
+        if text.lstrip().startswith("["):
+            raise DataError(
+                f"{path}:{getattr(error, 'lineno', 1)}: not valid JSON"
+                f" ({getattr(error, 'msg', error)}); expected a list of objects"
+            ) from None
+        whole = None
     if isinstance(whole, list):
         return _json_list(path, text, text.index("[") + 1)
     items = whole.items() if isinstance(whole, dict) else ()
@@ -123,16 +124,6 @@ def _read_json(path: Path) -> Records:
         return _json_list(path, text, places[0].end())
     where, items = f"{path}: {key}, item", whole[key]
     return ((f"{where} {n}", _mapping(item, f"{where} {n}")) for n, item in enumerate(items, 1))
-
-
-def _parse_json(text: str) -> Any:
-    """The value of a JSON text. NaN, which pandas writes for a missing value, becomes null. Raises:
-    ValueError or RecursionError if the text is not JSON."""
-    return json.loads(text, parse_constant=_constant)
-
-
-def _constant(name: str) -> float | None:
-    return None if name == "NaN" else float(name)
 
 
 def _read_jsonl(path: Path) -> Records:
@@ -148,16 +139,11 @@ def _is_table(value: object) -> bool:
 
 def _json_list(path: Path, text: str, position: int) -> Records:
     """The objects in a valid JSON list, whose content begins at index `position` in `text`."""
-    more, decoder = re.compile(r"[^\s,\]]"), json.JSONDecoder(parse_constant=_constant)
-    end, line, counted = re.compile(r"[\s,]*\]"), 1, 0
-    while not end.match(text, position) and (begins := more.search(text, position)):
-        line, counted = line + text.count("\n", counted, begins.start()), begins.start()
-        value, position = decoder.raw_decode(text, begins.start())
+    item, line, counted = re.compile(r"[\s,]*(?=[^\s,\]])"), 1, 0
+    while begins := item.match(text, position):
+        line, counted = line + text.count("\n", counted, begins.end()), begins.end()
+        value, position = JSON.raw_decode(text, begins.end())
         yield f"{path}:{line}", _mapping(value, f"{path}:{line}")
-
-
-def _reason(error: Exception) -> str:
-    return error.msg if isinstance(error, json.JSONDecodeError) else str(error)
 
 
 def json_lines(name: object, lines: Iterable[str]) -> Records:
@@ -168,10 +154,11 @@ def json_lines(name: object, lines: Iterable[str]) -> Records:
             continue
         where = f"{name}:{number}"
         try:
-            value = _parse_json(line)
+            value = JSON.decode(line)
         except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", error)
             raise DataError(
-                f"{where}: not valid JSON ({_reason(error)}); expected one object per line"
+                f"{where}: not valid JSON ({reason}); expected one object per line"
             ) from None
         yield where, _mapping(value, where)
 
@@ -202,11 +189,11 @@ def _read_csv(path: Path) -> Records:
     separator = re.match(r"sep=(.)\r?\n", text)  # Excel understands such a line
     body = text if separator is None else text[separator.end() :]
     delimiter = _delimiter(path, body) if separator is None else separator[1]
-    return _table(path, _csv_lines(path, body, delimiter, 1 if separator is None else 2))
+    return _table(_csv_lines(path, body, delimiter, 1 if separator is None else 2))
 
 
 def _delimiter(path: Path, text: str) -> str:
-    first = text.lstrip().partition("\n")[0]
+    first = re.split(r"[\r\n]", text.lstrip(), maxsplit=1)[0]
     if ending(path) == ".tsv" and "\t" in first:
         return "\t"
     return max(
@@ -222,7 +209,8 @@ def _csv_lines(path: Path, text: str, delimiter: str, first: int) -> Iterator[Li
     try:
         for cells in reader:
             joined = lines[line - first : reader.line_num]
-            if delimiter == "\t" and len(joined) > 1 and _are_rows(joined, len(cells)):
+            are_rows = len(joined) > 1 and all(x.count("\t") == len(cells) - 1 for x in joined)
+            if delimiter == "\t" and are_rows:
                 raise DataError(
                     f"{path}:{line}: a quotation mark joins this line and the next ones, up to line"
                     f" {first + reader.line_num - 1}; expected one row per line (if the mark is"
@@ -236,34 +224,20 @@ def _csv_lines(path: Path, text: str, delimiter: str, first: int) -> Iterator[Li
         ) from None
 
 
-def _are_rows(lines: Sequence[str], num_cells: int) -> bool:
-    """Whether each of the lines looks like a row of its own."""
-    return all(line.count("\t") == num_cells - 1 for line in lines)
-
-
 def _read_xlsx(path: Path) -> Records:
     """The rows of the first sheet, with formulas replaced by their saved values."""
     import openpyxl
-    from openpyxl.utils.exceptions import InvalidFileException
 
     try:
         book = openpyxl.load_workbook(io.BytesIO(_read_bytes(path)), read_only=True, data_only=True)
         sheet = book.worksheets[0]
         sheet.reset_dimensions()  # the stored size may be out of date
         rows = [list(map(_cell, row)) for row in sheet.iter_rows()]
-    except (
-        InvalidFileException,
-        zipfile.BadZipFile,
-        OSError,
-        KeyError,
-        ValueError,
-        IndexError,
-        SyntaxError,
-    ) as error:
+    except (zipfile.BadZipFile, OSError, LookupError, ValueError, SyntaxError) as error:
         raise DataError(f"{path}: not a readable Excel file ({first_line(error)})") from None
     width = max(map(len, rows), default=0)  # a row may lack empty cells at its end
     whole = ([*row, *[None] * (width - len(row))] for row in rows)
-    return _table(path, ((f"{path}:{n}", row) for n, row in enumerate(whole, start=1)))
+    return _table((f"{path}:{n}", row) for n, row in enumerate(whole, start=1))
 
 
 def _cell(cell: Any) -> str | None:
@@ -277,32 +251,25 @@ def _cell(cell: Any) -> str | None:
     return str(plain(value))
 
 
-def _table(path: Path, lines: Iterable[Line]) -> Records:
+def _table(lines: Iterable[Line]) -> Records:
     """The records of a table. The first line that is not empty names the columns. Empty cells
-    become null, and empty lines are skipped.
-
-    If the first column has no name, it is assumed to be a pandas index and is skipped. Any other
-    column without a name must be empty. Raises: DataError if a column's name is repeated, or if a
-    line does not fit the header.
-    """
-    header: list[str] | None = None
-    for where, cells in lines:
-        if not any(cell is not None and cell.strip() for cell in cells):
-            continue
-        if header is None:
-            header = [(cell or "").strip() for cell in cells]
-            named = [name for name in header if name]
-            if len(set(named)) < len(named):
-                raise DataError(f"{where}: columns {header}; expected unique names")
-            continue
+    become null, and empty lines are skipped. So is a first column without a name, as pandas writes
+    its index; any other column without a name must be empty. Raises: DataError if a column's name
+    is repeated, or if a line does not fit the header."""
+    filled = (line for line in lines if any(cell is not None and cell.strip() for cell in line[1]))
+    where, first = next(filled, ("", ()))
+    header = [(cell or "").strip() for cell in first]
+    named = [name for name in header if name]
+    if len(set(named)) < len(named):
+        raise DataError(f"{where}: columns {header}; expected unique names")
+    for where, cells in filled:
         if len(cells) < len(header) or any(cells[len(header) :]):
             raise DataError(
                 f"{where}: {counted(len(cells), 'field')}; expected {len(header)} as in the first"
                 " line"
             )
         pairs = list(zip(header, cells, strict=False))
-        nameless = [cell for name, cell in pairs[1:] if not name and cell]
-        if nameless:
+        if nameless := [cell for name, cell in pairs[1:] if not name and cell]:
             raise DataError(
                 f"{where}: {shown(nameless[0])} is in a column without a name; expected a name in"
                 " the first line"
@@ -328,8 +295,7 @@ def as_written(records: Iterable[dict[str, Any]], schema: Any) -> Iterator[dict[
     """The records of an Arrow table, with 16-bit and 32-bit floats as they were written: 0.1, not
     0.10000000149011612."""
     fields = [field for field in schema if "float" in str(field.type)]
-    for record in records:
-        yield {**record, **_as_written(record, fields)}
+    return ({**record, **_as_written(record, fields)} for record in records)
 
 
 def _as_written(value: Any, kind: Any) -> Any:
@@ -342,9 +308,8 @@ def _as_written(value: Any, kind: Any) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """The plain form of a value from a data source: line breaks become Unix line breaks, decimals
-    become ordinary numbers, dates and times become text such as `2021-03-05`, and NaN becomes
-    null."""
+    """The plain form of a value: line breaks become Unix line breaks, decimals become ordinary
+    numbers, dates and times become text such as `2021-03-05`, and NaN becomes null."""
     if isinstance(value, dict):
         return {name: plain(each) for name, each in value.items()}
     if isinstance(value, list):
@@ -359,8 +324,7 @@ def plain(value: Any) -> Any:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message or, if there is no message, the name of the error's
-    type."""
+    """The first line of an error's message or, without a message, the name of the error's type."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 

@@ -1,5 +1,4 @@
-"""Reads cells that contain a gold answer, either alone or at the end of a worked solution or a
-conversation."""
+"""Reads cells with a gold answer, alone or at the end of a worked solution or a conversation."""
 
 from __future__ import annotations
 
@@ -9,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from reftune.datasets.reading.conversations import read_conversation
-from reftune.datasets.reading.options import Options, has_options, read_options
+from reftune.datasets.reading.options import Options, read_options
 from reftune.datasets.reading.rows import Row
 from reftune.errors import DataError
 from reftune.grading.decimals import with_points
@@ -43,7 +42,7 @@ class GoldReader:
     def options(self, row: Row, columns: str | Sequence[str] | None) -> Options | None:
         """The row's options; None if the row has no options, or if the answer kind does not use
         them. Raises: DataError if the options cannot be read."""
-        if columns is None or self.kind not in ("choice", "auto") or not has_options(row, columns):
+        if columns is None or self.kind not in ("choice", "auto"):
             return None
         return read_options(row, columns, self.reading)
 
@@ -73,8 +72,7 @@ class GoldReader:
         return answer, stated
 
     def spelled(self, stated: object) -> str:
-        """A gold answer as text that can be compared with labels, positions and option values. A
-        whole float such as 2.0 becomes `2`."""
+        """A gold answer as text to compare with labels, positions and options: `2` for 2.0."""
         is_whole = isinstance(stated, float) and stated.is_integer()
         return f"{stated:.0f}" if is_whole else with_points(stated, self.decimal)
 
@@ -113,9 +111,8 @@ def worked_solution(text: str) -> str | None:
 
 
 def marked_text(row: Row, column: str) -> Any:
-    """The value of a cell that contains a gold answer. If the cell is a conversation, this is the
-    assistant's reply. Raises: DataError if the row has no such column, or if the conversation has
-    no reply."""
+    """The value of a cell or, if it is a conversation, the assistant's reply. Raises: DataError if
+    the row has no such column, or if the conversation has no reply."""
     value = row.value(column)
     conversation = read_conversation(row, column)
     if conversation is None:

@@ -100,14 +100,11 @@ def formula_steps(linear_formula: str, problem: str) -> list[tuple[str, str]] | 
 def _names_of_needed(operands: Sequence[Sequence[str]]) -> dict[int, str]:
     """Position in the formula → name, for the last step and all steps that it depends on, in the
     order of the formula."""
-    needed, open_positions = set(), [len(operands) - 1]
-    while open_positions:
-        position = open_positions.pop()
-        if position not in needed:
-            needed.add(position)
-            open_positions += [
-                int(text[1:]) for text in operands[position] if _refers_back(text, position)
-            ]
+    needed = {len(operands) - 1}
+    for position in reversed(range(len(operands))):
+        if position in needed:
+            texts = operands[position]
+            needed |= {int(text[1:]) for text in texts if _refers_back(text, position)}
     return {position: f"step_{number}" for number, position in enumerate(sorted(needed), start=1)}
 
 
@@ -125,9 +122,8 @@ def _value(
     if operand in EXACT_CONSTANTS:
         return EXACT_CONSTANTS[operand]
     constant = operand.removeprefix("const_").replace("_", ".")
-    return (
-        _literal(constant) if operand.startswith("const_") and NUMBER.fullmatch(constant) else None
-    )
+    is_constant = operand.startswith("const_") and NUMBER.fullmatch(constant)
+    return _literal(constant) if is_constant else None
 
 
 def _literal(number: str) -> str:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import re
-import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from string import ascii_lowercase
 from typing import Any
 
 from reftune.datasets.reading.rows import Row
 from reftune.errors import DataError
-from reftune.grading.decimals import with_points, with_separator
-from reftune.grading.golds import literal, same_option
-from reftune.grading.markers import DEFAULT, Reading
+from reftune.grading.decimals import with_separator
+from reftune.grading.golds import literal
+from reftune.grading.markers import Reading
 from reftune.grading.options import unlettered
 from reftune.text import shown
 
-MOST = len(string.ascii_lowercase)
+MOST = len(ascii_lowercase)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,46 +24,29 @@ class Options:
     """The options of a row, in the order of the data."""
 
     texts: tuple[str, ...]
-    values: tuple[str, ...]
-    """The texts, with decimal points."""
     labels: tuple[str, ...] = ()
     """The data's label for each option, in lower case; empty if the options have no labels."""
 
     def letter(self, gold: str, positions_from: int | None) -> str | None:
-        """The letter of the option with the label `gold`. If no option has this label and
-        `positions_from` is given, `gold` is read as a position, counted from `positions_from`. None
-        if there is no such option."""
-        label, places = _bare(gold), range(len(self.texts))
+        """The letter of the option with the label `gold` or, if there is none, at the position
+        `gold`, counted from `positions_from`. None if there is no such option."""
+        label = bare(gold)
         if label in self.labels:
-            return string.ascii_lowercase[self.labels.index(label)]
+            return ascii_lowercase[self.labels.index(label)]
         if positions_from is None or not label.isdecimal():
             return None
         place = int(label) - positions_from
-        return string.ascii_lowercase[place] if place in places else None
-
-    def letter_of_text(self, gold: str) -> str | None:
-        """The letter of the option with the text `gold`, which has decimal points; None unless
-        exactly one option has this text."""
-        places = [place for place, value in enumerate(self.values) if same_option(gold, value)]
-        return string.ascii_lowercase[places[0]] if len(places) == 1 else None
-
-    def has_label(self, gold: str) -> bool:
-        """Whether `gold` is the label of an option."""
-        return _bare(gold) in self.labels
-
-    def has_text(self, gold: str) -> bool:
-        """Whether `gold`, which has decimal points, equals the text of an option, either as text or
-        as a number."""
-        return any(same_option(gold, value) for value in self.values)
+        return ascii_lowercase[place] if place in range(len(self.texts)) else None
 
 
-def _bare(label: str) -> str:
+def bare(label: str) -> str:
+    """A label without brackets and final points, in lower case: `a` for `(A)`."""
     return label.strip().strip("().").lower()
 
 
-def read_options(row: Row, columns: str | Sequence[str], reading: Reading = DEFAULT) -> Options:
-    """The options of a row. If `columns` is a single column, it contains one of the following,
-    possibly written as a string:
+def read_options(row: Row, columns: str | Sequence[str], reading: Reading) -> Options | None:
+    """The options of a row; None if the columns are empty or missing. If `columns` is a single
+    column, it contains one of the following, possibly written as a string:
 
     - a list of option texts
     - a list of `{text, label}`
@@ -75,22 +58,19 @@ def read_options(row: Row, columns: str | Sequence[str], reading: Reading = DEFA
     letters or numbers are the labels. Numbers that are not written as text get the decimal
     separator of `reading`.
 
-    Raises: DataError if a single column is missing, or if there are not 2 to 26 options.
+    Raises: DataError if there are not 2 to 26 options.
     """
-    value = row.value(columns) if isinstance(columns, str) else _in_columns(row, columns)
+    names = [columns] if isinstance(columns, str) else columns
+    if all(is_empty(row.get(name)) for name in names):
+        return None
+    value = row.get(columns) if isinstance(columns, str) else _in_columns(row, columns)
     options = _options(literal(value) if isinstance(value, str) else value, reading)
     if options is None:
         raise DataError(
-            f"{row.where}: {columns if isinstance(columns, str) else ', '.join(columns)} is"
-            f" {shown(value)}; expected a list of 2 to {MOST} option texts"
+            f"{row.where}: {', '.join(names)} is {shown(value)}; expected a list of 2 to {MOST}"
+            " option texts"
         )
     return options
-
-
-def has_options(row: Row, columns: str | Sequence[str] | None) -> bool:
-    """Whether any of the columns contains an option."""
-    names = [columns] if isinstance(columns, str) else columns or ()
-    return not all(is_empty(row.get(name)) for name in names)
 
 
 def is_empty(cell: object) -> bool:
@@ -104,14 +84,11 @@ def is_empty(cell: object) -> bool:
 
 
 def _in_columns(row: Row, columns: Sequence[str]) -> Mapping[str, Any] | list[Any]:
-    """The options in several columns: a mapping from labels to options if the columns' names
-    contain labels, and a list otherwise."""
+    """The options in several columns, with their labels if the columns' names contain labels."""
     filled = [(name, row.get(name)) for name in columns if not row.is_blank(name)]
     labels = {name: re.sub(r".*?(\d+|.)$", r"\1", name.lower()) for name in columns}
     places = [int(label) if label.isdecimal() else ord(label) for label in labels.values()]
-    first = min(places)
-    is_labelled = sorted(places) == list(range(first, first + len(columns)))
-    if is_labelled:
+    if sorted(places) == list(range(min(places), min(places) + len(columns))):
         return {labels[name]: text for name, text in filled}
     return [text for _, text in filled]
 
@@ -134,16 +111,9 @@ def _options(value: object, reading: Reading) -> Options | None:
         or not all(isinstance(text, (str, int, float)) for text in value)
     ):
         return None
-    texts = unlettered([_shown(text, reading).strip() for text in value])
+    texts = [x if isinstance(x, str) else with_separator(str(x), reading.decimal) for x in value]
     spelled = tuple(str(label).strip().lower() for label in labels if label is not None)
     return Options(
-        texts=texts,
-        values=tuple(with_points(text, reading.decimal) for text in texts),
+        texts=unlettered([text.strip() for text in texts]),
         labels=spelled if len(spelled) == len(value) else (),
     )
-
-
-def _shown(option: str | float, reading: Reading) -> str:
-    if isinstance(option, str):
-        return option
-    return with_separator(str(option), reading.decimal)

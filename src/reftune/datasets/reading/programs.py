@@ -7,23 +7,18 @@ import re
 from collections.abc import Mapping, Sequence
 
 OPERATORS = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.Pow, ast.USub, ast.UAdd)
-NODES = (ast.Expression, ast.BinOp, ast.UnaryOp, ast.Constant, ast.operator, ast.unaryop)
+NODES = (ast.Expression, ast.BinOp, ast.UnaryOp, ast.Constant, *OPERATORS)
 LARGEST_WHOLE = 10**15
 """Whole floats below this are written without `.0`."""
 
 
 def program(steps: Sequence[tuple[str, str]], *, result: str | None = None) -> str:
-    """The source of a function `solution()`. For each (name, expression) in `steps`, in order, the
-    function assigns the expression to the name. It then returns the expression `result`, which is
-    the last name by default."""
-    result = result or steps[-1][0]
-    needs_math = any("math." in expression for _, expression in steps)
-    lines = (
-        ["import math"] * needs_math
-        + [f"{name} = {expression}" for name, expression in steps]
-        + [f"return {result}"]
-    )
-    return "\n".join(["def solution():", *(f"    {line}" for line in lines)])
+    """The source of a function `solution()`. For each (name, expression) in `steps`, it assigns the
+    expression to the name. It returns the expression `result`, by default the last name."""
+    lines = ["import math"] * any("math." in expression for _, expression in steps)
+    lines += [f"{name} = {expression}" for name, expression in steps]
+    lines += [f"return {result or steps[-1][0]}"]
+    return "\n    ".join(["def solution():", *lines])
 
 
 def arithmetic(text: str, names: Mapping[float, str]) -> str | None:
@@ -38,13 +33,8 @@ def arithmetic(text: str, names: Mapping[float, str]) -> str | None:
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
     for node in ast.walk(tree):
-        if not isinstance(node, NODES) or (
-            isinstance(node, (ast.operator, ast.unaryop)) and not isinstance(node, OPERATORS)
-        ):
-            return None
-        if isinstance(node, ast.Constant) and (
-            isinstance(node.value, bool) or not isinstance(node.value, (int, float))
-        ):
+        is_other = isinstance(node, ast.Constant) and type(node.value) not in (int, float)
+        if is_other or not isinstance(node, NODES):
             return None
     return ast.unparse(_Renamed(names).visit(tree))
 

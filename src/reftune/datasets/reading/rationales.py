@@ -14,10 +14,9 @@ TIMEOUT_S = 20.0
 
 
 def drop_wrong_programs(splits: Splits) -> Splits:
-    """Remove training problems without a program, and count them as `no_program`. Also remove
-    training problems whose program does not return the gold answer, and count them as
-    `program_disagrees`. Dev keeps such problems, but not their rationales, so that dev is no easier
-    than test."""
+    """Remove training problems without a program (counted as `no_program`) or whose program does
+    not return the gold answer (`program_disagrees`). Dev keeps such problems, but not their
+    rationales, so that dev is no easier than test."""
     graded = _graded_programs([*splits.train, *splits.dev])
     splits = drop_untrainable(splits, "no_program", lambda problem: problem.rationale is None)
     return drop_untrainable(
@@ -28,17 +27,12 @@ def drop_wrong_programs(splits: Splits) -> Splits:
 
 
 def drop_contradictions(splits: Splits, reading: Reading = DEFAULT) -> Splits:
-    """Remove training problems whose rationale contradicts the gold answer. They are counted as
-    `program_disagrees` if the rationale is a program that returns another answer, and as
-    `rationale_disagrees` if it is prose that states another answer. A program that fails does not
-    contradict the gold answer, and neither does prose without an answer. Dev keeps all problems,
-    but not the contradicting rationales."""
-    programs = [
-        problem
-        for problem in (*splits.train, *splits.dev)
-        if "def solution(" in (problem.rationale or "")
-    ]
-    graded = _graded_programs(programs)
+    """Remove training problems whose rationale contradicts the gold answer: a program that returns
+    another answer (counted as `program_disagrees`), or prose that states another answer
+    (`rationale_disagrees`). A program that fails and prose without an answer contradict nothing.
+    Dev keeps all problems, but not the contradicting rationales."""
+    problems = [*splits.train, *splits.dev]
+    graded = _graded_programs([p for p in problems if "def solution(" in (p.rationale or "")])
 
     def states_another(problem: Problem) -> bool:
         if problem.rationale is None or problem.id in graded:

@@ -1,8 +1,5 @@
-"""Reads the rows of a data source: a local file, a folder with one file per split, or a Hub
-dataset.
-
-Every row records its location, such as `file:line`, for error messages.
-"""
+"""Reads the rows of a local file, a folder with one file per split, or a Hub dataset. Every row
+records its location for error messages."""
 
 from __future__ import annotations
 
@@ -50,8 +47,7 @@ class Row:
     where: str
     """`file:line`, or the source and the row's number if the source has no lines."""
     id: str
-    """`FILE-N` for row N of a file, or `NAME-SPLIT-N` for row N on the Hub. This becomes the
-    problem's id if the data has no ids."""
+    """`FILE-N` for row N of a file, or `NAME-SPLIT-N` on the Hub. Used if the data has no ids."""
     columns: Mapping[str, Any]
 
     def text(self, column: str) -> str:
@@ -85,8 +81,7 @@ class Row:
         return value is None or (isinstance(value, str) and not value.strip())
 
     def number_gold(self, column: str) -> Answer:
-        """The gold number in a column. Raises: DataError if the column is missing, or if its
-        value is not a single number."""
+        """The gold number in a column. Raises: DataError if the value is not a single number."""
         value = self.value(column)
         answer = number_gold(value)
         if answer is None:
@@ -99,7 +94,7 @@ class Row:
 
     def value(self, column: str) -> Any:
         """The column's value. Raises: DataError if the row has no such column."""
-        value = self._found(column)
+        value = self.get(column, MISSING)
         if value is MISSING:
             raise DataError(
                 f"{self.where}: no column {column!r}; expected one of"
@@ -107,20 +102,14 @@ class Row:
             )
         return value
 
-    def get(self, column: str) -> Any:
-        """Like `value`, but None if the row has no such column."""
-        value = self._found(column)
-        return None if value is MISSING else value
-
-    def _found(self, path: str) -> Any:
-        """The value of the column named `path`. If there is no such column, `path` is read as the
-        dotted path of a nested column. MISSING if that does not exist either."""
-        if path in self.columns:
-            return self.columns[path]
+    def get(self, column: str, default: object = None) -> Any:
+        """Like `value`, but `default` if the row has no such column."""
+        if column in self.columns:
+            return self.columns[column]
         value: Any = self.columns
-        for name in path.split("."):
+        for name in column.split("."):
             if not isinstance(value, Mapping) or name not in value:
-                return MISSING
+                return default
             value = value[name]
         return value
 
@@ -257,9 +246,8 @@ def _read_hub(source: str, split: str, revision: str | None) -> list[Row]:
 
     name, config, chosen = _hub_parts(source)
     chosen = chosen or ("validation" if split == "dev" else split)
-    pinned = {} if revision is None else {"revision": revision}
     try:
-        records = datasets.load_dataset(name, config or None, split=chosen, **pinned)
+        records = datasets.load_dataset(name, config or None, split=chosen, revision=revision)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
             f"{source}: cannot load the {chosen} split from the Hub ({first_line(error)}), and"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product, takewhile
 from string import ascii_lowercase
 from typing import Any
@@ -36,8 +36,7 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "choices": ("choices", "options", "question.choices"),
     "id": ("id", "item_id", "key", "uuid", "unique_id", "problem_id", "question_id"),
 }
-"""Field → common names of the field's column. They are tried in this order, and case is
-ignored."""
+"""Field → common names of the field's column, tried in this order. Case is ignored."""
 JUDGING = ("correct", "label")
 """Names of columns that may contain the gold answer, or whether a completion is right."""
 JUDGED = ("completion", "response", "output")
@@ -88,34 +87,30 @@ class Columns(Table):
 def recognise(
     rows: Sequence[Row], named: Mapping[str, Any], *, has_options: bool = False
 ) -> Columns:
-    """The columns of `rows`. `named` maps fields to the columns that the user named. For all other
-    fields, the columns are recognised by their names. `has_options` says that the user's settings
-    are for multiple choice.
-
-    Raises: DataError if no column is found for the question or for the answer.
-    """
+    """The columns of `rows`. `named` maps fields to the columns that the user named; those of other
+    fields are recognised by their names. `has_options` says that the user's settings are for
+    multiple choice. Raises: DataError if no column is found for the question or for the answer."""
     first, found = rows[0], _Found(rows)
     columns: dict[str, Any] = dict(named)
-    columns.setdefault("question", found.question())
-    if columns["question"] is None:
+    asked = columns.setdefault("question", found.question())
+    if asked is None:
         raise _nowhere(first, "question", found)
-    asked = columns["question"]
     parts = [asked] if isinstance(asked, str) else asked
     used = set(parts)
-    chat = next(filter(found.any_turns, parts), None)
+    chat = next((part for part in parts if any(found.chats(part))), None)
     if "answer" not in columns:
         columns["answer"] = found.answer(used, chat)
     answer = columns["answer"]
     if answer is None:
         raise _nowhere(first, "answer", found)
     if "rationale" not in columns:
-        rationale = found.filled("rationale", {*used, answer})
-        if rationale is None and (answer in used or found.any_worked(answer)):
-            rationale = answer
-        elif rationale is None:
-            replied = (part for part in parts if not is_prompt(part) and found.any_replied(part))
-            rationale = next(replied, None)
-        columns["rationale"] = rationale or found.late("rationale")
+        whole = (part for part in parts if not is_prompt(part))
+        replied = (part for part in whole if any(map(is_answered, found.chats(part))))
+        columns["rationale"] = (
+            found.filled("rationale", {*used, answer})
+            or (answer if answer in used or found.any_worked(answer) else next(replied, None))
+            or found.late("rationale")
+        )
     choices = found.choices(parts, answer, has_options) or found.late("choices")
     columns.setdefault("choices", choices)
     columns.setdefault("id", found.filled("id", {*used, answer}))
@@ -141,7 +136,8 @@ class _Found:
         first = self.first("answer", used) or chat
         free = {name for name in self.by_lower.values() if name not in used}
         judged = [self.by_lower.get(name, "") for name in JUDGED]
-        answer = next((name for name in judged if name in free and self._is_filled(name)), None)
+        filled = (n for n in judged if n in free and not all(row.is_blank(n) for row in self.rows))
+        answer = next(filled, None)
         if first is None or answer is None or not self._judges(first):
             return first
         for row in self.all_rows:
@@ -152,9 +148,6 @@ class _Found:
                     " --answer COLUMN (in a recipe, dataset.columns.answer)"
                 )
         return answer
-
-    def _is_filled(self, column: str) -> bool:
-        return any(not row.is_blank(column) for row in self.rows)
 
     def _judges(self, column: str) -> bool:
         """Whether a column whose name may stand for a judgement contains only truth values."""
@@ -168,13 +161,11 @@ class _Found:
             for name in NAMES[field]
             if name in self.by_lower or "." in name  # a dot leads into a mapping
         )
-        free = (name for name in found if name not in used and name not in self.later)
-
-        def has_value(name: str) -> bool:
+        for name in (name for name in found if name not in used and name not in self.later):
             cells = (row.get(name) for row in self.all_rows)
-            return any(not isinstance(cell, Mapping) and not is_missing(cell) for cell in cells)
-
-        return next(filter(has_value, free), None)
+            if any(not isinstance(cell, Mapping) and not is_missing(cell) for cell in cells):
+                return name
+        return None
 
     def first(self, field: str, used: set[str]) -> str | None:
         """The first column that `NAMES` lists for a field and that is not in `used`. Columns with
@@ -209,9 +200,8 @@ class _Found:
             names = map(pattern.format, labels)
             columns = [self.by_lower[name] for name in takewhile(self.by_lower.__contains__, names)]
             may_be_operands = not has_options and [name.lower() for name in columns] == ["a", "b"]
-            if may_be_operands and self.are_operands(columns, question, answer):
-                continue
-            if len(columns) >= 2:
+            are_operands = may_be_operands and self.are_operands(columns, question, answer)
+            if len(columns) >= 2 and not are_operands:
                 return columns
         return self.first("choices", {*question, answer})
 
@@ -219,11 +209,13 @@ class _Found:
         """Whether the columns contain numbers that are in the question, and the gold answers are
         numbers too. Rows in which a column is empty are ignored."""
         rows = [row for row in self.rows if all(row.get(name) is not None for name in columns)]
-        return len(rows) > 0 and all(
-            _is_number(row.get(answer))
-            and all(_is_operand(row, name, question) for name in columns)
-            for row in rows
-        )
+        for row in rows:
+            cells, asked = map(row.get, columns), [str(row.get(part)) for part in question]
+            if not _is_number(row.get(answer)):
+                return False
+            if not all(_is_number(x) and any(str(x) in text for text in asked) for x in cells):
+                return False
+        return len(rows) > 0
 
     def any_worked(self, column: str) -> bool:
         """Whether any cell of the column is a conversation, or a solution that marks its answer."""
@@ -233,19 +225,14 @@ class _Found:
             for row in self.all_rows
         )
 
-    def any_turns(self, column: str) -> bool:
-        """Whether any cell of the column is a conversation."""
-        return any(turns_in(row, column) is not None for row in self.rows)
-
-    def any_replied(self, column: str) -> bool:
-        """Whether any cell of the column is a conversation that ends with the assistant's turn."""
-        found = [turns_in(row, column) for row in self.rows]
-        return any(turns is not None and is_answered(turns) for turns in found)
+    def chats(self, column: str) -> Iterator[Sequence[Mapping[str, Any]]]:
+        """The conversations in the column's cells."""
+        return filter(None, (turns_in(row, column) for row in self.rows))
 
 
 def is_prompt(column: str) -> bool:
-    """Whether a conversation in this column is only a prompt. If it ends with the assistant's turn,
-    this turn is the beginning of a reply."""
+    """Whether conversations in this column are only prompts. A last turn of the assistant is then
+    the beginning of a reply."""
     return column.rpartition(".")[2].lower() in ("prompt", "context_messages")
 
 
@@ -259,11 +246,6 @@ def _is_number(cell: object) -> bool:
         return read_gold(cell).kind == "number"
     except DataError:
         return False
-
-
-def _is_operand(row: Row, column: str, question: Sequence[str]) -> bool:
-    cell = row.get(column)
-    return _is_number(cell) and any(str(cell) in str(row.get(part)) for part in question)
 
 
 def _nowhere(row: Row, field: str, found: _Found) -> DataError:

@@ -63,11 +63,8 @@ class Asked(NamedTuple):
 
 def question_key(problem: Problem) -> str:
     """A key that is equal for problems that ask the same question. It ignores case, spacing and
-    sentence punctuation, but not numbers, operators or options.
-
-    If the gold answer is text, the question may be about case or punctuation, so only spacing is
-    ignored.
-    """
+    sentence punctuation, but not numbers, operators or options. If the gold answer is text, the
+    question may be about case or punctuation, so only spacing is ignored."""
     text = _text_key(problem)
     return text if problem.answer.kind == "text" else normalised(text)
 
@@ -152,8 +149,7 @@ def dropped_text(counts: Mapping[str, int]) -> str:
 
 
 def same_gold(a: Answer, b: Answer) -> bool:
-    """Whether two gold answers agree. Numbers and texts are compared as the grader compares them.
-    Any other answers must be equal."""
+    """Whether two gold answers agree: numbers and texts as in grading, others if they are equal."""
     if isinstance(a.value, Fraction) and isinstance(b.value, Fraction):
         first, second = number_of(a), number_of(b)
         return same_number(first, second) or same_number(second, first)
@@ -173,18 +169,13 @@ def normalised(text: str) -> str:
 _THOUSANDS = re.compile(r",(?=\d{2,3}(?!\d))")
 
 
-def _spaced(text: str) -> str:
-    return " ".join(text.split())
-
-
 def _text_key(problem: Problem) -> str:
     """The key of a problem whose gold answer is text."""
-    return _spaced(" ".join([problem.question, *problem.choices]))
+    return " ".join(" ".join([problem.question, *problem.choices]).split())
 
 
 def _clean(asked: Sequence[Asked], several_rationales: bool, counts: Counter[str]) -> list[Asked]:
-    """The problems in the same order, without contradictions and duplicates, which are counted in
-    `counts`."""
+    """The problems without contradictions and duplicates, which are counted in `counts`."""
     first: dict[str, Problem] = {}
     # by both keys, so that a number and a text are compared if they answer the same question
     questions = [{question_key(each.problem), _text_key(each.problem)} for each in asked]
@@ -197,7 +188,7 @@ def _clean(asked: Sequence[Asked], several_rationales: bool, counts: Counter[str
     kept: dict[tuple[str | None, ...], Asked] = {}
     for keys, each in zip(questions, asked, strict=True):
         identity = (
-            _spaced(each.problem.question),
+            " ".join(each.problem.question.split()),
             *each.problem.choices,
             each.problem.rationale if several_rationales else None,
         )
@@ -213,8 +204,7 @@ def _clean(asked: Sequence[Asked], several_rationales: bool, counts: Counter[str
 def _without(
     asked: Sequence[Asked], elsewhere: Iterable[Asked], counts: Counter[str]
 ) -> list[Asked]:
-    """The problems in `asked` whose keys do not occur in `elsewhere`. The others are counted as
-    leaks."""
+    """The problems whose keys do not occur in `elsewhere`. The others are counted as leaks."""
     taken = {key for each in elsewhere for key in each.keys}
     kept = [each for each in asked if not each.keys & taken]
     counts["leak"] += len(asked) - len(kept)
@@ -239,8 +229,7 @@ def _draw(asked: Sequence[Asked], size: int | None, seed: int, counts: Counter[s
 
 
 def with_unique_ids(*splits: Sequence[Problem]) -> list[tuple[Problem, ...]]:
-    """The splits with unique ids. If several problems have the same id, all but the first get a
-    suffix: `-2`, `-3`, …"""
+    """The splits with unique ids. When an id occurs again, it gets a suffix: `-2`, `-3`, …"""
     taken = {problem.id for split in splits for problem in split}
     seen: Counter[str] = Counter()
 

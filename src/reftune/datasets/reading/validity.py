@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from fractions import Fraction
 from string import ascii_lowercase
-from typing import get_args
+from typing import Any, get_args
 
 from reftune.datasets.reading.splits import Splits
 from reftune.errors import DataError
@@ -28,7 +28,7 @@ def checked_splits(splits: object, kind: str) -> Splits:
     splits of problems, or if a problem has a value of the wrong type."""
     if not isinstance(splits, Splits):
         raise DataError(f"dataset {kind}: load returned {shown(splits)}; expected Splits")
-    found: dict[str, tuple[Problem, ...]] = {}
+    found: dict[str, Any] = {}
     for name in ("train", "dev", "test"):
         problems = getattr(splits, name)
         if not isinstance(problems, Iterable):
@@ -38,12 +38,11 @@ def checked_splits(splits: object, kind: str) -> Splits:
             fault = fault_of(problem)
             if fault is not None:
                 raise DataError(f"dataset {kind}: {name}, problem {number}: {fault}")
-    return replace(splits, train=found["train"], dev=found["dev"], test=found["test"])
+    return replace(splits, **found)
 
 
 def fault_of(problem: object) -> str | None:
-    """What is wrong with the types of a problem, such as `answer.value: expected a Fraction, got
-    5`; None if nothing is."""
+    """A problem's first wrong type, such as `answer.value: expected a Fraction, got 5`, or None."""
     if not isinstance(problem, Problem):
         return f"expected a Problem, got {shown(problem)}"
     for name, expected, words in TYPES:
@@ -56,11 +55,9 @@ def _fault_of_answer(answer: Answer, *, num_choices: int) -> str | None:
     value = f"got {shown(answer.value)}"
     if answer.kind not in KINDS:
         return f"answer.kind: expected {', '.join(KINDS)}, got {shown(answer.kind)}"
-    if answer.kind == "number":
-        is_number = isinstance(answer.value, Fraction)
-        return None if is_number else f"answer.value: expected a Fraction, {value}"
-    if not isinstance(answer.value, str):
-        return f"answer.value: expected text, {value}"
+    expected, words = (Fraction, "a Fraction") if answer.kind == "number" else (str, "text")
+    if not isinstance(answer.value, expected):
+        return f"answer.value: expected {words}, {value}"
     letters = ascii_lowercase[: num_choices or None]
     if answer.kind == "choice" and answer.value not in tuple(letters):
         return f"answer.value: expected a letter from a to {letters[-1]}, {value}"
