@@ -250,7 +250,7 @@ def test_scores_are_computed_in_fp32_from_states_in_bf16(make_policy, encoder, l
         classifier.head.weight.mul_(50)  # so that logits rounded to bf16 would differ
         for one in solutions:
             pair = (one.problem, one.text)
-            logits = classifier.judge(classifier.solution_batch([pair])).logits
+            logits = classifier(classifier.solution_batch([pair])).logits
             assert logits.dtype == torch.float32
             assert classifier.scores([pair]) == pytest.approx(logits.softmax(1)[:, 1].tolist())
 

@@ -22,7 +22,7 @@ from reftune.model.encoder import Encoder
 from reftune.processes.world import from_main
 from reftune.stages.loop import Progression
 from reftune.stages.rollouts import Solved
-from reftune.stages.sft import Example, Imitation, Schedule, schedule_line, train_in_epochs
+from reftune.stages.sft import Example, Schedule, imitation, schedule_line, train_in_epochs
 from reftune.stages.stage import Cost, Stage, StageContext
 from reftune.storage.files import JsonLines, in_parts
 from reftune.text import counted
@@ -168,7 +168,7 @@ class SelfTrain(Sampled):
         )
         spent = {"compute/sampled_tokens": float(sum(samples.num_tokens for samples in drawn))}
         start = Progression(totals=spent, seconds=time.perf_counter() - started)
-        train_in_epochs(self.sft, context, Imitation(context.policy, examples), start=start)
+        train_in_epochs(self.sft, context, imitation(context.policy, examples), start=start)
 
     def examples(self, drawn: Sequence[Samples], context: StageContext) -> list[Example]:
         """The rows to train on. Solutions that are too long are dropped first; at most `keep` of
