@@ -38,23 +38,23 @@ from reftune.types import Graded, Problem, Verdict
 
 def test_the_authors_files_hold_the_gold_solution_mostly_twice():
     # E23: correct completions a, b, a, c and gold g
-    assert join_as_paper(["a", "b", "a", "c"], "g", 2) == ["a", "b", "g", "g"]
-    assert join_as_paper(["a", "b", "a", "c"], "g", 10) == ["a", "b", "c", "g", "g"]
-    assert join_as_paper(["a", "b", "a", "c"], "b", 10) == ["a", "b", "c", "b"]
-    assert join_as_paper([], "g", 10) == ["g", "g"]
+    assert join_as_paper(["a", "b", "a", "c"], ["g"], 2) == ["a", "b", "g", "g"]
+    assert join_as_paper(["a", "b", "a", "c"], ["g"], 10) == ["a", "b", "c", "g", "g"]
+    assert join_as_paper(["a", "b", "a", "c"], ["b"], 10) == ["a", "b", "c", "b"]
+    assert join_as_paper([], ["g"], 10) == ["g", "g"]
 
 
 def test_joined_once_every_solution_is_one_row():
-    assert join_once(["a", "b", "a", "c"], "g", 2) == ["a", "b", "g"]
-    assert join_once(["a", "b", "a", "c"], "b", 10) == ["a", "b", "c"]
-    assert join_once([], "g", 10) == ["g"]
-    assert join_once(["a", "a", "b"], "g", 2) == ["a", "b", "g"], (
+    assert join_once(["a", "b", "a", "c"], ["g"], 2) == ["a", "b", "g"]
+    assert join_once(["a", "b", "a", "c"], ["b"], 10) == ["a", "b", "c"]
+    assert join_once([], ["g"], 10) == ["g"]
+    assert join_once(["a", "a", "b"], ["g"], 2) == ["a", "b", "g"], (
         "a repeated sample takes nobody's place"
     )
 
 
 def test_without_gold_the_samples_are_all_there_is():
-    assert join_once(["a"], None, 10) == join_as_paper(["a"], None, 10) == ["a"]
+    assert join_once(["a"], [], 10) == join_as_paper(["a"], [], 10) == ["a"]
 
 
 def test_texts_that_differ_in_outer_white_space_are_one_and_keep_the_first_spelling():
@@ -108,9 +108,9 @@ def test_solutions_that_spell_one_answer_in_two_ways_are_one() -> None:
     assert distinct(opened, less_answer) == opened, "only the last marker states the answer"
     # a solution of only the answer is compared as a whole
     assert len(distinct(["The answer is 1/2", "The answer is 0.5"], less_answer)) == 2
-    joined = join_once(texts[:2], texts[2], 10, less_answer)
+    joined = join_once(texts[:2], texts[2:], 10, less_answer)
     assert joined == [texts[0], texts[2]]
-    assert join_as_paper(texts[:2], texts[2], 10, less_answer) == [*joined, texts[2]]
+    assert join_as_paper(texts[:2], texts[2:], 10, less_answer) == [*joined, texts[2]]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,6 @@ from pydantic import Field
 from reftune.errors import DataError
 from reftune.grading.formats.nl import Nl
 from reftune.grading.markers import marker_pattern
-from reftune.model.encoder import Encoder
 from reftune.processes.world import from_main
 from reftune.stages.loop import Progression
 from reftune.stages.rollouts import Solved
@@ -177,23 +176,15 @@ class SelfTrain(Sampled):
         encoder = collector.encoder
         join = join_once if self.gold == "once" else join_as_paper
         same = less_answer if isinstance(encoder.format, Nl) else str.strip
-
-        def fitting(problem: Problem, texts: Sequence[str]) -> dict[str, Example]:
-            prompt = encoder.prompt(problem)
-            rows = {text: Example(prompt, encoder.continuation(problem, text)) for text in texts}
-            return {
-                text: row
-                for text, row in rows.items()
-                if collector.fits(row.prompt, row.target, policy)
-            }
-
         kept: list[Example] = []
         for samples in drawn:
-            gold = gold_text(samples.problem, encoder)
-            rows = fitting(samples.problem, [*distinct(samples.correct, same), *_listed(gold)])
-            correct = [text for text in samples.correct if text in rows]
-            joined = join(correct, gold if gold in rows else None, self.keep, same)
-            kept += [rows[text] for text in joined]
+            problem, correct = samples.problem, samples.correct
+            gold = [] if problem.rationale is None else [encoder.format.target(problem)]
+            prompt, texts = encoder.prompt(problem), [*distinct(correct, same), *gold]
+            rows = {text: Example(prompt, encoder.continuation(problem, text)) for text in texts}
+            fitting = {t for t, row in rows.items() if collector.fits(prompt, row.target, policy)}
+            correct, gold = ([t for t in each if t in fitting] for each in (correct, gold))
+            kept += [rows[text] for text in join(correct, gold, self.keep, same)]
         if not kept:
             raise DataError(
                 f"stages.{context.name}: nothing to train on: {describe(drawn)}, and no gold"
@@ -227,16 +218,15 @@ def less_answer(text: str) -> str:
 
 
 def join_once(
-    correct: Sequence[str], gold: str | None, keep: int, same: Same = str.strip
+    correct: Sequence[str], gold: Sequence[str], keep: int, same: Same = str.strip
 ) -> list[str]:
-    """The first `keep` distinct correct solutions, then the gold solution, unless it is already
-    among them."""
-    kept = distinct(correct, same)[:keep]
-    return distinct([*kept, *_listed(gold)], same)
+    """The first `keep` distinct correct solutions, then the gold solution, if there is one and it
+    is not already among them."""
+    return distinct([*distinct(correct, same)[:keep], *gold], same)
 
 
 def join_as_paper(
-    correct: Sequence[str], gold: str | None, keep: int, same: Same = str.strip
+    correct: Sequence[str], gold: Sequence[str], keep: int, same: Same = str.strip
 ) -> list[str]:
     """The result of `join_once`, then the gold solution again.
 
@@ -244,13 +234,4 @@ def join_as_paper(
     which programs need, and solutions in words that differ only in how they write the answer count
     as repeats.
     """
-    return [*join_once(correct, gold, keep, same), *_listed(gold)]
-
-
-def _listed(gold: str | None) -> list[str]:
-    return [] if gold is None else [gold]
-
-
-def gold_text(problem: Problem, encoder: Encoder) -> str | None:
-    """The gold continuation of a problem's prompt; None if the problem has no rationale."""
-    return None if problem.rationale is None else encoder.format.target(problem)
+    return [*join_once(correct, gold, keep, same), *gold]
