@@ -34,7 +34,7 @@ from reftune.stages.reward_model import (
 )
 from reftune.stages.self_train import Samples
 from reftune.stages.stage import Progress
-from reftune.types import Answer, Graded, Problem, Verdict
+from reftune.types import Answer, Attempt, Graded, Problem, Verdict
 
 WORDS = [f"w{letter}" for letter in "abcdefghijklmnopqrst"]
 
@@ -118,11 +118,14 @@ def test_equal_texts_of_a_problem_are_one_example_and_no_answer_is_a_wrong_one()
 
 def samples(id: str, texts: list[str], verdicts: dict[str, Verdict]) -> Samples:
     values = {Verdict.CORRECT: "1", Verdict.WRONG: "2"}
-    graded = tuple(
-        Graded(verdict=verdicts[text], value=values.get(verdicts[text]), reason="")
+    attempts = [
+        Attempt(
+            completion=text,
+            graded=Graded(verdict=verdicts[text], value=values.get(verdicts[text]), reason=""),
+        )
         for text in texts
-    )
-    return Samples(problem=problem(id), texts=tuple(texts), graded=graded, num_tokens=9)
+    ]
+    return Samples(problem=problem(id), attempts=attempts, num_tokens=9)
 
 
 # --- learning -------------------------------------------------------------------------------------

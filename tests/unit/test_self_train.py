@@ -31,7 +31,7 @@ from reftune.stages.self_train import (
     less_answer,
 )
 from reftune.stages.stage import Progress, StageContext
-from reftune.types import Graded, Problem, Verdict
+from reftune.types import Attempt, Graded, Problem, Verdict
 
 # --- joining --------------------------------------------------------------------------------------
 
@@ -159,7 +159,8 @@ def test_sampling_that_was_stopped_goes_on_to_the_same_samples(
     assert [samples.problem.id for samples in drawn] == [
         json.loads(line)["id"] for line in whole.splitlines()
     ]
-    assert len({text for samples in drawn for text in samples.texts}) == 6, "samples differ"
+    texts = {attempt.completion for samples in drawn for attempt in samples.attempts}
+    assert len(texts) == 6, "samples differ"
     lines = whole.splitlines(keepends=True)
     for left in (lines[0], lines[0] + lines[1] + lines[2][:20]):
         path.write_bytes(left)
@@ -230,8 +231,11 @@ def test_two_files_of_a_stage_hold_different_samples(context: StageContext):
 
 def samples(problem: Problem, *texts: str, right: int) -> Samples:
     verdicts = [Verdict.CORRECT] * right + [Verdict.WRONG] * (len(texts) - right)
-    graded = tuple(Graded(verdict=verdict, value="1", reason="") for verdict in verdicts)
-    return Samples(problem=problem, texts=texts, graded=graded, num_tokens=9)
+    attempts = [
+        Attempt(completion=text, graded=Graded(verdict=verdict, value="1", reason=""))
+        for text, verdict in zip(texts, verdicts, strict=True)
+    ]
+    return Samples(problem=problem, attempts=attempts, num_tokens=9)
 
 
 def test_the_samples_are_summed_up_in_one_line(context: StageContext):

@@ -47,7 +47,7 @@ from reftune.stages.sft import Schedule, Task, schedule_line, train_in_epochs
 from reftune.stages.stage import Cost, StageContext
 from reftune.storage.files import JsonLines, write_atomically
 from reftune.text import brief, counted
-from reftune.types import Problem, Verdict
+from reftune.types import Problem
 
 WEIGHTS = "classifier.safetensors"
 INITIAL_STD = 0.02
@@ -127,10 +127,7 @@ class Solution:
 def labelled(samples: Samples) -> list[Solution]:
     """The distinct solutions among a problem's samples. Solutions without an answer count as
     wrong."""
-    labels = {
-        text: int(g.verdict is Verdict.CORRECT)
-        for text, g in zip(samples.texts, samples.graded, strict=True)
-    }
+    labels = {attempt.completion: int(attempt.correct) for attempt in samples.attempts}
     return [
         Solution(problem=samples.problem, text=text, label=label) for text, label in labels.items()
     ]
@@ -247,10 +244,8 @@ class Classifier(nn.Module):
         with sharding.current.whole(self):
             self.policy.save(folder)
             if world.is_main():
-                layers = {
-                    name: value.detach().contiguous() for name, value in self.layers().items()
-                }
-                save_file(layers, folder / WEIGHTS)
+                layers = self.layers().items()
+                save_file({n: w.detach().contiguous() for n, w in layers}, folder / WEIGHTS)
 
     def layers(self) -> dict[str, Tensor]:
         """The weights of all layers outside the transformer, keyed by their names in the file
@@ -315,16 +310,18 @@ def dev_metrics(classifier: Classifier, drawn: Sequence[Samples]) -> dict[str, f
     is correct. `dev/chance` is the expected share if the solution is chosen at random.
     `dev/chance_margin` is half the width of the 95% interval of the difference between these
     shares, paired by problem."""
-    scores = iter(classifier.scores([(s.problem, text) for s in drawn for text in s.texts]))
+    solutions = [(s.problem, attempt.completion) for s in drawn for attempt in s.attempts]
+    scores = iter(classifier.scores(solutions))
     grading = getattr(classifier.encoder.format, "grading", None)
     chosen, chance = [], []
     for s in drawn:
         may_win = voting.voters(grading, is_choice=s.problem.answer.kind == "choice")
-        own_scores = [next(scores) for _ in s.texts]
-        winner = voting.rerank_curve(s.graded, s.texts, own_scores, valid=may_win)[-1]
-        verdicts = [graded.verdict for graded in s.graded if may_win(graded)]
+        graded, texts = [a.graded for a in s.attempts], [a.completion for a in s.attempts]
+        own_scores = [next(scores) for _ in texts]
+        winner = voting.rerank_curve(graded, texts, own_scores, valid=may_win)[-1]
         chosen.append(voting.is_correct(winner))
-        chance.append(verdicts.count(Verdict.CORRECT) / max(1, len(verdicts)))
+        allowed = [voting.is_correct(each) for each in graded if may_win(each)]
+        chance.append(sum(allowed) / max(1, len(allowed)))
     gains = torch.tensor(chosen, dtype=torch.double) - torch.tensor(chance, dtype=torch.double)
     margin = Z95 * float(gains.std()) / math.sqrt(len(drawn)) if len(drawn) > 1 else 1.0
     return {
