@@ -175,8 +175,6 @@ class Trainer:
             batch = batch.rows(torch.tensor(kept, device=self.policy.device))
         return {**metrics, **self.update(batch, n)}
 
-    # --- sample ---
-
     def sample(self, n: int, purpose: str) -> tuple[list[Solution], dict[str, float]]:
         """Sample rollout `n` and return it with its metrics. `purpose` is `rollout` or `prefit`.
         For a given recipe, the samples depend only on the weights, `n` and `purpose`."""
@@ -215,8 +213,6 @@ class Trainer:
         if solutions:
             self.context.progress.solutions(n, solutions)
 
-    # --- score ---
-
     def score(self, solutions: Sequence[Solution]) -> tuple[RolloutBatch, dict[str, float]]:
         """The solutions as a batch, and metrics. The batch includes the tokens' values and their
         log-probabilities under the policy. If there is a reference, the batch also includes the
@@ -252,14 +248,10 @@ class Trainer:
         entropies = per_token(batch.tokens, [c.entropies for c in completions])
         return TokenScores(batch.sampling_logprobs, values, entropies)
 
-    # --- update ---
-
     def update(self, batch: RolloutBatch, n: int) -> dict[str, float]:
         """Make `updates` passes over the rollout, with `minibatches` optimizer steps each, and
-        return metrics. The first step whose loss or gradient is not finite ends all passes.
-
-        Raises: NonFiniteError unless the recipe allows skipping the step.
-        """
+        return metrics. The first step whose loss or gradient is not finite ends all passes. Raises:
+        NonFiniteError unless the recipe allows skipping the step."""
         started = time.perf_counter()
         self.policy.train(self.algorithm.trains_with_dropout)
         steps: list[dict[str, float]] = []

@@ -60,7 +60,7 @@ class Sft(Schedule, Stage):
     reads_rationales: ClassVar[bool] = True
 
     @model_validator(mode="after")
-    def _snapshots_are_passed(self) -> Self:
+    def _keys_agree(self) -> Self:
         for method, epoch in self.snapshots.items():
             if not 0 < epoch <= self.epochs:
                 raise refusal(
@@ -68,10 +68,6 @@ class Sft(Schedule, Stage):
                     f"snapshots.{method}: {epoch:g}; expected an epoch above 0 and up to"
                     f" epochs={self.epochs}",
                 )
-        return self
-
-    @model_validator(mode="after")
-    def _constant_until_the_plateau(self) -> Self:
         if self.until is not None and self.optimizer.schedule != "constant":
             schedule = self.optimizer.schedule
             raise refusal(
@@ -123,11 +119,8 @@ class Example:
 def gold_examples(
     problems: Sequence[Problem], collector: Collector, policy: Policy
 ) -> list[Example]:
-    """One example for each problem that has a gold rationale. Examples that are too long are left
-    out.
-
-    Raises: DataError if no example is left.
-    """
+    """One example for each problem that has a gold rationale, unless it is too long. Raises:
+    DataError if there is no example."""
     encoder = collector.encoder
     examples = [
         Example(encoder.prompt(problem), encoder.target(problem))
@@ -225,10 +218,7 @@ def train_in_epochs(
 
 def accumulate_nll(policy: Policy, batch: TokenBatch) -> float:
     """Accumulate the gradient of the responses' negative log-likelihood, averaged over tokens, and
-    return this loss in nats per token.
-
-    Raises: the errors of `accumulate_gradient`.
-    """
+    return this loss in nats per token. Raises: the errors of `accumulate_gradient`."""
     weights = token_weights(batch.response_mask, "token")
 
     def loss(rows: Tensor) -> LossTerms:
