@@ -4,9 +4,9 @@ are not trained."""
 
 from __future__ import annotations
 
-import copy
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from types import SimpleNamespace
@@ -128,12 +128,22 @@ class Outline:
     @cached_property
     def gathered_copies(self) -> float:
         """Bytes of the additional copies that sampling makes of gathered weights."""
-        with self.mode:
-            policy = copy.deepcopy(self.policy, {id(self.mode): self.mode}).requires_grad_(False)
-        cast = block_matrices(policy)
-        for p in policy.parameters():
-            p.data = p.data.to(policy.compute_dtype) if id(p) in cast else p.data
-        return self._prefill(policy, 1, 1).casts
+        with self._as_gathered():
+            return self._prefill(1, 1, of_gathered=True).casts
+
+    @contextmanager
+    def _as_gathered(self) -> Iterator[None]:
+        cast, dtype = block_matrices(self.policy), self.policy.compute_dtype
+        held = [(p, p.data, p.requires_grad) for p in self.policy.parameters()]
+        try:
+            for p, data, _ in held:
+                p.requires_grad_(False)
+                p.data = data.to(dtype) if id(p) in cast else data
+            yield
+        finally:
+            for p, data, is_trained in held:
+                p.data = data
+                p.requires_grad_(is_trained)
 
     @property
     def cache_bytes(self) -> float:
@@ -173,11 +183,14 @@ class Outline:
 
     def prefill(self, *, prompt: int, rows: int) -> Prefill:
         """The memory needed to read `rows` prompts at once."""
-        return _of_many(lambda count: self._prefill(self.policy, prompt, count), rows)
+        return _of_many(lambda count: self._prefill(prompt, count), rows)
 
     @cache  # noqa: B019
     @torch.no_grad()
-    def _prefill(self, policy: Policy, prompt: int, rows: int) -> Prefill:
+    def _prefill(self, prompt: int, rows: int, *, of_gathered: bool = False) -> Prefill:
+        """The traced memory needed to read `rows` prompts. `of_gathered` does not change the trace.
+        It only makes the decorator cache the results for gathered weights separately."""
+        policy = self.policy
         with (
             self.mode,
             policy.inference(),
