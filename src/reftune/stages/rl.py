@@ -295,8 +295,6 @@ class Trainer:
                 part = batch if count == 1 else batch.rows(index)
                 yield replace(part, weights=self.algorithm.weights(part))
 
-    # --- value head ---
-
     def prefit(self) -> None:
         """Fit the value head to the returns of the initial policy (VC-PPO, arXiv:2503.01491,
         §4.1)."""
