@@ -109,7 +109,7 @@ def test_only_methods_are_evaluated(kind: str, recipe_of) -> None:
 OWN = """
 from typing import ClassVar
 
-from reftune.stages.sft import Imitation, Schedule, gold_examples, train_in_epochs
+from reftune.stages.sft import Schedule, gold_examples, imitation, train_in_epochs
 from reftune.stages.stage import Stage
 
 
@@ -122,7 +122,7 @@ class Judge(Schedule, Stage):
 
     def run(self, context):
         examples = gold_examples(context.splits.train, context.collector, context.policy)
-        task = Imitation(context.policy, examples)
+        task = imitation(context.policy, examples)
         train_in_epochs(self, context, task, snapshots={"early": 1})
 """
 

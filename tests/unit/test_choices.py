@@ -16,7 +16,6 @@ from reftune.runs.run import run_recipe
 from reftune.stages.probes.choices import (
     ChoiceRow,
     Derivation,
-    above_chance,
     choice_metrics,
     derivation,
     derived_values,
@@ -24,6 +23,7 @@ from reftune.stages.probes.choices import (
     read_rows,
     rotated,
     stem,
+    summary_of,
     without_options,
     write_rows,
 )
@@ -173,7 +173,10 @@ def test_each_sign_is_a_share_of_the_answers_that_it_concerns():
         "choices/numeric_accuracy": 2 / 3,  # of the three whose option is a number
         "choices/above_chance": (3 * 0.75 - 0.5) / 4,
     }
-    assert above_chance(rows) == {2: (1, -0.5), 4: (3, 0.75)}
+    assert summary_of(rows)["by_options"] == {
+        "2": {"n": 1, "above_chance": -0.5},
+        "4": {"n": 3, "above_chance": 0.75},
+    }
     assert (
         set(choice_metrics([row(correct=False)])) & {"choices/other_option", "choices/no_option"}
         == set()

@@ -34,7 +34,7 @@ from reftune.stages.reward_model import (
 )
 from reftune.stages.self_train import Samples
 from reftune.stages.stage import Progress
-from reftune.types import Answer, Graded, Problem, Verdict
+from reftune.types import Answer, Attempt, Graded, Problem, Verdict
 
 WORDS = [f"w{letter}" for letter in "abcdefghijklmnopqrst"]
 
@@ -118,11 +118,14 @@ def test_equal_texts_of_a_problem_are_one_example_and_no_answer_is_a_wrong_one()
 
 def samples(id: str, texts: list[str], verdicts: dict[str, Verdict]) -> Samples:
     values = {Verdict.CORRECT: "1", Verdict.WRONG: "2"}
-    graded = tuple(
-        Graded(verdict=verdicts[text], value=values.get(verdicts[text]), reason="")
+    attempts = [
+        Attempt(
+            completion=text,
+            graded=Graded(verdict=verdicts[text], value=values.get(verdicts[text]), reason=""),
+        )
         for text in texts
-    )
-    return Samples(problem=problem(id), texts=tuple(texts), graded=graded, num_tokens=9)
+    ]
+    return Samples(problem=problem(id), attempts=attempts, num_tokens=9)
 
 
 # --- learning -------------------------------------------------------------------------------------
@@ -250,7 +253,7 @@ def test_scores_are_computed_in_fp32_from_states_in_bf16(make_policy, encoder, l
         classifier.head.weight.mul_(50)  # so that logits rounded to bf16 would differ
         for one in solutions:
             pair = (one.problem, one.text)
-            logits = classifier.judge(classifier.solution_batch([pair])).logits
+            logits = classifier(classifier.solution_batch([pair])).logits
             assert logits.dtype == torch.float32
             assert classifier.scores([pair]) == pytest.approx(logits.softmax(1)[:, 1].tolist())
 

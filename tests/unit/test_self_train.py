@@ -31,30 +31,30 @@ from reftune.stages.self_train import (
     less_answer,
 )
 from reftune.stages.stage import Progress, StageContext
-from reftune.types import Graded, Problem, Verdict
+from reftune.types import Attempt, Graded, Problem, Verdict
 
 # --- joining --------------------------------------------------------------------------------------
 
 
 def test_the_authors_files_hold_the_gold_solution_mostly_twice():
     # E23: correct completions a, b, a, c and gold g
-    assert join_as_paper(["a", "b", "a", "c"], "g", 2) == ["a", "b", "g", "g"]
-    assert join_as_paper(["a", "b", "a", "c"], "g", 10) == ["a", "b", "c", "g", "g"]
-    assert join_as_paper(["a", "b", "a", "c"], "b", 10) == ["a", "b", "c", "b"]
-    assert join_as_paper([], "g", 10) == ["g", "g"]
+    assert join_as_paper(["a", "b", "a", "c"], ["g"], 2) == ["a", "b", "g", "g"]
+    assert join_as_paper(["a", "b", "a", "c"], ["g"], 10) == ["a", "b", "c", "g", "g"]
+    assert join_as_paper(["a", "b", "a", "c"], ["b"], 10) == ["a", "b", "c", "b"]
+    assert join_as_paper([], ["g"], 10) == ["g", "g"]
 
 
 def test_joined_once_every_solution_is_one_row():
-    assert join_once(["a", "b", "a", "c"], "g", 2) == ["a", "b", "g"]
-    assert join_once(["a", "b", "a", "c"], "b", 10) == ["a", "b", "c"]
-    assert join_once([], "g", 10) == ["g"]
-    assert join_once(["a", "a", "b"], "g", 2) == ["a", "b", "g"], (
+    assert join_once(["a", "b", "a", "c"], ["g"], 2) == ["a", "b", "g"]
+    assert join_once(["a", "b", "a", "c"], ["b"], 10) == ["a", "b", "c"]
+    assert join_once([], ["g"], 10) == ["g"]
+    assert join_once(["a", "a", "b"], ["g"], 2) == ["a", "b", "g"], (
         "a repeated sample takes nobody's place"
     )
 
 
 def test_without_gold_the_samples_are_all_there_is():
-    assert join_once(["a"], None, 10) == join_as_paper(["a"], None, 10) == ["a"]
+    assert join_once(["a"], [], 10) == join_as_paper(["a"], [], 10) == ["a"]
 
 
 def test_texts_that_differ_in_outer_white_space_are_one_and_keep_the_first_spelling():
@@ -108,9 +108,9 @@ def test_solutions_that_spell_one_answer_in_two_ways_are_one() -> None:
     assert distinct(opened, less_answer) == opened, "only the last marker states the answer"
     # a solution of only the answer is compared as a whole
     assert len(distinct(["The answer is 1/2", "The answer is 0.5"], less_answer)) == 2
-    joined = join_once(texts[:2], texts[2], 10, less_answer)
+    joined = join_once(texts[:2], texts[2:], 10, less_answer)
     assert joined == [texts[0], texts[2]]
-    assert join_as_paper(texts[:2], texts[2], 10, less_answer) == [*joined, texts[2]]
+    assert join_as_paper(texts[:2], texts[2:], 10, less_answer) == [*joined, texts[2]]
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,8 @@ def test_sampling_that_was_stopped_goes_on_to_the_same_samples(
     assert [samples.problem.id for samples in drawn] == [
         json.loads(line)["id"] for line in whole.splitlines()
     ]
-    assert len({text for samples in drawn for text in samples.texts}) == 6, "samples differ"
+    texts = {attempt.completion for samples in drawn for attempt in samples.attempts}
+    assert len(texts) == 6, "samples differ"
     lines = whole.splitlines(keepends=True)
     for left in (lines[0], lines[0] + lines[1] + lines[2][:20]):
         path.write_bytes(left)
@@ -230,8 +231,11 @@ def test_two_files_of_a_stage_hold_different_samples(context: StageContext):
 
 def samples(problem: Problem, *texts: str, right: int) -> Samples:
     verdicts = [Verdict.CORRECT] * right + [Verdict.WRONG] * (len(texts) - right)
-    graded = tuple(Graded(verdict=verdict, value="1", reason="") for verdict in verdicts)
-    return Samples(problem=problem, texts=texts, graded=graded, num_tokens=9)
+    attempts = [
+        Attempt(completion=text, graded=Graded(verdict=verdict, value="1", reason=""))
+        for text, verdict in zip(texts, verdicts, strict=True)
+    ]
+    return Samples(problem=problem, attempts=attempts, num_tokens=9)
 
 
 def test_the_samples_are_summed_up_in_one_line(context: StageContext):

@@ -75,7 +75,7 @@ def _sizes(recipe: Recipe, device: torch.device) -> Sizes:
             devices=world.world_size(),
             replicas=getattr(sharding.current, "replicas", 1),
             device_bytes=total_bytes(device),
-        ).fitting()
+        ).fitting
         for made in estimates(recipe, outline).values()
     ]
     return Sizes(

@@ -124,10 +124,9 @@ class Estimate:
         """The recipe's sizes. Each `auto` is replaced by the size that `fitting` returns."""
         tokens = self.recipe.model.micro_batch_tokens
         rows = getattr(self.recipe.engine, "batch_size", self.cost.sampled or 1)
-        found = self.fitting() if "auto" in (tokens, rows) else Sizes(tokens=0, rows=0)
         return Sizes(
-            tokens=found.tokens if tokens == "auto" else tokens,
-            rows=found.rows if rows == "auto" else rows,
+            tokens=self.fitting.tokens if tokens == "auto" else tokens,
+            rows=self.fitting.rows if rows == "auto" else rows,
         )
 
     @cached_property
@@ -206,6 +205,7 @@ class Estimate:
             "drawing tokens": float(DRAWING * FP32 * rows * outline.vocabulary),
         }, float(prefill.casts)
 
+    @cached_property
     def fitting(self) -> Sizes:
         """The largest value in `TOKENS` with which the update fits in a device's usable memory, and
         the largest value in `ROWS` with which sampling fits. If no value in a list fits, the list's

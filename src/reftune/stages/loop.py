@@ -35,6 +35,7 @@ from reftune.stages.plateau import History, cooldown_steps, end_of_cooldown
 from reftune.stages.probes.choices import choice_metrics, diagnose
 from reftune.stages.stage import StageContext
 from reftune.storage.checkpoint import (
+    Checkpoint,
     load_latest,
     load_optimizer_tensors,
     optimizer_tensors,
@@ -77,8 +78,7 @@ class Progression:
 
 
 BEST = "best.json"
-"""A file in the folder of the best model so far. It contains that model's step and its accuracy on
-dev."""
+"""A file in the folder of the best model so far, with that model's step and accuracy on dev."""
 
 
 class Interrupted(Exception):
@@ -157,16 +157,12 @@ class Loop:
         sharding.current.distribute(model)
         self.optimizer = make_optimizer(model, table.optimizer)
 
-    # --- the loop ---
-
     def run(
         self, step: Callable[[int], dict[str, float]], *, before: Callable[[], None] | None = None
     ) -> None:
         """Run all remaining steps and save the model that was best on dev. If the stage has no
-        checkpoint yet, `before()` is called before step 1.
-
-        Raises: Interrupted after SIGINT or SIGTERM, once the stage's progress is saved.
-        """
+        checkpoint yet, `before()` is called before step 1. Raises: Interrupted after SIGINT or
+        SIGTERM, once the stage's progress is saved."""
         resumed = self._resume()
         self.context.progress.stage(self.context.name, self.last_step, self.state.step)
         started, last_save = time.perf_counter() - self.state.seconds, time.perf_counter()
@@ -178,9 +174,9 @@ class Loop:
                     self._look()
                 self._save()
             while self.state.is_open or self.state.step < self.last_step:
-                if not self.state.is_open:
-                    self._take(step)
                 with self._saving():
+                    if not self.state.is_open:
+                        self._take(step)
                     self._close()
                 self.state.seconds = time.perf_counter() - started
                 is_old = time.perf_counter() - last_save >= self.table.save_every_s
@@ -211,10 +207,13 @@ class Loop:
         # each process draws its own dropout
         other = ("process", world.rank()) if world.rank() > 0 else ()
         torch.manual_seed(self.context.seed("step", n, *other))
-        with self._saving():
-            metrics = step(n)
+        metrics = step(n)
         self.state.step, self.state.is_open, self._is_saved = n, True, False
-        self._log(metrics)
+        self.spend(metrics)
+        table = self.table.optimizer
+        rate = {"optim/lr": table.learning_rate * self._share(n)}
+        skipped = {"optim/skipped": self.state.skipped} if table.on_nonfinite == "skip" else {}
+        self._record({**metrics, **rate, **self.state.totals, **skipped})
 
     def _close(self) -> None:
         """Evaluate on dev and save snapshots, if they are due at this step."""
@@ -231,11 +230,9 @@ class Loop:
 
     @contextmanager
     def _saving(self) -> Iterator[None]:
-        """If the engine fails inside the block, save a checkpoint. Up to that point, the block must
-        not change the stage's state. The engine's error must be raised in every process.
-
-        Raises: Interrupted if a signal has come, which may have stopped the engine too.
-        """
+        """If the engine fails inside the block, save a checkpoint. The engine's error must be
+        raised in every process, before the step or the evaluation changes the stage's state.
+        Raises: Interrupted if a signal has come, which may have stopped the engine too."""
         try:
             yield
         except EngineError as error:
@@ -244,15 +241,6 @@ class Loop:
             if any(world.any_of(self._stop)):
                 raise Interrupted(str(self.context.folder.checkpoints)) from error
             raise
-
-    def _log(self, metrics: dict[str, float]) -> None:
-        """Record the metrics of a step, with the stage's totals so far."""
-        self.spend(metrics)
-        skips = self.table.optimizer.on_nonfinite == "skip"
-        skipped = {"optim/skipped": self.state.skipped} if skips else {}
-        peak = self.table.optimizer.learning_rate
-        learning_rate = peak * self._share(self.state.step)
-        self._record({**metrics, "optim/lr": learning_rate, **self.state.totals, **skipped})
 
     def spend(self, metrics: Mapping[str, float]) -> None:
         """Add the `compute/…` metrics to the stage's totals."""
@@ -288,9 +276,8 @@ class Loop:
     ) -> dict[str, float]:
         """Take an optimizer step as part of step `n`. `gradient()` accumulates the gradient and
         returns metrics. Return these metrics and the gradient's norm. If the loss or the gradient
-        is not finite, leave the weights unchanged and save the samples that `rows()` returns. In
-        this case, return no metrics if the recipe allows skipping the step. Raises: NonFiniteError
-        if the recipe does not allow this."""
+        is not finite, leave the weights unchanged, save the samples that `rows()` returns, and
+        return no metrics. Raises: NonFiniteError unless the recipe allows skipping the step."""
         table = self.table.optimizer
         try:
             metrics = gradient()
@@ -304,10 +291,7 @@ class Loop:
 
     def _leave_out(self, n: int, error: NonFiniteError, rows: Sequence[Mapping[str, Any]]) -> None:
         """Skip step `n`, whose loss or gradient is not finite: save its batch, clear the gradient,
-        and count the step as skipped.
-
-        Raises: NonFiniteError unless the recipe allows skipping the step.
-        """
+        and count the step as skipped. Raises: NonFiniteError unless the recipe allows this."""
         self.optimizer.zero_grad(set_to_none=True)
         path, reason = self.context.folder.nonfinite(n), f"{self.context.name} step {n}: {error}"
         unsound = [name for name, value in self.model.named_parameters() if not is_finite(value)]
@@ -393,13 +377,19 @@ class Loop:
         world.agree(
             None if found is None else found.step, what="found different checkpoints, by step"
         )
-        if found is None:
-            self.samples.truncate(0)
-            context.metrics.keep_of(self._is_own, 0)
-            return False
-        state = dict(found.state)
+        samples_bytes = 0 if found is None else self._restore(found)
+        # all stages write to this file
+        context.metrics.keep_of(lambda row: row.get("stage") == context.name, self.state.rows)
+        self.samples.truncate(samples_bytes)
+        return found is not None
+
+    def _restore(self, found: Checkpoint) -> int:
+        """Restore the stage from a checkpoint. Returns: the size that samples.jsonl had then, in
+        bytes. Raises: CheckpointError if the checkpoint does not belong to this stage."""
+        context, state = self.context, dict(found.state)
         try:
-            samples_bytes, initial = state.pop("samples_bytes"), state.pop("initial", None)
+            samples_bytes = int(state.pop("samples_bytes"))
+            initial = state.pop("initial", None)
             self.state = Progression(**state)
             load_trainable(self.model, found.tensors)
             load_optimizer_tensors(self.optimizer, found.tensors)
@@ -416,8 +406,6 @@ class Loop:
             )
         self._adopt_best()
         self._is_saved = True
-        context.metrics.keep_of(self._is_own, self.state.rows)
-        self.samples.truncate(samples_bytes)
         if self.state.step == self.state.ends_at:
             context.progress.note(
                 f"{context.name}: ended at its plateau, at step {self.state.step}, and is not"
@@ -428,7 +416,7 @@ class Loop:
             context.progress.note(
                 f"{context.name}: resumed at step {self.state.step} of {self.last_step}"
             )
-        return True
+        return samples_bytes
 
     def _save(self) -> Path:
         for log in (self.context.metrics, self.samples):
@@ -445,10 +433,6 @@ class Loop:
             },
             keep=self.table.keep,
         )
-
-    def _is_own(self, row: Mapping[str, Any]) -> bool:
-        """Whether a row of metrics.jsonl belongs to this stage. All stages write to this file."""
-        return bool(row.get("stage") == self.context.name)
 
     def _snapshot(self, method: str, accuracy: float) -> None:
         """Save the current weights as `method`, with their accuracy on dev."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 NEEDED_ACCURACY = 0.2
 """Share of dev problems that a model should solve before RL starts. Below this share, RL gained
@@ -60,27 +60,25 @@ def rise(before: Sequence[bool], after: Sequence[bool]) -> Rise:
 class History:
     """Which dev problems were solved in the first evaluation and in the most recent ones."""
 
-    first: list[bool] | None = None
-    recent: list[list[bool]] | None = None
+    first: list[bool] = field(default_factory=list)
+    recent: list[list[bool]] = field(default_factory=list)
     """The results of the last `LOOKS` + 1 dev evaluations, the newest last."""
 
     def add(self, correct: Sequence[bool]) -> None:
         self.first = self.first or list(correct)
-        self.recent = [*(self.recent or []), list(correct)][-LOOKS - 1 :]
+        self.recent = [*self.recent, list(correct)][-LOOKS - 1 :]
 
     def latest_rise(self) -> Rise | None:
         """The rise over the last `LOOKS` evaluations, measured from the evaluation before them.
         None if there have been too few evaluations."""
-        if self.recent is None or len(self.recent) <= LOOKS:
-            return None
-        return rise(self.recent[0], self.recent[-1])
+        return rise(self.recent[0], self.recent[-1]) if len(self.recent) > LOOKS else None
 
     def is_flat(self) -> bool:
         """Whether dev accuracy has risen beyond chance since the first evaluation, has reached
         `NEEDED_ACCURACY`, and no longer rises. Accuracy is also flat before a model begins to
         learn, but that does not count."""
         latest = self.latest_rise()
-        if latest is None or self.first is None or self.recent is None:
+        if latest is None:
             return False
         newest = self.recent[-1]
         is_enough = sum(newest) >= NEEDED_ACCURACY * len(newest)

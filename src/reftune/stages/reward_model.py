@@ -19,8 +19,9 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -42,11 +43,11 @@ from reftune.stages.loop import Look, Progression
 from reftune.stages.optimizer import accumulate_gradient
 from reftune.stages.plateau import Z95
 from reftune.stages.self_train import Sampled, Samples, describe
-from reftune.stages.sft import Schedule, schedule_line, train_in_epochs
+from reftune.stages.sft import Schedule, Task, schedule_line, train_in_epochs
 from reftune.stages.stage import Cost, StageContext
 from reftune.storage.files import JsonLines, write_atomically
 from reftune.text import brief, counted
-from reftune.types import Graded, Problem, Verdict
+from reftune.types import Problem
 
 WEIGHTS = "classifier.safetensors"
 INITIAL_STD = 0.02
@@ -54,7 +55,6 @@ INITIAL_STD = 0.02
 transformers."""
 SOLUTIONS_AT_ONCE = 8192
 """Maximum number of solutions held as tokens at the same time."""
-LIKELIHOOD = "likelihood"
 STANDARDIZED = 256
 """Approximate number of solutions over which log-likelihoods are standardised."""
 CORRECT = 1
@@ -103,7 +103,15 @@ class RewardModel(Schedule, Sampled):
         )
         if self.lm_coef > 0:
             classifier.add_likelihood(solutions)
-        task = Judging(classifier, solutions, dev, lm_coef=self.lm_coef)
+        task = Task(
+            model=classifier,
+            examples=solutions,
+            gradient=partial(accumulate_loss, classifier, lm_coef=self.lm_coef),
+            show=lambda rows: [
+                {"id": s.problem.id, "text": s.text, "label": s.label} for s in rows
+            ],
+            look=lambda: Look(metrics=dev_metrics(classifier, dev)),
+        )
         train_in_epochs(self, context, task, start=start)
 
 
@@ -119,42 +127,10 @@ class Solution:
 def labelled(samples: Samples) -> list[Solution]:
     """The distinct solutions among a problem's samples. Solutions without an answer count as
     wrong."""
-    labels = {
-        text: int(g.verdict is Verdict.CORRECT)
-        for text, g in zip(samples.texts, samples.graded, strict=True)
-    }
+    labels = {attempt.completion: int(attempt.correct) for attempt in samples.attempts}
     return [
         Solution(problem=samples.problem, text=text, label=label) for text, label in labels.items()
     ]
-
-
-class Judging:
-    """The task of telling correct solutions from wrong ones."""
-
-    def __init__(
-        self,
-        classifier: Classifier,
-        solutions: Sequence[Solution],
-        dev: Sequence[Samples],
-        *,
-        lm_coef: float,
-    ) -> None:
-        self.model, self.solutions, self.dev = classifier, solutions, dev
-        self.lm_coef = lm_coef
-
-    def __len__(self) -> int:
-        return len(self.solutions)
-
-    def gradient(self, indices: Sequence[int]) -> dict[str, float]:
-        rows = [self.solutions[i] for i in indices]
-        return accumulate_loss(self.model, rows, lm_coef=self.lm_coef)
-
-    def look(self) -> Look:
-        return Look(metrics=dev_metrics(self.model, self.dev))
-
-    def show(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        rows = [self.solutions[i] for i in indices]
-        return [{"id": s.problem.id, "text": s.text, "label": s.label} for s in rows]
 
 
 # --- the classifier -------------------------------------------------------------------------------
@@ -182,12 +158,8 @@ class Classifier(nn.Module):
         self.policy, self.encoder = policy, encoder
         policy.value_head.requires_grad_(False)
         self.head = nn.Linear(policy.value_head.in_features, 2, bias=False, device="cpu")
-        with torch.no_grad():
-            draw = torch.Generator().manual_seed(seed)
-            draws = torch.empty(self.head.weight.shape, device="cpu").normal_(
-                std=INITIAL_STD, generator=draw
-            )
-            self.head.weight.copy_(draws)
+        draw = torch.Generator().manual_seed(seed)
+        nn.init.normal_(self.head.weight, std=INITIAL_STD, generator=draw)
         self.head.to(policy.device)
         self.likelihood = None
 
@@ -213,11 +185,6 @@ class Classifier(nn.Module):
 
     def forward(self, batch: TokenBatch) -> Judged:
         """Judge the solutions of a `solution_batch`."""
-        return self.judge(batch)
-
-    def judge(self, batch: TokenBatch) -> Judged:
-        """Does the same as `forward`. Use this method inside `sharding.current.whole`, where the
-        model itself must not be called."""
         with self.policy.arithmetic():
             hidden = self.policy.hidden_states(batch)
             if self.likelihood is not None:
@@ -236,27 +203,27 @@ class Classifier(nn.Module):
         context, its end is cut off. Every solution still ends with the end token, because the
         classifier reads the state that predicts this token."""
         longest = None if self.policy.context is None else self.policy.context - 1
-        prompts = {problem.id: self.encoder.prompt(problem)[:longest] for problem, _ in solutions}
-        before = [prompts[problem.id] for problem, _ in solutions]
         problems = [problem for problem, _ in solutions]
         texts = self.encoder.with_thoughts(problems, [text for _, text in solutions])
-        written = list(map(self.encoder.continuation, problems, texts))
-        room = [None if longest is None else longest - len(prompt) for prompt in before]
-        after = [[*ids[:-1][:most], ids[-1]] for ids, most in zip(written, room, strict=True)]
-        return token_batch(before, after, device=self.policy.device)
+        prompts = [self.encoder.prompt(problem)[:longest] for problem in problems]
+        responses = []
+        for problem, text, prompt in zip(problems, texts, prompts, strict=True):
+            *ids, end = self.encoder.continuation(problem, text)
+            room = None if longest is None else longest - len(prompt)
+            responses.append([*ids[:room], end])
+        return token_batch(prompts, responses, device=self.policy.device)
 
     @torch.no_grad()
     def scores(self, solutions: Sequence[tuple[Problem, str]]) -> list[float]:
         """Probability that each solution is correct, computed without dropout. Repeated solutions
         to a problem are scored only once."""
-        keys = [(problem.id, text) for problem, text in solutions]
-        once = dict(zip(keys, solutions, strict=True))
-        scores: list[float] = []
-        for start in range(0, len(once), SOLUTIONS_AT_ONCE):
-            part = list(once.values())[start : start + SOLUTIONS_AT_ONCE]
-            scores += self._probabilities(self.solution_batch(part)).tolist()
+        once = {(problem.id, text): (problem, text) for problem, text in solutions}
+        distinct, scores = [*once.values()], []
+        for start in range(0, len(distinct), SOLUTIONS_AT_ONCE):
+            batch = self.solution_batch(distinct[start : start + SOLUTIONS_AT_ONCE])
+            scores += self._probabilities(batch).tolist()
         score_of = dict(zip(once, scores, strict=True))
-        return [score_of[key] for key in keys]
+        return [score_of[problem.id, text] for problem, text in solutions]
 
     def _probabilities(self, batch: TokenBatch) -> Tensor:
         """Probability that each solution is correct, of shape (B,)."""
@@ -266,8 +233,8 @@ class Classifier(nn.Module):
             for index, counts in own_micro_batches(
                 batch, max_tokens=self.max_tokens, packed=self.packs
             ):
-                if counts:
-                    scores[index] = self.judge(batch.rows(index)).logits.softmax(1)[:, CORRECT]
+                if counts:  # inside `whole`, the model itself must not be called
+                    scores[index] = self.forward(batch.rows(index)).logits.softmax(1)[:, CORRECT]
         world.add_up(scores)
         return scores
 
@@ -277,17 +244,15 @@ class Classifier(nn.Module):
         with sharding.current.whole(self):
             self.policy.save(folder)
             if world.is_main():
-                layers = {
-                    name: value.detach().contiguous() for name, value in self.layers().items()
-                }
-                save_file(layers, folder / WEIGHTS)
+                layers = self.layers().items()
+                save_file({n: w.detach().contiguous() for n, w in layers}, folder / WEIGHTS)
 
     def layers(self) -> dict[str, Tensor]:
         """The weights of all layers outside the transformer, keyed by their names in the file
         `WEIGHTS`."""
         if self.likelihood is None:
             return {"weight": self.head.weight}
-        return {"weight": self.head.weight, **dict(self.likelihood.named_parameters(LIKELIHOOD))}
+        return {"weight": self.head.weight, **dict(self.likelihood.named_parameters("likelihood"))}
 
 
 def load_classifier(policy: Policy, encoder: Encoder, folder: Path) -> Classifier:
@@ -345,8 +310,18 @@ def dev_metrics(classifier: Classifier, drawn: Sequence[Samples]) -> dict[str, f
     is correct. `dev/chance` is the expected share if the solution is chosen at random.
     `dev/chance_margin` is half the width of the 95% interval of the difference between these
     shares, paired by problem."""
-    chosen = [*map(voting.is_correct, winners(classifier, drawn))]
-    chance = [_chance(samples, _may_win(classifier, samples)) for samples in drawn]
+    solutions = [(s.problem, attempt.completion) for s in drawn for attempt in s.attempts]
+    scores = iter(classifier.scores(solutions))
+    grading = getattr(classifier.encoder.format, "grading", None)
+    chosen, chance = [], []
+    for s in drawn:
+        may_win = voting.voters(grading, is_choice=s.problem.answer.kind == "choice")
+        graded, texts = [a.graded for a in s.attempts], [a.completion for a in s.attempts]
+        own_scores = [next(scores) for _ in texts]
+        winner = voting.rerank_curve(graded, texts, own_scores, valid=may_win)[-1]
+        chosen.append(voting.is_correct(winner))
+        allowed = [voting.is_correct(each) for each in graded if may_win(each)]
+        chance.append(sum(allowed) / max(1, len(allowed)))
     gains = torch.tensor(chosen, dtype=torch.double) - torch.tensor(chance, dtype=torch.double)
     margin = Z95 * float(gains.std()) / math.sqrt(len(drawn)) if len(drawn) > 1 else 1.0
     return {
@@ -354,33 +329,6 @@ def dev_metrics(classifier: Classifier, drawn: Sequence[Samples]) -> dict[str, f
         "dev/chance": sum(chance) / len(chance),
         "dev/chance_margin": margin,
     }
-
-
-def winners(classifier: Classifier, drawn: Sequence[Samples]) -> list[Graded | None]:
-    """For each problem, the grade of the highest-scoring solution that has an answer; None if no
-    solution to the problem has an answer."""
-    scores = iter(
-        classifier.scores([(samples.problem, text) for samples in drawn for text in samples.texts])
-    )
-    return [
-        voting.rerank_curve(
-            s.graded, s.texts, [next(scores) for _ in s.texts], valid=_may_win(classifier, s)
-        )[-1]
-        for s in drawn
-    ]
-
-
-def _may_win(classifier: Classifier, samples: Samples) -> Callable[[Graded], bool]:
-    """The function that decides whether a graded solution to the problem may be chosen."""
-    grading = getattr(classifier.encoder.format, "grading", None)
-    return voting.voters(grading, is_choice=samples.problem.answer.kind == "choice")
-
-
-def _chance(samples: Samples, may_win: Callable[[Graded], bool]) -> float:
-    """Among the solutions that may be chosen, the share that is correct; 0 if no solution may be
-    chosen."""
-    verdicts = [graded.verdict for graded in samples.graded if may_win(graded)]
-    return verdicts.count(Verdict.CORRECT) / max(1, len(verdicts))
 
 
 def add_scores(path: Path, problems: Sequence[Problem], classifier: Classifier) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import fields, replace
 from functools import partial
@@ -79,7 +79,7 @@ class Rl(TrainingTable, Stage):
     reads_questions: ClassVar[bool] = True
 
     @model_validator(mode="after")
-    def _enough_samples(self) -> Self:
+    def _keys_agree(self) -> Self:
         least = self.algorithm.min_samples
         if self.samples < least:
             raise refusal(
@@ -93,10 +93,6 @@ class Rl(TrainingTable, Stage):
                 "minibatches",
                 f"minibatches: expected at most prompts × samples = {size}, got {self.minibatches}",
             )
-        return self
-
-    @model_validator(mode="after")
-    def _advantages_to_weigh(self) -> Self:
         if self.mismatch_cap is not None and not self.algorithm.sets_advantages:
             kind = self.algorithm.kind
             raise refusal("mismatch_cap", f"mismatch_cap: {NEEDS_ADVANTAGES}, got {kind}")
@@ -179,8 +175,6 @@ class Trainer:
             batch = batch.rows(torch.tensor(kept, device=self.policy.device))
         return {**metrics, **self.update(batch, n)}
 
-    # --- sample ---
-
     def sample(self, n: int, purpose: str) -> tuple[list[Solution], dict[str, float]]:
         """Sample rollout `n` and return it with its metrics. `purpose` is `rollout` or `prefit`.
         For a given recipe, the samples depend only on the weights, `n` and `purpose`."""
@@ -219,8 +213,6 @@ class Trainer:
         if solutions:
             self.context.progress.solutions(n, solutions)
 
-    # --- score ---
-
     def score(self, solutions: Sequence[Solution]) -> tuple[RolloutBatch, dict[str, float]]:
         """The solutions as a batch, and metrics. The batch includes the tokens' values and their
         log-probabilities under the policy. If there is a reference, the batch also includes the
@@ -234,10 +226,9 @@ class Trainer:
         metrics: dict[str, float] = {}
         if mask.any():
             metrics["policy/entropy"] = float(masked_mean(scores.entropy, mask))
-        if mask.any() and scores.logprobs is not batch.sampling_logprobs:
-            metrics["kl/mismatch"] = float(
-                masked_mean((scores.logprobs - batch.sampling_logprobs).abs(), mask)
-            )
+            if scores.logprobs is not batch.sampling_logprobs:
+                differences = (scores.logprobs - batch.sampling_logprobs).abs()
+                metrics["kl/mismatch"] = float(masked_mean(differences, mask))
         if self.reference is not None:
             reference = self.reference.score(batch.tokens, temperature=self.stage.temperature)
             batch = replace(batch, ref_logprobs=reference.logprobs)
@@ -257,14 +248,10 @@ class Trainer:
         entropies = per_token(batch.tokens, [c.entropies for c in completions])
         return TokenScores(batch.sampling_logprobs, values, entropies)
 
-    # --- update ---
-
     def update(self, batch: RolloutBatch, n: int) -> dict[str, float]:
         """Make `updates` passes over the rollout, with `minibatches` optimizer steps each, and
-        return metrics. The first step whose loss or gradient is not finite ends all passes.
-
-        Raises: NonFiniteError unless the recipe allows skipping the step.
-        """
+        return metrics. The first step whose loss or gradient is not finite ends all passes. Raises:
+        NonFiniteError unless the recipe allows skipping the step."""
         started = time.perf_counter()
         self.policy.train(self.algorithm.trains_with_dropout)
         steps: list[dict[str, float]] = []
@@ -308,17 +295,10 @@ class Trainer:
                 part = batch if count == 1 else batch.rows(index)
                 yield replace(part, weights=self.algorithm.weights(part))
 
-    # --- value head ---
-
     def prefit(self) -> None:
         """Fit the value head to the returns of the initial policy (VC-PPO, arXiv:2503.01491,
         §4.1)."""
-        rollouts = (self._sample_to_fit(n) for n in range(1, self.stage.value_prefit + 1))
-        pairs = (
-            self._features_and_returns(batch)
-            for batch in (rollout_batch(r, device=self.policy.device) for r in rollouts if r)
-        )
-        fitted = fit_value_head(self.policy.value_head, pairs)
+        fitted = fit_value_head(self.policy.value_head, self._features_and_returns())
         explained = (
             f"; fitted to all but the last, it explains {fitted:.0%} of the variance of the last"
             " rollout's returns"
@@ -328,21 +308,22 @@ class Trainer:
             + explained * (self.stage.value_prefit > 1)
         )
 
-    def _sample_to_fit(self, n: int) -> list[Solution]:
-        """Sample rollout `n` to fit the value head. Its tokens count towards the stage's cost."""
-        solutions, metrics = self.sample(n, "prefit")
-        self.loop.spend(metrics)
-        return solutions
-
-    def _features_and_returns(self, batch: RolloutBatch) -> tuple[Tensor, Tensor]:
-        """Hidden states (N, H) and discounted returns (N,) of the response tokens. The returns
-        include no KL penalty, because the policy still equals its reference."""
-        mask = batch.response_mask
-        rewards = token_rewards(batch.rewards, batch.logprobs, None, mask, kl_coef=0.0)
-        _, returns = gae(
-            rewards, torch.zeros_like(rewards), mask, gamma=self.algorithm.discount, lam=1.0
-        )
-        return self.policy.features(batch.tokens), returns[mask]
+    def _features_and_returns(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each additional rollout that has rewards: hidden states (N, H) and discounted returns
+        (N,) of the response tokens. The returns include no KL penalty, because the policy still
+        equals its reference. The rollouts' tokens count towards the stage's cost."""
+        for n in range(1, self.stage.value_prefit + 1):
+            solutions, metrics = self.sample(n, "prefit")
+            self.loop.spend(metrics)
+            if not solutions:
+                continue
+            batch = rollout_batch(solutions, device=self.policy.device)
+            mask = batch.response_mask
+            rewards = token_rewards(batch.rewards, batch.logprobs, None, mask, kl_coef=0.0)
+            _, returns = gae(
+                rewards, torch.zeros_like(rewards), mask, gamma=self.algorithm.discount, lam=1.0
+            )
+            yield self.policy.features(batch.tokens), returns[mask]
 
 
 SAMPLES_KEPT = 4
@@ -355,19 +336,15 @@ Readers can then see how the solutions to a problem change."""
 def rollout_batch(solutions: Sequence[Solution], *, device: torch.device) -> RolloutBatch:
     """Solutions as tensors. Until the trainer computes its own log-probabilities, `logprobs`
     contains the engine's."""
-    tokens = token_batch(
-        [s.prompt_ids for s in solutions],
-        [s.completion.token_ids for s in solutions],
-        device=device,
-    )
-    group_of = {
-        id_: group for group, id_ in enumerate(dict.fromkeys(s.problem.id for s in solutions))
-    }
+    ids = [s.problem.id for s in solutions]
+    group_of = {id_: group for group, id_ in enumerate(dict.fromkeys(ids))}
+    responses = [s.completion.token_ids for s in solutions]
+    tokens = token_batch([s.prompt_ids for s in solutions], responses, device=device)
     logprobs = per_token(tokens, [s.completion.logprobs for s in solutions])
     return RolloutBatch(
         tokens=tokens,
         rewards=torch.tensor([s.reward for s in solutions], device=device),
-        groups=torch.tensor([group_of[s.problem.id] for s in solutions], device=device),
+        groups=torch.tensor([group_of[id_] for id_ in ids], device=device),
         gold=torch.tensor([s.source == "gold" for s in solutions], device=device),
         sampling_logprobs=logprobs,
         logprobs=logprobs,
@@ -435,34 +412,29 @@ def correct_mismatch(
 
 
 def rollout_metrics(solutions: Sequence[Solution]) -> dict[str, float]:
-    """Metrics of the samples: rewards, verdicts and lengths."""
+    """Metrics of the samples: rewards, verdicts and lengths. The mean of a named part of the reward
+    is over the samples that have this part."""
     count = max(1, len(solutions))
     verdicts = Counter(s.graded.verdict for s in solutions)
     finished = Counter(s.completion.finish_reason for s in solutions)
-    rewards: dict[str, list[float]] = {}
+    num_tokens = sum(len(s.completion.token_ids) for s in solutions)
+    rewards, parts = defaultdict(list), defaultdict(list)
     for s in solutions:
-        rewards.setdefault(s.problem.id, []).append(s.reward)
+        rewards[s.problem.id].append(s.reward)
+        for name, value in s.reward_parts.items():
+            parts[name].append(value)
     return {
         "reward/mean": sum(s.reward for s in solutions) / count,
         "reward/correct": verdicts[Verdict.CORRECT] / count,
-        **_part_means(solutions),
+        **{f"reward_part/{name}": sum(values) / len(values) for name, values in parts.items()},
         **{f"verdict/{verdict.value}": verdicts[verdict] / count for verdict in Verdict},
-        "response/length": sum(len(s.completion.token_ids) for s in solutions) / count,
+        "response/length": num_tokens / count,
         "response/truncated": finished["length"] / count,
         "groups/constant_reward": (
             sum(len(set(group)) == 1 for group in rewards.values()) / max(1, len(rewards))
         ),
-        "compute/sampled_tokens": sum(len(s.completion.token_ids) for s in solutions),
+        "compute/sampled_tokens": num_tokens,
     }
-
-
-def _part_means(solutions: Sequence[Solution]) -> dict[str, float]:
-    """The mean of each named part of the reward, over the samples that have this part."""
-    parts: dict[str, list[float]] = {}
-    for solution in solutions:
-        for name, value in solution.reward_parts.items():
-            parts.setdefault(name, []).append(value)
-    return {f"reward_part/{name}": sum(values) / len(values) for name, values in parts.items()}
 
 
 def value_metrics(batch: RolloutBatch) -> dict[str, float]:
@@ -481,16 +453,12 @@ def value_metrics(batch: RolloutBatch) -> dict[str, float]:
 def batch_rows(batch: RolloutBatch, policy: Policy) -> list[dict[str, Any]]:
     """The samples of a batch with every number that went into the loss, to help find the cause of a
     non-finite loss."""
-    lengths, responses = batch.tokens.lengths.tolist(), batch.tokens.response_lengths.tolist()
     rows: list[dict[str, Any]] = []
-    for i, (length, response) in enumerate(zip(lengths, responses, strict=True)):
-        tokens = batch.tokens.tokens[i, :length].tolist()
-        tensors = {f.name: getattr(batch, f.name) for f in fields(batch) if f.name != "tokens"}
-        numbers = {
-            name: (t[i, :response] if t.dim() == 2 else t[i]).tolist()
-            for name, t in tensors.items()
-            if t is not None
-        }
+    for i in range(len(batch)):
+        own = batch.rows(torch.tensor([i], device=batch.rewards.device))
+        tokens = own.tokens.tokens[0].tolist()
+        tensors = {f.name: getattr(own, f.name) for f in fields(own) if f.name != "tokens"}
+        numbers = {name: t[0].tolist() for name, t in tensors.items() if t is not None}
         rows.append({"text": policy.decode(tokens), "tokens": tokens, **numbers})
     return rows
 

@@ -152,9 +152,8 @@ class Collector:
         )
 
     def rewarded(self, solved: Solved) -> list[Solution]:
-        """The rewarded solutions, except those whose reward is None. Raises: RewardError
-        if a reward cannot be computed or is not finite.
-        """
+        """The rewarded solutions, except those whose reward is None. Raises: RewardError if a
+        reward cannot be computed or is not finite."""
         columns = (solved.problems, solved.completions, solved.graded)
         rewards = rewards_of(self.reward, *columns)
         return [

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -18,15 +18,14 @@ from pydantic import Field
 from reftune.errors import DataError
 from reftune.grading.formats.nl import Nl
 from reftune.grading.markers import marker_pattern
-from reftune.model.encoder import Encoder
 from reftune.processes.world import from_main
 from reftune.stages.loop import Progression
 from reftune.stages.rollouts import Solved
-from reftune.stages.sft import Example, Imitation, Schedule, schedule_line, train_in_epochs
+from reftune.stages.sft import Example, Schedule, imitation, schedule_line, train_in_epochs
 from reftune.stages.stage import Cost, Stage, StageContext
 from reftune.storage.files import JsonLines, in_parts
 from reftune.text import counted
-from reftune.types import Attempt, Graded, Problem, Verdict
+from reftune.types import Attempt, Problem
 
 SAMPLES_AT_ONCE = 2000
 """Approximate number of samples drawn between two writes to disk. After an interruption, sampling
@@ -35,19 +34,17 @@ continues from the last write."""
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Samples:
-    """The graded solutions to one problem, in the order in which they were drawn."""
+    """The solutions to one problem, in the order in which they were drawn."""
 
     problem: Problem
-    texts: tuple[str, ...]
-    graded: tuple[Graded, ...]
-    """The grades, without reasons."""
+    attempts: Sequence[Attempt]
+    """The graded solutions, without the grades' reasons."""
     num_tokens: int
     """Total number of tokens in all samples."""
 
     @property
     def correct(self) -> list[str]:
-        pairs = zip(self.texts, self.graded, strict=True)
-        return [text for text, graded in pairs if graded.verdict is Verdict.CORRECT]
+        return [attempt.completion for attempt in self.attempts if attempt.correct]
 
 
 class Sampled(Stage, ABC):
@@ -72,11 +69,8 @@ class Sampled(Stage, ABC):
     ) -> list[Samples]:
         """Draw `num` solutions to every problem and return them. The solutions are also written to
         `path`, one line per problem. After an interruption, sampling continues as `SAMPLES_AT_ONCE`
-        describes.
-
-        For given settings, a problem's samples depend only on the sampler's weights, the seed and
-        the problem's position in `problems`.
-        """
+        describes. For given settings, a problem's samples depend only on the sampler's weights, the
+        seed and the problem's position in `problems`."""
         rows = from_main(JsonLines(path).rows)
         if len(rows) < len(problems):
             context.progress.note(
@@ -96,7 +90,14 @@ class Sampled(Stage, ABC):
                 return _rows(part, solved, num)
 
             rows = in_parts(problems, path, answer, at_once=max(1, SAMPLES_AT_ONCE // num))
-        return [_samples(problem, row) for problem, row in zip(problems, rows, strict=True)]
+        return [
+            Samples(
+                problem=problem,
+                attempts=[Attempt.from_row(sample) for sample in row["samples"]],
+                num_tokens=row["tokens"],
+            )
+            for problem, row in zip(problems, rows, strict=True)
+        ]
 
 
 def _rows(problems: Sequence[Problem], solved: Solved, num: int) -> list[dict[str, Any]]:
@@ -107,28 +108,17 @@ def _rows(problems: Sequence[Problem], solved: Solved, num: int) -> list[dict[st
         for completion, graded in zip(solved.completions, solved.graded, strict=True)
     ]
     lengths = [len(completion.token_ids) for completion in solved.completions]
-    parts = [slice(i * num, (i + 1) * num) for i in range(len(problems))]
     return [
-        {"id": problem.id, "tokens": sum(lengths[part]), "samples": samples[part]}
-        for problem, part in zip(problems, parts, strict=True)
+        {"id": problem.id, "tokens": sum(lengths[i : i + num]), "samples": samples[i : i + num]}
+        for problem, i in zip(problems, range(0, len(samples), num), strict=True)
     ]
-
-
-def _samples(problem: Problem, row: Mapping[str, Any]) -> Samples:
-    attempts = [Attempt.from_row(sample) for sample in row["samples"]]
-    return Samples(
-        problem=problem,
-        texts=tuple(attempt.completion for attempt in attempts),
-        graded=tuple(attempt.graded for attempt in attempts),
-        num_tokens=row["tokens"],
-    )
 
 
 def describe(drawn: Sequence[Samples]) -> str:
     """A summary of the samples, such as `62% of 8,000 samples are correct; 31 of 1,000 problems
     have no correct sample`."""
     correct = sum(len(samples.correct) for samples in drawn)
-    total = sum(len(samples.texts) for samples in drawn)
+    total = sum(len(samples.attempts) for samples in drawn)
     unsolved = sum(not samples.correct for samples in drawn)
     return (
         f"{correct / total:.0%} of {total:,} samples are correct; {unsolved} of {len(drawn):,}"
@@ -168,7 +158,7 @@ class SelfTrain(Sampled):
         )
         spent = {"compute/sampled_tokens": float(sum(samples.num_tokens for samples in drawn))}
         start = Progression(totals=spent, seconds=time.perf_counter() - started)
-        train_in_epochs(self.sft, context, Imitation(context.policy, examples), start=start)
+        train_in_epochs(self.sft, context, imitation(context.policy, examples), start=start)
 
     def examples(self, drawn: Sequence[Samples], context: StageContext) -> list[Example]:
         """The rows to train on. Solutions that are too long are dropped first; at most `keep` of
@@ -177,23 +167,15 @@ class SelfTrain(Sampled):
         encoder = collector.encoder
         join = join_once if self.gold == "once" else join_as_paper
         same = less_answer if isinstance(encoder.format, Nl) else str.strip
-
-        def fitting(problem: Problem, texts: Sequence[str]) -> dict[str, Example]:
-            prompt = encoder.prompt(problem)
-            rows = {text: Example(prompt, encoder.continuation(problem, text)) for text in texts}
-            return {
-                text: row
-                for text, row in rows.items()
-                if collector.fits(row.prompt, row.target, policy)
-            }
-
         kept: list[Example] = []
         for samples in drawn:
-            gold = gold_text(samples.problem, encoder)
-            rows = fitting(samples.problem, [*distinct(samples.correct, same), *_listed(gold)])
-            correct = [text for text in samples.correct if text in rows]
-            joined = join(correct, gold if gold in rows else None, self.keep, same)
-            kept += [rows[text] for text in joined]
+            problem, correct = samples.problem, samples.correct
+            gold = [] if problem.rationale is None else [encoder.format.target(problem)]
+            prompt, texts = encoder.prompt(problem), [*distinct(correct, same), *gold]
+            rows = {text: Example(prompt, encoder.continuation(problem, text)) for text in texts}
+            fitting = {t for t, row in rows.items() if collector.fits(prompt, row.target, policy)}
+            correct, gold = ([t for t in each if t in fitting] for each in (correct, gold))
+            kept += [rows[text] for text in join(correct, gold, self.keep, same)]
         if not kept:
             raise DataError(
                 f"stages.{context.name}: nothing to train on: {describe(drawn)}, and no gold"
@@ -227,30 +209,17 @@ def less_answer(text: str) -> str:
 
 
 def join_once(
-    correct: Sequence[str], gold: str | None, keep: int, same: Same = str.strip
+    correct: Sequence[str], gold: Sequence[str], keep: int, same: Same = str.strip
 ) -> list[str]:
-    """The first `keep` distinct correct solutions, then the gold solution, unless it is already
-    among them."""
-    kept = distinct(correct, same)[:keep]
-    return distinct([*kept, *_listed(gold)], same)
+    """The first `keep` distinct correct solutions, then the gold solution, if there is one and it
+    is not already among them."""
+    return distinct([*distinct(correct, same)[:keep], *gold], same)
 
 
 def join_as_paper(
-    correct: Sequence[str], gold: str | None, keep: int, same: Same = str.strip
+    correct: Sequence[str], gold: Sequence[str], keep: int, same: Same = str.strip
 ) -> list[str]:
-    """The result of `join_once`, then the gold solution again.
-
-    Source: ReFT's code (arXiv:2401.08967, §4.2). Differs: solutions keep their outer white space,
-    which programs need, and solutions in words that differ only in how they write the answer count
-    as repeats.
-    """
-    return [*join_once(correct, gold, keep, same), *_listed(gold)]
-
-
-def _listed(gold: str | None) -> list[str]:
-    return [] if gold is None else [gold]
-
-
-def gold_text(problem: Problem, encoder: Encoder) -> str | None:
-    """The gold continuation of a problem's prompt; None if the problem has no rationale."""
-    return None if problem.rationale is None else encoder.format.target(problem)
+    """The result of `join_once`, then the gold solution again. Source: ReFT's code
+    (arXiv:2401.08967, §4.2). Differs: solutions keep their outer white space, which programs need,
+    and solutions in words that differ only in how they write the answer count as repeats."""
+    return [*join_once(correct, gold, keep, same), *gold]

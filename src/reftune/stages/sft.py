@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal, Protocol, Self
+from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -23,6 +23,8 @@ from reftune.stages.optimizer import Trained, accumulate_gradient
 from reftune.stages.rollouts import Collector
 from reftune.stages.stage import Cost, Stage, StageContext
 from reftune.types import Problem
+
+E = TypeVar("E")
 
 
 class Schedule(TrainingTable):
@@ -58,7 +60,7 @@ class Sft(Schedule, Stage):
     reads_rationales: ClassVar[bool] = True
 
     @model_validator(mode="after")
-    def _snapshots_are_passed(self) -> Self:
+    def _keys_agree(self) -> Self:
         for method, epoch in self.snapshots.items():
             if not 0 < epoch <= self.epochs:
                 raise refusal(
@@ -66,10 +68,6 @@ class Sft(Schedule, Stage):
                     f"snapshots.{method}: {epoch:g}; expected an epoch above 0 and up to"
                     f" epochs={self.epochs}",
                 )
-        return self
-
-    @model_validator(mode="after")
-    def _constant_until_the_plateau(self) -> Self:
         if self.until is not None and self.optimizer.schedule != "constant":
             schedule = self.optimizer.schedule
             raise refusal(
@@ -96,7 +94,7 @@ class Sft(Schedule, Stage):
         train_in_epochs(
             self,
             context,
-            Imitation(context.policy, examples),
+            imitation(context.policy, examples),
             snapshots=self.snapshots,
             until_plateau=self.until is not None,
         )
@@ -121,11 +119,8 @@ class Example:
 def gold_examples(
     problems: Sequence[Problem], collector: Collector, policy: Policy
 ) -> list[Example]:
-    """One example for each problem that has a gold rationale. Examples that are too long are left
-    out.
-
-    Raises: DataError if no example is left.
-    """
+    """One example for each problem that has a gold rationale, unless it is too long. Raises:
+    DataError if there is no example."""
     encoder = collector.encoder
     examples = [
         Example(encoder.prompt(problem), encoder.target(problem))
@@ -141,58 +136,44 @@ def gold_examples(
     return kept
 
 
-class Task(Protocol):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task(Generic[E]):
     """A model and the examples on which `train_in_epochs` trains it."""
 
-    @property
-    def model(self) -> Trained: ...
-
-    @property
-    def look(self) -> Callable[[], Look] | None:
-        """A function that evaluates the model on dev. None if the model is a policy, because `Loop`
-        can evaluate a policy itself."""
-
-    def __len__(self) -> int:
-        """Number of examples."""
-
-    def gradient(self, indices: Sequence[int]) -> dict[str, float]:
-        """Accumulate the gradient of the examples with these indices and return metrics. Raises:
-        the errors of `accumulate_gradient`."""
-
-    def show(self, indices: Sequence[int]) -> Sequence[Mapping[str, Any]]:
-        """The examples with these indices in readable form, to be saved if the loss or the gradient
-        is not finite."""
+    model: Trained
+    examples: Sequence[E]
+    gradient: Callable[[Sequence[E]], dict[str, float]]
+    """Accumulates the gradient of some examples and returns metrics. Raises: the errors of
+    `accumulate_gradient`."""
+    show: Callable[[Sequence[E]], Sequence[Mapping[str, Any]]]
+    """Some examples in readable form, to be saved if the loss or the gradient is not finite."""
+    look: Callable[[], Look] | None = None
+    """Evaluates the model on dev. None if the model is a policy, because `Loop` can evaluate a
+    policy itself."""
 
 
-class Imitation:
+def imitation(policy: Policy, examples: Sequence[Example]) -> Task[Example]:
     """The task of reproducing the targets of examples."""
 
-    look: ClassVar[None] = None
-
-    def __init__(self, policy: Policy, examples: Sequence[Example]) -> None:
-        self.model, self.examples = policy, examples
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def gradient(self, indices: Sequence[int]) -> dict[str, float]:
-        rows = [self.examples[i] for i in indices]
+    def gradient(rows: Sequence[Example]) -> dict[str, float]:
         batch = token_batch(
-            [e.prompt for e in rows], [e.target for e in rows], device=self.model.device
+            [e.prompt for e in rows], [e.target for e in rows], device=policy.device
         )
-        loss = accumulate_nll(self.model, batch)
+        loss = accumulate_nll(policy, batch)
         num_tokens = int(batch.lengths.sum())
         return {"loss/sft": loss, "loss/total": loss, "compute/train_tokens": num_tokens}
 
-    def show(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        sequences = [[*self.examples[i].prompt, *self.examples[i].target] for i in indices]
-        return [{"text": self.model.decode(tokens), "tokens": tokens} for tokens in sequences]
+    def show(rows: Sequence[Example]) -> list[dict[str, Any]]:
+        sequences = [[*e.prompt, *e.target] for e in rows]
+        return [{"text": policy.decode(tokens), "tokens": tokens} for tokens in sequences]
+
+    return Task(model=policy, examples=examples, gradient=gradient, show=show)
 
 
 def train_in_epochs(
     schedule: Schedule,
     context: StageContext,
-    task: Task,
+    task: Task[E],
     *,
     snapshots: Mapping[str, float] | None = None,
     start: Progression | None = None,
@@ -201,7 +182,7 @@ def train_in_epochs(
     """Train on batches of shuffled examples for `schedule.epochs` epochs. `start` is the stage's
     state before step 1, including the cost of creating the examples. For `snapshots`, see `Sft`;
     for `until_plateau`, see `Loop`."""
-    steps_per_epoch = math.ceil(len(task) / schedule.batch_size)
+    steps_per_epoch = math.ceil(len(task.examples) / schedule.batch_size)
 
     def steps(epochs: float) -> int:
         return max(1, round(epochs * steps_per_epoch))
@@ -209,14 +190,15 @@ def train_in_epochs(
     def step(n: int) -> dict[str, float]:
         started = time.perf_counter()
         epoch, position = divmod(n - 1, steps_per_epoch)
-        order = generator(context.seed("epoch"), epoch).permutation(len(task)).tolist()
-        indices = order[position * schedule.batch_size : (position + 1) * schedule.batch_size]
+        order = generator(context.seed("epoch"), epoch).permutation(len(task.examples)).tolist()
+        first = position * schedule.batch_size
+        rows = [task.examples[i] for i in order[first : first + schedule.batch_size]]
         task.model.train()
-        metrics = loop.descend(n, partial(task.gradient, indices), partial(task.show, indices))
+        metrics = loop.descend(n, partial(task.gradient, rows), partial(task.show, rows))
         return {
             "progress/epoch": n / steps_per_epoch,
             **metrics,
-            "compute/sequence_passes": len(indices) if metrics else 0,
+            "compute/sequence_passes": len(rows) if metrics else 0,
             "time/update_s": time.perf_counter() - started,
         }
 
@@ -236,10 +218,7 @@ def train_in_epochs(
 
 def accumulate_nll(policy: Policy, batch: TokenBatch) -> float:
     """Accumulate the gradient of the responses' negative log-likelihood, averaged over tokens, and
-    return this loss in nats per token.
-
-    Raises: the errors of `accumulate_gradient`.
-    """
+    return this loss in nats per token. Raises: the errors of `accumulate_gradient`."""
     weights = token_weights(batch.response_mask, "token")
 
     def loss(rows: Tensor) -> LossTerms:
