@@ -20,7 +20,6 @@ determined program can get past the hook, but not past the kernel's limits.
 
 from __future__ import annotations
 
-import array
 import builtins
 import contextlib
 import ctypes
@@ -85,8 +84,10 @@ def serve(requests: socket.socket, settings: dict[str, Any]) -> None:
     while True:
         for descriptor, _ in ready.poll():
             if descriptor == requests.fileno():
-                message, descriptors = receive(requests)
-                if not message:
+                message, descriptors = b"", []
+                with contextlib.suppress(OSError):
+                    message, descriptors, *_ = socket.recv_fds(requests, 4096, 3)
+                if not message:  # the other end has closed
                     for pid, _ in running.values():
                         kill(pid)
                     return
@@ -117,18 +118,6 @@ def is_closed(waiting: socket.socket) -> bool:
         return False
     except OSError:
         return True
-
-
-def receive(requests: socket.socket) -> tuple[bytes, list[int]]:
-    """A message and the descriptors it carries; both are empty once the other end has closed."""
-    try:
-        message, extra, _, _ = requests.recvmsg(4096, socket.CMSG_SPACE(3 * struct.calcsize("i")))
-    except OSError:
-        return b"", []
-    descriptors = array.array("i")
-    for _, _, data in extra:
-        descriptors.frombytes(data)
-    return message, list(descriptors)
 
 
 def fork(folder: str, source: int, results: int, settings: dict[str, Any]) -> int:
