@@ -134,33 +134,27 @@ class _MontyFirst:
         self._monty, self._start = monty, start
         self._starting = threading.Lock()
         self._subprocess: Backend | None = None
-        self._refused: str | None = None
+        self._refused = ""
 
     def execute(self, source: str) -> ExecutionResult:
         result = self._monty.execute(source)
         missing = gap(result)
         if missing is None:
             return result
-        fallback = self._fallback()
-        if fallback is not None:
-            return fallback.execute(source)
+        with self._starting:
+            if self._subprocess is None and not self._refused:
+                try:
+                    self._subprocess = self._start()
+                except ReftuneError as error:  # for example, no way to isolate a subprocess
+                    self._refused = str(error)
+        if self._subprocess is not None:
+            return self._subprocess.execute(source)
         return failure(f"{result.reason} (monty lacks {missing}; {self._refused})")
 
     def close(self) -> None:
         self._monty.close()
         if self._subprocess is not None:
             self._subprocess.close()
-
-    def _fallback(self) -> Backend | None:
-        """The subprocess backend; None if it cannot start, for example because the system cannot
-        isolate a subprocess."""
-        with self._starting:
-            if self._subprocess is None and self._refused is None:
-                try:
-                    self._subprocess = self._start()
-                except ReftuneError as error:
-                    self._refused = str(error)
-            return self._subprocess
 
 
 def _num_cores() -> int:

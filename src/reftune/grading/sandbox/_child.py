@@ -1,12 +1,11 @@
 """Runs programs for the subprocess sandbox. Each program runs in a process of its own, forked from
 this process. This file runs as a script in a prepared environment and imports nothing from reftune.
 
-In a forked process, the interpreter is already running, and common modules are already imported. So
-are slow packages such as numpy, if the program needs them. This process only forks processes, waits
-for them and kills them. It never reads a program. Each message on the socket at descriptor 0 asks
-this process to run a program. The message names the program's working folder and carries three file
-descriptors: the program's source, a pipe for its result, and a socket for its exit status. When the
-other end of the status socket closes, the program is killed.
+This process imports common modules, and slow packages if programs need them. After that, it only
+forks processes, waits for them and kills them. It never reads a program. Each message on the socket
+at descriptor 0 asks it to run a program. The message names the program's working folder and carries
+three file descriptors: the program's source, a pipe for its result, and a socket for its exit
+status. When the other end of the status socket closes, the program is killed.
 
 The result consists of lines. The first letter of each line indicates the line's kind. Each refused
 access adds an `F` line. If the program is not killed, more lines follow: a `P` line with the end of
@@ -84,9 +83,10 @@ def serve(requests: socket.socket, settings: dict[str, Any]) -> None:
     while True:
         for descriptor, _ in ready.poll():
             if descriptor == requests.fileno():
-                message, descriptors = b"", []
-                with contextlib.suppress(OSError):
-                    message, descriptors, *_ = socket.recv_fds(requests, 4096, 3)
+                try:
+                    message, descriptors, _, _ = socket.recv_fds(requests, 4096, 3)
+                except OSError:
+                    message = b""
                 if not message:  # the other end has closed
                     for pid, _ in running.values():
                         kill(pid)
