@@ -11,9 +11,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from reftune.algorithms.advantages import explained_variance, gae, token_rewards, whiten
-from reftune.algorithms.base import LossTerms
-from reftune.algorithms.ppo import Ppo
+from reftune.algorithms.base import LossTerms, explained_variance, gae, token_rewards
+from reftune.algorithms.ppo import Ppo, whiten
 from reftune.model.batch import RolloutBatch
 from reftune.model.policy import Policy, TokenScores
 from reftune.stages.rl import Rl, Trainer

@@ -13,14 +13,10 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from reftune.algorithms.advantages import (
-    gae,
-    group_means,
-    group_stds,
-    leave_one_out,
-    token_rewards,
-    whiten,
-)
+from reftune.algorithms.base import gae, group_means, token_rewards
+from reftune.algorithms.grpo import group_stds
+from reftune.algorithms.ppo import whiten
+from reftune.algorithms.rloo import leave_one_out
 from reftune.grading.voting import majority_curve, pass_at_k, rerank_curve
 from reftune.model.batch import micro_batches, token_batch
 from reftune.types import Graded, Verdict

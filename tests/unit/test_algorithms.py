@@ -12,12 +12,10 @@ from pydantic import ValidationError
 from torch import Tensor
 from torch.testing import assert_close
 
-from reftune.algorithms.advantages import group_stds, leave_one_out
-from reftune.algorithms.base import kl_terms
-from reftune.algorithms.grpo import Grpo
+from reftune.algorithms.grpo import Grpo, group_stds, kl_terms
 from reftune.algorithms.online_st import OnlineSt
 from reftune.algorithms.ppo import Ppo
-from reftune.algorithms.rloo import Rloo
+from reftune.algorithms.rloo import Rloo, leave_one_out
 from reftune.model.batch import RolloutBatch, token_batch
 from reftune.model.encoder import Encoder
 from reftune.model.policy import TokenScores

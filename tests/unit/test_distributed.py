@@ -62,7 +62,7 @@ def test_the_launcher_says_whether_weights_are_sharded(environment, how):
         ({**FSDP2, **grid(2, 4), "WORLD_SIZE": "6"}, "dp_replicate_size 2, dp_shard_size 4"),
         ({**FSDP2, **grid(2, 1), "WORLD_SIZE": "2"}, "expected dp_shard_size above 1"),
         ({**FSDP2, **grid(1, 2), "PARALLELISM_CONFIG_TP_SIZE": "2"}, "tp_size 2, cp_size 1"),
-        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "mixed_precision is bf16; expected no"),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "MIXED_PRECISION is bf16: expected no"),
         ({"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1"}, "expected torchrun"),
     ],
 )

@@ -8,13 +8,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from reftune.algorithms.base import (
-    masked_mean,
-    policy_metrics,
-    ppo_policy_terms,
-    token_weights,
-    value_terms,
-)
+from reftune.algorithms.base import masked_mean, policy_metrics, ppo_policy_terms, token_weights
+from reftune.algorithms.ppo import value_terms
 
 MASK = torch.tensor([[True, False, False], [True, True, True]])
 

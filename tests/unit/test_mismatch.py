@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from reftune.algorithms.advantages import truncated_importance
+from reftune.algorithms.base import truncated_importance
 from reftune.errors import RecipeError
 from reftune.stages.rl import correct_mismatch
 

@@ -6,6 +6,7 @@ The real engine is tested by `make test-vllm`.
 import importlib.util
 import os
 import signal
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -417,8 +418,10 @@ def test_colocated_vllm_starts_for_sequences_as_long_as_the_recipe_s(
     monkeypatch, tmp_path, context, max_prompt, expected
 ):
     started = []
-    fake = SimpleNamespace(LLM=lambda **settings: started.append(settings))
-    monkeypatch.setattr("reftune.engines.vllm._vllm", lambda: fake)
+    fake = SimpleNamespace(
+        LLM=lambda **settings: started.append(settings), SamplingParams=SimpleNamespace
+    )
+    monkeypatch.setitem(sys.modules, "vllm", fake)
     policy = SimpleNamespace(context=context, compute_dtype=torch.bfloat16)
     (tmp_path / "config.json").write_text("{}")
     longest = longest_sequence(policy, params(max_prompt_tokens=max_prompt))  # 5 new tokens

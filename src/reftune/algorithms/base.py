@@ -1,5 +1,6 @@
 """Code shared by the algorithms: the hooks that the RL loop calls, the clipped policy loss, and
-pure functions that compute loss terms from per-token tensors.
+pure functions of per-token tensors. A mask is True at the response tokens to include, and False at
+all other positions, such as padding.
 
 Every loss is a weighted sum over tokens. The weights are computed once for a whole minibatch, so
 splitting the minibatch into micro-batches, or dividing it among processes, does not change the
@@ -8,6 +9,7 @@ gradient.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -112,7 +114,12 @@ class Clipped(Algorithm, ABC):
         return 2 if self.drop_constant_groups else 1
 
     def select(self, solutions: Sequence[Solution], encoder: Encoder) -> list[Solution]:
-        return with_contrast(solutions) if self.drop_constant_groups else list(solutions)
+        if not self.drop_constant_groups:
+            return list(solutions)
+        rewards: dict[str, set[float]] = {}
+        for solution in solutions:
+            rewards.setdefault(solution.problem.id, set()).add(solution.reward)
+        return [solution for solution in solutions if len(rewards[solution.problem.id]) > 1]
 
     def weights(self, batch: RolloutBatch) -> Tensor:
         return token_weights(batch.response_mask, self.reduction)
@@ -127,15 +134,106 @@ class Clipped(Algorithm, ABC):
         return LossTerms(total=policy, metrics={"policy/loss": policy.detach(), **moved})
 
 
-def with_contrast(solutions: Sequence[Solution]) -> list[Solution]:
-    """The samples of those problems whose samples did not all earn the same reward."""
-    rewards: dict[str, set[float]] = {}
-    for solution in solutions:
-        rewards.setdefault(solution.problem.id, set()).add(solution.reward)
-    return [solution for solution in solutions if len(rewards[solution.problem.id]) > 1]
+# --- rewards and advantages -----------------------------------------------------------------------
 
 
-# --- per-token tensors ----------------------------------------------------------------------------
+def token_rewards(
+    rewards: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor | None,
+    response_mask: Tensor,
+    *,
+    kl_coef: float,
+) -> Tensor:
+    """Reward of each token. A KL penalty is subtracted at every token, and the task's reward is
+    added at the last token.
+
+        r_t = -β (log π(a_t) - log π_ref(a_t)) + [t is last] · reward
+
+    β is `kl_coef`. Without `ref_logprobs`, there is no penalty. Shapes: rewards (B,), all others
+    (B, R). The result is 0 where the mask is False. Source: ReFT (arXiv:2401.08967), §3.1. Differs:
+    none.
+    """
+    last = response_mask.sum(1) - 1
+    per_token = torch.zeros_like(logprobs)
+    if ref_logprobs is not None:
+        per_token = -kl_coef * (logprobs - ref_logprobs) * response_mask
+    return per_token.scatter_add(
+        1, last.clamp(min=0).unsqueeze(1), (rewards * (last >= 0)).unsqueeze(1)
+    )
+
+
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    response_mask: Tensor,
+    *,
+    gamma: float = 1.0,
+    lam: float | Tensor = 0.95,
+) -> tuple[Tensor, Tensor]:
+    """Generalized advantage estimates and value targets for right-padded responses.
+
+        δ_t = r_t + γ V_{t+1} - V_t        A_t = δ_t + γλ A_{t+1}        G_t = A_t + V_t
+
+    V is 0 after the last sampled token, whether the response ended there or was cut off at the
+    length limit. Both results are 0 where the mask is False. Shapes (B, R). λ is a number, or a
+    tensor (B,) with one number per response. Source: PPO (arXiv:1707.06347), §5; ReFT
+    (arXiv:2401.08967), §3.1. Differs: γ and λ are named as in ReFT's code; the ReFT paper swaps the
+    two symbols.
+    """
+    values = values * response_mask
+    next_values = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
+    deltas = (rewards + gamma * next_values - values) * response_mask
+    advantages = torch.zeros_like(deltas)
+    running = deltas.new_zeros(len(deltas))
+    for t in reversed(range(deltas.shape[1])):
+        running = deltas[:, t] + gamma * lam * running
+        advantages[:, t] = running
+    return advantages, (advantages + values) * response_mask
+
+
+def group_means(rewards: Tensor, groups: Tensor) -> Tensor:
+    """Mean reward of each sample's group, (B,). `groups` (B,) assigns the same integer to all
+    samples of a problem."""
+    sizes = torch.bincount(groups)
+    totals = rewards.new_zeros(len(sizes)).index_add(0, groups, rewards)
+    return totals[groups] / sizes[groups]
+
+
+def group_sizes(groups: Tensor) -> Tensor:
+    """Size of each sample's group, (B,)."""
+    return torch.bincount(groups)[groups]
+
+
+def truncated_importance(
+    logprobs: Tensor, sampling_logprobs: Tensor, mask: Tensor, *, cap: float
+) -> Tensor:
+    """Importance weights (B, R) that correct for differences between the sampler and the policy.
+    They are 1 where the mask is False.
+
+        w = min(π_train / π_sample, cap)
+
+    Source: Yao et al., "Your efficient RL framework secretly brings you off-policy RL training"
+    (2025). Differs: none.
+    """
+    ratio = (logprobs - sampling_logprobs).exp().clamp(max=cap)
+    return torch.where(mask, ratio, torch.ones_like(ratio))
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    """Share of the returns' variance that the values explain: 1 for perfect values, 0 for constant
+    values, and below 0 if the errors vary more than the returns. NaN if all returns are equal.
+
+        1 - Var(G - V) / Var(G)
+
+    Inputs are (B, R).
+    """
+    returns, errors = returns[mask], (returns - values)[mask]
+    variance = returns.var(correction=0)
+    return torch.where(variance > 1e-8, 1 - errors.var(correction=0) / variance, math.nan)
+
+
+# --- loss terms -----------------------------------------------------------------------------------
 
 
 def token_weights(response_mask: Tensor, reduction: Reduction) -> Tensor:
@@ -170,30 +268,6 @@ def ppo_policy_terms(
     return torch.maximum(
         -advantages * ratio, -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
     )
-
-
-def kl_terms(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Estimate of KL(π ‖ π_ref) from each sampled token, (B, R). The estimate is never negative,
-    and it is unbiased if the tokens were sampled from π.
-
-        k3 = π_ref/π - log(π_ref/π) - 1
-
-    Source: GRPO (arXiv:2402.03300), eq. 4. Differs: the log-ratio is clamped to ±20, as in
-    `ppo_policy_terms`.
-    """
-    log_ratio = (ref_logprobs - logprobs).clamp(-20, 20)
-    return log_ratio.exp() - log_ratio - 1
-
-
-def value_terms(values: Tensor, old_values: Tensor, returns: Tensor, *, clip: float) -> Tensor:
-    """Clipped value loss of each token, (B, R).
-
-        L = ½ max((V - G)², (clip(V, V_old ± ε) - G)²)
-
-    Source: ReFT (arXiv:2401.08967), §3.1, as implemented in ReFT's code. Differs: none.
-    """
-    clipped = old_values + (values - old_values).clamp(-clip, clip)
-    return 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
 
 
 def policy_metrics(

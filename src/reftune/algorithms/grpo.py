@@ -6,8 +6,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-from reftune.algorithms.advantages import group_means, group_stds
-from reftune.algorithms.base import Clipped, LossTerms, kl_terms
+from torch import Tensor
+
+from reftune.algorithms.base import Clipped, LossTerms, group_means, group_sizes
 from reftune.model.batch import RolloutBatch
 from reftune.model.policy import TokenScores
 
@@ -52,3 +53,24 @@ class Grpo(Clipped):
             total=policy.total + self.kl_coef * kl,
             metrics={**policy.metrics, "kl/penalty": kl.detach()},
         )
+
+
+def group_stds(rewards: Tensor, groups: Tensor) -> Tensor:
+    """Standard deviation of the rewards in each sample's group, (B,). It is the square root of the
+    unbiased variance. For a group of one sample, it is 0."""
+    squares = group_means((rewards - group_means(rewards, groups)) ** 2, groups)
+    sizes = group_sizes(groups)
+    return (squares * sizes / (sizes - 1).clamp(min=1)).sqrt()
+
+
+def kl_terms(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """Estimate of KL(π ‖ π_ref) from each sampled token, (B, R). The estimate is never negative,
+    and it is unbiased if the tokens were sampled from π.
+
+        k3 = π_ref/π - log(π_ref/π) - 1
+
+    Source: GRPO (arXiv:2402.03300), eq. 4. Differs: the log-ratio is clamped to ±20, as in
+    `ppo_policy_terms`.
+    """
+    log_ratio = (ref_logprobs - logprobs).clamp(-20, 20)
+    return log_ratio.exp() - log_ratio - 1

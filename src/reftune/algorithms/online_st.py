@@ -40,12 +40,22 @@ class OnlineSt(Algorithm):
         one. Problems without a correct sample are included."""
         correct = [solution for solution in solutions if solution.graded.verdict is Verdict.CORRECT]
         sampled = {solution.problem.id: solution for solution in solutions}.values()
-        gold = [
-            gold_solution(r, encoder, max_tokens=self.gold_max_tokens)
-            for r in sampled
-            if r.problem.rationale is not None
-        ]
+        gold = [self._gold(r, encoder) for r in sampled if r.problem.rationale is not None]
         return [*correct, *(solution for solution in gold if solution.completion.token_ids)]
+
+    def _gold(self, sampled: Solution, encoder: Encoder) -> Solution:
+        """The gold solution to the problem of `sampled`, truncated to `gold_max_tokens`."""
+        kept = whole = encoder.target(sampled.problem)
+        if self.gold_max_tokens is not None:
+            kept = whole[: max(0, self.gold_max_tokens - len(sampled.prompt_ids))]
+        completion = Completion(
+            token_ids=tuple(kept),
+            text=encoder.decode(kept),
+            logprobs=(0.0,) * len(kept),
+            finish_reason="eos" if len(kept) == len(whole) else "length",
+        )
+        graded = Graded(verdict=Verdict.CORRECT, value=str(sampled.problem.answer), reason="gold")
+        return replace(sampled, completion=completion, graded=graded, reward=1.0, source="gold")
 
     def credit(self, batch: RolloutBatch) -> RolloutBatch:
         return batch
@@ -74,18 +84,3 @@ class OnlineSt(Algorithm):
             "policy/gold_nll": 2 * gold.detach(),
         }
         return LossTerms(total=sampled + gold, metrics=metrics)
-
-
-def gold_solution(sampled: Solution, encoder: Encoder, *, max_tokens: int | None) -> Solution:
-    """The gold solution to the problem of `sampled`. It is truncated so that prompt and solution
-    together have at most `max_tokens` tokens."""
-    whole = encoder.target(sampled.problem)
-    kept = whole if max_tokens is None else whole[: max(0, max_tokens - len(sampled.prompt_ids))]
-    completion = Completion(
-        token_ids=tuple(kept),
-        text=encoder.decode(kept),
-        logprobs=(0.0,) * len(kept),
-        finish_reason="eos" if len(kept) == len(whole) else "length",
-    )
-    graded = Graded(verdict=Verdict.CORRECT, value=str(sampled.problem.answer), reason="gold")
-    return replace(sampled, completion=completion, graded=graded, reward=1.0, source="gold")

@@ -9,10 +9,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import ClassVar
 
+import torch
 from pydantic import Field
+from torch import Tensor
 
-from reftune.algorithms.advantages import gae, token_rewards, whiten
-from reftune.algorithms.base import Clipped, LossTerms, value_terms
+from reftune.algorithms.base import Clipped, LossTerms, gae, token_rewards
 from reftune.model.batch import RolloutBatch
 from reftune.model.policy import TokenScores
 
@@ -61,3 +62,29 @@ class Ppo(Clipped):
             total=policy.total + self.value_coef * value,
             metrics={**policy.metrics, "value/loss": value.detach()},
         )
+
+
+def whiten(values: Tensor, mask: Tensor) -> Tensor:
+    """`values`, standardised to zero mean and unit variance where the mask is True. The result is 0
+    elsewhere.
+
+        (x - mean) / sqrt(unbiased variance + 1e-8)
+
+    Both tensors have the same shape. Source: ReFT's code, which whitens over the whole rollout.
+    Differs: none.
+    """
+    count = mask.sum()
+    mean = (values * mask).sum() / count.clamp(min=1)
+    variance = ((values - mean) ** 2 * mask).sum() / (count - 1).clamp(min=1)
+    return (values - mean) * torch.rsqrt(variance + 1e-8) * mask
+
+
+def value_terms(values: Tensor, old_values: Tensor, returns: Tensor, *, clip: float) -> Tensor:
+    """Clipped value loss of each token, (B, R).
+
+        L = ½ max((V - G)², (clip(V, V_old ± ε) - G)²)
+
+    Source: ReFT (arXiv:2401.08967), §3.1, as implemented in ReFT's code. Differs: none.
+    """
+    clipped = old_values + (values - old_values).clamp(-clip, clip)
+    return 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from reftune.algorithms.advantages import leave_one_out, token_rewards
-from reftune.algorithms.base import Clipped, Reduction
+from torch import Tensor
+
+from reftune.algorithms.base import Clipped, Reduction, group_means, group_sizes, token_rewards
 from reftune.model.batch import RolloutBatch
 
 
@@ -32,3 +33,15 @@ class Rloo(Clipped):
             batch.rewards, batch.logprobs, batch.ref_logprobs, mask, kl_coef=self.kl_coef
         ).sum(1)
         return replace(batch, advantages=leave_one_out(earned, batch.groups)[:, None] * mask)
+
+
+def leave_one_out(rewards: Tensor, groups: Tensor) -> Tensor:
+    """Each sample's reward minus the mean reward of its group's other samples, (B,). If the group
+    has only one sample (K = 1), the result is 0.
+
+        A_i = r_i - 1/(K-1) Σ_{j≠i} r_j = K/(K-1) · (r_i - mean)
+
+    Source: RLOO (arXiv:2402.14740), §2.3. Differs: none.
+    """
+    sizes = group_sizes(groups)
+    return (rewards - group_means(rewards, groups)) * sizes / (sizes - 1).clamp(min=1)

@@ -272,7 +272,7 @@ class _RoomyLayer(DynamicLayer):
     seen: Tensor | None = None
     """The keys as last written. If `keys` is a different tensor, rows or columns have been added or
     removed since then."""
-    room: tuple[Tensor, Tensor]
+    room: tuple[Tensor, ...]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -291,9 +291,9 @@ class _RoomyLayer(DynamicLayer):
     def _move(self, key_states: Tensor, value_states: Tensor, held: int, length: int) -> None:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.room = (
-            key_states.new_empty(*key_states.shape[:-2], length, key_states.shape[-1]),
-            value_states.new_empty(*value_states.shape[:-2], length, value_states.shape[-1]),
+        self.room = tuple(
+            states.new_empty(*states.shape[:-2], length, states.shape[-1])
+            for states in (key_states, value_states)
         )
         if held:
             assert self.keys is not None and self.values is not None
@@ -392,8 +392,4 @@ def _stack(cache: Any, joining: Any, length: int) -> None:
 
 def _pad_left(values: Tensor, length: int, *, dim: int = -1) -> Tensor:
     missing = length - values.shape[dim]
-    if missing == 0:
-        return values
-    shape = list(values.shape)
-    shape[dim] = missing
-    return torch.cat([values.new_zeros(shape), values], dim=dim)
+    return functional.pad(values, (0, 0) * (-1 - dim) + (missing, 0)) if missing else values

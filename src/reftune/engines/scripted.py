@@ -23,15 +23,10 @@ class Scripted(Component):
         self, policy: Policy, prompts: Sequence[Sequence[int]], params: SamplingParams
     ) -> list[Completion]:
         """See `reftune.engines.Engine`. All log-probabilities are 0."""
-        positions = range(params.first_position, params.first_position + len(prompts))
-        return [
-            self._completion(policy, self.texts[i % len(self.texts)], params) for i in positions
-        ]
-
-    def _completion(self, policy: Policy, text: str, params: SamplingParams) -> Completion:
-        token_ids = [
-            *policy.tokenizer.encode(text, add_special_tokens=False),
-            policy.tokenizer.eos_token_id,
-        ]
-        kept = token_ids[: params.max_new_tokens]
-        return policy.completion(kept, (0.0,) * len(kept))
+        completions = []
+        for position in range(params.first_position, params.first_position + len(prompts)):
+            text = self.texts[position % len(self.texts)]
+            tokens = policy.tokenizer.encode(text, add_special_tokens=False)
+            kept = [*tokens, policy.tokenizer.eos_token_id][: params.max_new_tokens]
+            completions.append(policy.completion(kept, (0.0,) * len(kept)))
+        return completions

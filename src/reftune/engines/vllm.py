@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -43,13 +43,9 @@ from reftune.text import counted, shown
 from reftune.types import Completion, SamplingParams
 
 SHARED_MEMORY = Path("/dev/shm")
-NOT_INSTALLED = (
-    "engine vllm: vllm is not installed; expected pip install 'reftune[vllm]', or engine.server"
-)
 TIMEOUT_S = 3600.0
 """Longest wait for a server's answer."""
 
-T = TypeVar("T")
 Sampled = tuple[list[int], list[float]]
 """Token ids and their log-probabilities."""
 
@@ -92,7 +88,10 @@ class Vllm(Component):
                 " engine.server, or engine=kv"
             )
         if importlib.util.find_spec("vllm") is None:
-            raise RecipeError(NOT_INSTALLED)
+            raise RecipeError(
+                "engine vllm: vllm is not installed; expected pip install 'reftune[vllm]', or"
+                " engine.server"
+            )
 
     def generate(
         self, policy: Policy, prompts: Sequence[Sequence[int]], params: SamplingParams
@@ -134,29 +133,23 @@ class Vllm(Component):
         with world.together(EngineError):
             if world.is_main():
                 before = _served.pop(self.server, None)
-                if policy.is_lora:
-                    adapter = self._send_adapter(policy, before)
-                else:
+                if not policy.is_lora:
                     self._send(policy, save_whole, Server.load)
+                else:
+                    if not self._have_base(policy, before):
+                        self._send(policy, save_base, Server.load)
+                    adapter = self._send(policy, save_adapter, Server.load_adapter)
+                    _served[self.server] = weakref.ref(policy), adapter
         return world.from_main(lambda: adapter)
-
-    def _send_adapter(self, policy: Policy, before: _Served | None) -> str:
-        """Send the adapter and return its name, which is new each time because vLLM caches adapters
-        by name. If a server does not have the base model, the base model is sent first."""
-        if not self._have_base(policy, before):
-            self._send(policy, save_base, Server.load)
-        adapter = self._send(policy, save_adapter, Server.load_adapter)
-        _served[self.server] = _Served(policy=weakref.ref(policy), adapter=adapter)
-        return adapter
 
     def _have_base(self, policy: Policy, before: _Served | None) -> bool:
         """Whether all servers still have the base model of `policy`. To find out, this method
-        unloads the adapter named in `before`. A server that no longer had it was
-        restarted, so it has lost the base model too."""
-        if before is None or before.policy() is not policy:
+        unloads the adapter that they had `before`. A server that no longer has it was restarted, so
+        it has lost the base model too."""
+        if before is None or before[0]() is not policy:
             return False
-        name = before.adapter
-        return all(_of_each(self.servers, lambda server: server.unload_adapter(name)))
+        had = [server.unload_adapter(before[1]) for server in self.servers]
+        return all(had)
 
     def _send(
         self,
@@ -166,8 +159,9 @@ class Vllm(Component):
     ) -> str:
         """Call `save` to write the weights to a new folder, and `load` to load them on every
         server. Returns: the folder's name."""
-        with self._folder(policy, save) as folder:
-            _of_each(self.servers, lambda server: load(server, folder))
+        servers = self.servers
+        with self._folder(policy, save) as folder, ThreadPoolExecutor(len(servers)) as pool:
+            list(pool.map(load, servers, itertools.repeat(folder)))
         return folder.name
 
     @contextlib.contextmanager
@@ -243,9 +237,10 @@ class Colocated:
         for name, value in defaults.items():
             os.environ.setdefault(name, value)
         with torch.random.fork_rng([]):
-            vllm = _vllm()
             told = f"did not start with max_model_len {longest} (lengths.max_prompt can lower it)"
             with _engine_errors(told):
+                vllm = importlib.import_module("vllm")
+                self.settings_of = vllm.SamplingParams
                 self.engine: Any = vllm.LLM(
                     model=str(folder),
                     skip_tokenizer_init=True,
@@ -276,7 +271,7 @@ class Colocated:
         with _engine_errors("sampling failed"):
             outputs = self.engine.generate(
                 [{"prompt_token_ids": prompt} for prompt in prompts],
-                [_vllm().SamplingParams(**request, detokenize=False) for request in requests],
+                [self.settings_of(**request, detokenize=False) for request in requests],
                 use_tqdm=False,
             )
         found = [output.outputs[0] for output in outputs]
@@ -391,15 +386,9 @@ HINTS = {
 """Path of a request → a hint on how to start a server that supports such requests."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Served:
-    """What some servers have loaded: the base model of a LoRA policy, and the policy's adapter
-    under the name `adapter`."""
-
-    policy: weakref.ref[Policy]
-    adapter: str
-
-
+_Served = tuple[weakref.ref[Policy], str]
+"""A LoRA policy whose base model some servers have loaded, and the name of its adapter there. The
+name is new each time, because vLLM caches adapters by name."""
 _served: dict[Any, _Served] = {}
 """Value of `engine.server` → what these servers have loaded. Only the main process fills this."""
 
@@ -415,27 +404,13 @@ def requests(prompts: Sequence[Any], params: SamplingParams, at_most: int) -> li
     contain any prompts. A sampling request contains only equal prompts, because it has only one
     seed: vLLM uses this seed for the first sample of a prompt, and the following seeds for the
     other samples."""
-    if not prompts:
-        return []
-    starts = [0]
+    starts = [0] if prompts else []
     for position in range(1, len(prompts)):
         is_full = position - starts[-1] == at_most
         is_other = params.temperature > 0 and prompts[position] != prompts[starts[-1]]
         if is_full or is_other:
             starts.append(position)
     return [slice(*pair) for pair in itertools.pairwise([*starts, len(prompts)])]
-
-
-def _of_each(servers: Sequence[Server], ask: Callable[[Server], T]) -> list[T]:
-    with ThreadPoolExecutor(len(servers)) as pool:
-        return list(pool.map(ask, servers))
-
-
-def _vllm() -> Any:
-    try:
-        return importlib.import_module("vllm")
-    except ImportError:
-        raise RecipeError(NOT_INSTALLED) from None
 
 
 def longest_sequence(policy: Policy, params: SamplingParams) -> int | None:
@@ -466,23 +441,19 @@ def request(policy: Policy, params: SamplingParams, position: int) -> dict[str, 
     }
 
 
-def save_whole(policy: Policy, folder: Path) -> None:
+def save_whole(policy: Policy, folder: Path, *, merged: bool = True) -> None:
     """Save the policy in its compute dtype, in a form that `from_pretrained` can load. LoRA
-    adapters are merged in fp32."""
-    _save(policy, plain_state(policy.model, policy.compute_dtype), folder)
-
-
-def save_base(policy: Policy, folder: Path) -> None:
-    """Save the policy as `save_whole` does, but without its LoRA adapter."""
-    _save(policy, plain_state(policy.model, policy.compute_dtype, merged=False), folder)
-
-
-def _save(policy: Policy, state: dict[str, torch.Tensor], folder: Path) -> None:
+    adapters are merged in fp32 or, if `merged` is False, left out."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model = policy.base
-    model.save_pretrained(folder, state_dict=state)
+    state = plain_state(policy.model, policy.compute_dtype, merged=merged)
+    policy.base.save_pretrained(folder, state_dict=state)
+
+
+def save_base(policy: Policy, folder: Path) -> None:
+    """Save the policy without its LoRA adapter."""
+    save_whole(policy, folder, merged=False)
 
 
 @torch.no_grad()

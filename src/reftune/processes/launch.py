@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from reftune.errors import ProcessError, RecipeError
-from reftune.processes import sharding
 from reftune.processes.heartbeat import Heartbeat
 from reftune.processes.sharding import Fsdp2, Sharding, held
-from reftune.processes.world import World, inhabited, is_main, world_size
+from reftune.processes.world import World, inhabited, is_main
 
 TIMEOUT = timedelta(hours=2)
 """Longest wait for another process, for example while the main process writes. The heartbeat
@@ -162,17 +161,18 @@ def _join(environment: Mapping[str, str]) -> tuple[World, Any, Heartbeat]:
 REFUSED = {
     "ACCELERATE_USE_DEEPSPEED": "expected FSDP2, which splits weights as ZeRO 3 does",
     "ACCELERATE_USE_MEGATRON_LM": "expected DDP or FSDP2",
-    "FSDP_OFFLOAD_PARAMS": ("offloading is not supported; expected fsdp_offload_params: false"),
+    "FSDP_OFFLOAD_PARAMS": "offloading is not supported; expected fsdp_offload_params: false",
     "FSDP_ACTIVATION_CHECKPOINTING": (
         "expected false; set model.gradient_checkpointing in the recipe"
     ),
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
         "expected none; set model.micro_batch_tokens in the recipe"
     ),
+    "ACCELERATE_MIXED_PRECISION": "expected no; set model.dtype in the recipe",
     "ACCELERATE_GRADIENT_CLIPPING": "expected none; set optimizer.max_grad_norm in the recipe",
 }
 """Environment variable of an unsupported launcher setting → what to use instead."""
-UNASKED = ("false", "none", "auto", "")
+UNASKED = ("false", "none", "no", "auto", "")
 """Values that mean that a setting is off or unset."""
 AS_WE_DO = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"}
 """Variable in `REFUSED` → a value that is accepted, because it requests what reftune does
@@ -193,11 +193,6 @@ def wanted_sharding(environment: Mapping[str, str]) -> Sharding:
         value = environment.get(name, "false")
         if value.lower() not in (*UNASKED, AS_WE_DO.get(name)):
             raise RecipeError(f"launcher: {name} is {value}: {remedy}")
-    precision = environment.get("ACCELERATE_MIXED_PRECISION", "no")
-    if precision != "no":
-        raise RecipeError(
-            f"launcher: mixed_precision is {precision}; expected no; set model.dtype in the recipe"
-        )
     replicas = _wanted_replicas(environment)
     if environment.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
         return Sharding()
@@ -227,8 +222,3 @@ def _wanted_replicas(environment: Mapping[str, str]) -> int:
             " dp_replicate_size × dp_shard_size processes, and all other sizes to be 1"
         )
     return replicas
-
-
-def describe() -> str:
-    """A description of the processes, such as `8 processes, weights sharded (FSDP2)`."""
-    return f"{world_size()} processes, {sharding.current}"

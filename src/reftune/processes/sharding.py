@@ -41,7 +41,7 @@ class Sharding:
         """Whether each process currently holds only a part of `model`. If so, all processes must
         run the same number of forward and backward passes, because each pass exchanges weights or
         gradients with other processes."""
-        return False
+        return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
 
     @contextmanager
     def whole(self, model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
@@ -51,12 +51,27 @@ class Sharding:
         `with` block. Call these copies, not `model` itself. If `dtype` is given, the weight
         matrices in the copied transformer blocks are cast to `dtype`, as autocast would do
         anyway."""
-        yield
+        if not self.is_split(model):
+            yield
+            return
+        twin, split = _twins[model], dict(model._modules)
+        cast = block_matrices(twin)
+        for full, part in zip(twin.parameters(), model.parameters(), strict=True):
+            value = part.detach()
+            is_cast = dtype is not None and id(full) in cast
+            full.data = whole_tensor(value.to(dtype) if is_cast else value)
+        model._modules.update(twin._modules)
+        try:
+            yield
+        finally:
+            model._modules.update(split)
+            for full in twin.parameters():
+                full.data = full.data.new_empty(0)
 
     def add_up_gradients(self, model: Any) -> None:
         """Sum the gradients of `model` over the processes, unless the backward passes have already
         done so."""
-        if world.world_size() > 1:
+        if not self.is_split(model):
             world.add_up(*(p.grad for p in model.parameters() if p.grad is not None))
 
 
@@ -76,12 +91,8 @@ class Fsdp2(Sharding):
 
     def distribute(self, model: Any) -> None:
         super().distribute(model)
-        if world.world_size() > 1:
-            self._split(model)
-
-    def _split(self, model: nn.Module) -> None:
-        """Split every parameter of `model` over the processes. As the losses assume, gradients are
-        summed over the processes, not averaged."""
+        if world.world_size() == 1:
+            return
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import FSDPModule, fully_shard
 
@@ -95,42 +106,14 @@ class Fsdp2(Sharding):
         fully_shard(model, mesh=mesh)
         for module in model.modules():
             if isinstance(module, FSDPModule):
-                module.set_gradient_divide_factor(1.0)
+                module.set_gradient_divide_factor(1.0)  # the losses assume sums, not averages
                 module.set_force_sum_reduction_for_comms(True)  # gloo supports no other reduction
         _twins[model] = twin
-
-    def is_split(self, model: Any) -> bool:
-        from torch.distributed.tensor import DTensor
-
-        return any(isinstance(parameter, DTensor) for parameter in model.parameters())
-
-    @contextmanager
-    def whole(self, model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
-        if not self.is_split(model):
-            yield
-            return
-        twin, split = _twins[model], dict(model._modules)
-        cast = block_matrices(twin)
-        for full, part in zip(twin.parameters(), model.parameters(), strict=True):
-            value = part.detach()
-            is_cast = dtype is not None and id(full) in cast
-            full.data = whole_tensor(value.to(dtype) if is_cast else value)
-        model._modules.update(twin._modules)
-        try:
-            yield
-        finally:
-            model._modules.update(split)
-            for full in twin.parameters():
-                full.data = full.data.new_empty(0)
-
-    def add_up_gradients(self, model: Any) -> None:
-        if not self.is_split(model):
-            super().add_up_gradients(model)
 
 
 current = Sharding()
 _twins: weakref.WeakKeyDictionary[nn.Module, nn.Module] = weakref.WeakKeyDictionary()
-"""Maps each split model to its `_twin`. Inside the block of `Fsdp2.whole`, the twin holds the
+"""Maps each split model to its `_twin`. Inside the block of `Sharding.whole`, the twin holds the
 unsharded weights."""
 
 

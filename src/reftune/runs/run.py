@@ -13,7 +13,7 @@ import torch
 
 from reftune.datasets import Splits, load_splits
 from reftune.errors import DataError, RecipeError
-from reftune.processes import launch, world
+from reftune.processes import sharding, world
 from reftune.recipe import Recipe
 from reftune.results import read_groups, summarize, write_report
 from reftune.runs.auto import settled
@@ -114,7 +114,7 @@ def open_run(recipe: Recipe, progress: Progress) -> Iterator[Run]:
                 progress.note(note)
         world.shared_folder(folder.path)
         if world.world_size() > 1:
-            progress.note(launch.describe())
+            progress.note(f"{world.world_size()} processes, {sharding.current}")
         yield run
 
 

@@ -20,13 +20,15 @@ from pydantic import Field, SerializeAsAny, model_validator
 from pydantic.functional_validators import BeforeValidator
 from torch import Tensor
 
-from reftune.algorithms.advantages import (
+from reftune.algorithms.base import (
+    Algorithm,
+    LossTerms,
     explained_variance,
     gae,
+    masked_mean,
     token_rewards,
     truncated_importance,
 )
-from reftune.algorithms.base import Algorithm, LossTerms, masked_mean
 from reftune.errors import RecipeError
 from reftune.model.batch import RolloutBatch, TokenBatch, token_batch
 from reftune.model.policy import AdapterReference, Policy, TokenScores

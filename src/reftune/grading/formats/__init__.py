@@ -4,12 +4,11 @@ has its own file."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
 from reftune.errors import RecipeError
-from reftune.grading.formats._grading import is_grade, named
 from reftune.text import counted
-from reftune.types import Conversation, Graded, Problem
+from reftune.types import Conversation, Graded, Problem, Verdict
 
 
 class Format(Protocol):
@@ -48,3 +47,21 @@ def grades_of(
                 " Graded, with a Verdict and a value that is text or None"
             )
     return grades
+
+
+def is_grade(grade: object) -> TypeGuard[Graded]:
+    """Whether a user's code returned a grade, whose verdict and value have the right types."""
+    return (
+        isinstance(grade, Graded)
+        and isinstance(grade.verdict, Verdict)
+        and isinstance(grade.value, str | None)
+    )
+
+
+def named(grade: object) -> str:
+    """The type of what a user's code returned instead of a grade. For a `Graded`, the types of its
+    fields are named too."""
+    if not isinstance(grade, Graded):
+        return type(grade).__name__
+    types = f"verdict={type(grade.verdict).__name__}, value={type(grade.value).__name__}"
+    return f"Graded({types})"

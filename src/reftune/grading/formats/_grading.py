@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Annotated, TypeGuard
+from typing import Annotated
 
 import numpy as np
 from pydantic import AfterValidator
 
+from reftune.grading.formats import is_grade, named
 from reftune.grading.verdicts import clip, judge
 from reftune.recipe import component_class, refusal
 from reftune.types import Graded, Problem, Verdict
@@ -59,20 +60,3 @@ def graded_by(grader: Grader, text: str, problem: Problem) -> Graded:
         reason = f"the grader returned {named(verdict)}, not a Graded or a bool"
         return Graded.without_answer(Verdict.ERROR, reason)
     return judge(bool(verdict), text.strip().rpartition("\n")[2], str(problem.answer))
-
-
-def is_grade(grade: object) -> TypeGuard[Graded]:
-    """Whether a user's code returned a grade, whose verdict and value have the right types."""
-    return (
-        isinstance(grade, Graded)
-        and isinstance(grade.verdict, Verdict)
-        and isinstance(grade.value, str | None)
-    )
-
-
-def named(grade: object) -> str:
-    """The type of what a user's code returned instead of a grade, with a `Graded`'s field types."""
-    if not isinstance(grade, Graded):
-        return type(grade).__name__
-    types = f"verdict={type(grade.verdict).__name__}, value={type(grade.value).__name__}"
-    return f"Graded({types})"

@@ -29,7 +29,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -50,6 +50,7 @@ SandboxKind = Literal["auto", "monty", "subprocess"]
 MAX_SOURCE_CHARS = 100_000
 
 
+@dataclass
 class Sandbox:
     """Runs programs in parallel. No program can pass any state to another program. The workers
     start when they are first needed. They end when `close` is called or the sandbox is
@@ -59,20 +60,13 @@ class Sandbox:
     process, starts its own workers.
     """
 
-    def __init__(
-        self,
-        limits: SandboxLimits | None = None,
-        backend: SandboxKind = "auto",
-        workers: int | None = None,
-        allow_unisolated: bool = False,
-    ) -> None:
-        """`workers` is the maximum number of programs that run at once, by default one per core.
-        `allow_unisolated` lets the subprocess backend start even without isolation."""
-        self.limits = limits if limits is not None else SandboxLimits()
-        self._kind = backend
-        self._workers = workers if workers is not None else _num_cores()
-        self._allow_unisolated = allow_unisolated
-        self._backend: Backend | None = None
+    limits: SandboxLimits = field(default_factory=SandboxLimits)
+    backend: SandboxKind = "auto"
+    workers: int | None = None
+    """Maximum number of programs that run at once, by default one per core."""
+    allow_unisolated: bool = False
+    """Let the subprocess backend start even without isolation."""
+    _started: Backend | None = field(default=None, init=False, repr=False, compare=False)
 
     def run(self, programs: Sequence[str], call: str = "solution()") -> list[ExecutionResult]:
         """Execute each program, then evaluate the expression `call` in the program's scope. Returns
@@ -82,7 +76,10 @@ class Sandbox:
         """
         if not programs:
             return []
-        backend = self._started()
+        if self.backend != "subprocess":
+            refuse_after_fork()
+        num_threads = self.workers or _num_cores()
+        backend = self._started = self._started or self._start(num_threads)
 
         def execute(program: str) -> ExecutionResult:
             if len(program) > MAX_SOURCE_CHARS:
@@ -93,26 +90,19 @@ class Sandbox:
             result = backend.execute(f"{program}\n\n{call}")
             return replace(result, seconds=time.perf_counter() - started)
 
-        workers = min(self._workers, len(programs))
-        if workers == 1:
+        if min(num_threads, len(programs)) == 1:
             return [execute(program) for program in programs]
-        with ThreadPoolExecutor(workers) as threads:
+        with ThreadPoolExecutor(num_threads) as threads:
             return list(threads.map(execute, programs))
 
     def close(self) -> None:
         """End the workers. A later `run` starts new ones."""
-        if self._backend is not None:
-            self._backend.close()
-        self._backend = None
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sandbox) and self.__reduce__() == other.__reduce__()
-
-    def __hash__(self) -> int:
-        return hash(self.__reduce__())
+        if self._started is not None:
+            self._started.close()
+        self._started = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Sandbox, (self.limits, self._kind, self._workers, self._allow_unisolated)
+        return Sandbox, (self.limits, self.backend, self.workers, self.allow_unisolated)
 
     def __enter__(self) -> Sandbox:
         return self
@@ -120,26 +110,20 @@ class Sandbox:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _started(self) -> Backend:
-        if self._kind != "subprocess":
-            refuse_after_fork()
-        if self._backend is None:
-            self._backend = self._start()
-        return self._backend
+    def _start(self, num_workers: int) -> Backend:
+        def start(*, packages: bool) -> Backend:
+            from reftune.grading.sandbox.subprocess import SubprocessBackend
 
-    def _start(self) -> Backend:
-        if self._kind == "subprocess":
-            return self._start_subprocess(packages=True)
-        monty = MontyBackend(self.limits, self._workers)
-        start = partial(self._start_subprocess, packages=False)
-        return monty if self._kind == "monty" else _MontyFirst(monty, start)
+            return SubprocessBackend(
+                self.limits, allow_unisolated=self.allow_unisolated, packages=packages
+            )
 
-    def _start_subprocess(self, *, packages: bool) -> Backend:
-        from reftune.grading.sandbox.subprocess import SubprocessBackend
-
-        return SubprocessBackend(
-            self.limits, allow_unisolated=self._allow_unisolated, packages=packages
-        )
+        if self.backend == "subprocess":
+            return start(packages=True)
+        monty = MontyBackend(self.limits, num_workers)
+        if self.backend == "monty":
+            return monty
+        return _MontyFirst(monty, partial(start, packages=False))
 
 
 class _MontyFirst:
@@ -150,33 +134,27 @@ class _MontyFirst:
         self._monty, self._start = monty, start
         self._starting = threading.Lock()
         self._subprocess: Backend | None = None
-        self._refused: str | None = None
+        self._refused = ""
 
     def execute(self, source: str) -> ExecutionResult:
         result = self._monty.execute(source)
         missing = gap(result)
         if missing is None:
             return result
-        fallback = self._fallback()
-        if fallback is not None:
-            return fallback.execute(source)
+        with self._starting:
+            if self._subprocess is None and not self._refused:
+                try:
+                    self._subprocess = self._start()
+                except ReftuneError as error:  # for example, no way to isolate a subprocess
+                    self._refused = str(error)
+        if self._subprocess is not None:
+            return self._subprocess.execute(source)
         return failure(f"{result.reason} (monty lacks {missing}; {self._refused})")
 
     def close(self) -> None:
         self._monty.close()
         if self._subprocess is not None:
             self._subprocess.close()
-
-    def _fallback(self) -> Backend | None:
-        """The subprocess backend; None if it cannot start, for example because the system cannot
-        isolate a subprocess."""
-        with self._starting:
-            if self._subprocess is None and self._refused is None:
-                try:
-                    self._subprocess = self._start()
-                except ReftuneError as error:
-                    self._refused = str(error)
-            return self._subprocess
 
 
 def _num_cores() -> int:

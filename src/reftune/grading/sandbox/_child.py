@@ -1,12 +1,11 @@
 """Runs programs for the subprocess sandbox. Each program runs in a process of its own, forked from
 this process. This file runs as a script in a prepared environment and imports nothing from reftune.
 
-In a forked process, the interpreter is already running, and common modules are already imported. So
-are slow packages such as numpy, if the program needs them. This process only forks processes, waits
-for them and kills them. It never reads a program. Each message on the socket at descriptor 0 asks
-this process to run a program. The message names the program's working folder and carries three file
-descriptors: the program's source, a pipe for its result, and a socket for its exit status. When the
-other end of the status socket closes, the program is killed.
+This process imports common modules, and slow packages if programs need them. After that, it only
+forks processes, waits for them and kills them. It never reads a program. Each message on the socket
+at descriptor 0 asks it to run a program. The message names the program's working folder and carries
+three file descriptors: the program's source, a pipe for its result, and a socket for its exit
+status. When the other end of the status socket closes, the program is killed.
 
 The result consists of lines. The first letter of each line indicates the line's kind. Each refused
 access adds an `F` line. If the program is not killed, more lines follow: a `P` line with the end of
@@ -20,7 +19,6 @@ determined program can get past the hook, but not past the kernel's limits.
 
 from __future__ import annotations
 
-import array
 import builtins
 import contextlib
 import ctypes
@@ -85,8 +83,11 @@ def serve(requests: socket.socket, settings: dict[str, Any]) -> None:
     while True:
         for descriptor, _ in ready.poll():
             if descriptor == requests.fileno():
-                message, descriptors = receive(requests)
-                if not message:
+                try:
+                    message, descriptors, _, _ = socket.recv_fds(requests, 4096, 3)
+                except OSError:
+                    message = b""
+                if not message:  # the other end has closed
                     for pid, _ in running.values():
                         kill(pid)
                     return
@@ -117,18 +118,6 @@ def is_closed(waiting: socket.socket) -> bool:
         return False
     except OSError:
         return True
-
-
-def receive(requests: socket.socket) -> tuple[bytes, list[int]]:
-    """A message and the descriptors it carries; both are empty once the other end has closed."""
-    try:
-        message, extra, _, _ = requests.recvmsg(4096, socket.CMSG_SPACE(3 * struct.calcsize("i")))
-    except OSError:
-        return b"", []
-    descriptors = array.array("i")
-    for _, _, data in extra:
-        descriptors.frombytes(data)
-    return message, list(descriptors)
 
 
 def fork(folder: str, source: int, results: int, settings: dict[str, Any]) -> int:

@@ -6,9 +6,9 @@ from __future__ import annotations
 import datetime
 import gc
 import os
+import re
 import sys
 import weakref
-from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 from reftune.errors import ReftuneError
@@ -21,15 +21,10 @@ from reftune.grading.sandbox.result import (
     SandboxLimits,
     failure,
     forbidden_error,
-    one_line,
 )
 
 GRACE_S = 0.25
 """If a program is still running this many seconds after its time limit, its worker is killed."""
-
-
-# --- monty ----------------------------------------------------------------------------------------
-
 
 _monty_pid: int | None = None
 _inherited: list[Any] = []
@@ -86,48 +81,49 @@ class MontyBackend:
     def _attempt(self, source: str) -> ExecutionResult | None:
         """The result of one try; None if the worker died before the program's time was up."""
         reached: list[str] = []
+        printed = ""
 
         def refuse(*, name: str, **_: Any) -> Any:
             reached.append(name)
             return self._monty.NOT_HANDLED
 
-        printed = _Printed()
-        modules = _Modules(reached)
+        def keep(_: str, text: str) -> None:
+            nonlocal printed
+            printed = (printed + text)[-MAX_PRINTED_CHARS:]
+
         try:
             with self._pool.checkout(
-                limits=self._limits, os_policy=self._policy, external_modules=modules
+                limits=self._limits, os_policy=self._policy, external_modules=_Modules(reached)
             ) as session:
-                value = session.feed_run(source, print_callback=printed, os=refuse)
+                value = session.feed_run(source, print_callback=keep, os=refuse)
         except self._monty.MontyCrashedError as error:
             if not error.timed_out:
                 return None
-            result = ExecutionResult(status=ExecutionStatus.TIMEOUT, reason=_first_line(error))
+            result = failure(_told(error), ExecutionStatus.TIMEOUT)
         except self._monty.MontyError as error:
-            result = _failed(error)
+            result = failure(_told(error), _status(_told(error)))
         except Exception as error:  # noqa: BLE001  converting a hostile value to Python may fail in any way
-            result = failure(f"the value cannot be read: {_first_line(error)}")
+            result = failure(f"the value cannot be read: {_told(error)}")
         else:  # a large value would fill the memory of the grading process
             result = failure("the value is too large")
             if _size_bytes(value, MAX_VALUE_BYTES) <= MAX_VALUE_BYTES:
-                result = ExecutionResult(
-                    status=ExecutionStatus.OK, value=value, printed=printed.tail
-                )
+                result = ExecutionResult(status=ExecutionStatus.OK, value=value, printed=printed)
         if reached:
-            return ExecutionResult(
-                status=ExecutionStatus.FORBIDDEN, reason=f"the program tried to use {reached[0]}"
-            )
+            return failure(f"the program tried to use {reached[0]}", ExecutionStatus.FORBIDDEN)
         return result
 
 
-def _failed(error: Exception) -> ExecutionResult:
-    text = _first_line(error)
-    if text.startswith("TimeoutError: ") and "time limit exceeded" in text:
-        status = ExecutionStatus.TIMEOUT
-    elif text.startswith("MemoryError: ") and "memory limit" in text:
-        status = ExecutionStatus.MEMORY
-    else:
-        status = ExecutionStatus.FORBIDDEN if forbidden_error(text) else ExecutionStatus.ERROR
-    return ExecutionResult(status=status, reason=text)
+def _told(error: BaseException) -> str:
+    """An error's message or, if it has none, its type. monty's messages include the type."""
+    return str(error).partition("\n")[0][:200] or type(error).__name__
+
+
+def _status(error: str) -> ExecutionStatus:
+    if re.match(r"TimeoutError: .*time limit exceeded", error):
+        return ExecutionStatus.TIMEOUT
+    if re.match(r"MemoryError: .*memory limit", error):
+        return ExecutionStatus.MEMORY
+    return ExecutionStatus.FORBIDDEN if forbidden_error(error) else ExecutionStatus.ERROR
 
 
 def _end_pool(pool: Any, pid: int) -> None:
@@ -137,36 +133,16 @@ def _end_pool(pool: Any, pid: int) -> None:
         _inherited.append(pool)  # garbage collection would disrupt the parent's event loop
 
 
-class _Printed:
-    """Keeps the end of a program's output."""
-
-    tail = ""
-
-    def __call__(self, stream: str, text: str) -> None:
-        self.tail = (self.tail + text)[-MAX_PRINTED_CHARS:]
-
-
-class _Modules(Mapping[str, NoReturn]):
+class _Modules(dict[str, NoReturn]):
     """Contains no modules, but records the forbidden modules that a program tries to import."""
 
     def __init__(self, reached: list[str]) -> None:
         self._reached = reached
 
-    def __getitem__(self, name: str) -> NoReturn:
+    def __missing__(self, name: str) -> NoReturn:
         if name.partition(".")[0] in FORBIDDEN_MODULES:
             self._reached.append(f"the module {name}")
         raise KeyError(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(())
-
-    def __len__(self) -> int:
-        return 0
-
-
-def _first_line(error: BaseException) -> str:
-    """The first line of an error's message. In monty's errors, this line includes the type."""
-    return one_line(str(error)) or type(error).__name__
 
 
 def _size_bytes(value: Any, limit: int) -> int:

@@ -75,9 +75,12 @@ class Backend(Protocol):
     def close(self) -> None: ...
 
 
-def failure(reason: str) -> ExecutionResult:
-    """A result with the status ERROR and the given reason, cut to one line."""
-    return ExecutionResult(status=ExecutionStatus.ERROR, reason=one_line(reason))
+def failure(reason: str, status: ExecutionStatus = ExecutionStatus.ERROR) -> ExecutionResult:
+    """A result without a value. Of `reason`, the first line is kept, cut to 200 characters.
+    Unprintable characters become `�`."""
+    line = reason.partition("\n")[0][:200]
+    line = "".join(char if char.isprintable() else "�" for char in line)
+    return ExecutionResult(status=status, reason=line)
 
 
 _UNREACHABLE = re.compile(
@@ -97,8 +100,3 @@ def forbidden_error(text: str) -> bool:
     if in_sys is not None and in_sys.group(1) in HARMLESS_IN_SYS:
         return False
     return _UNREACHABLE.match(text) is not None
-
-
-def one_line(text: str) -> str:
-    """The first line of `text`, cut to 200 characters. Unprintable characters become `�`."""
-    return "".join(char if char.isprintable() else "�" for char in text.partition("\n")[0][:200])

@@ -37,7 +37,6 @@ from reftune.grading.sandbox.result import (
     SandboxLimits,
     failure,
     forbidden_error,
-    one_line,
 )
 
 CHILD = Path(__file__).with_name("_child.py")
@@ -52,6 +51,7 @@ PRELOADED = tuple(
     " math operator re statistics string typing".split()
 )
 _PACKAGE = re.compile(r"^[ \t]*(?:import|from)[ \t]+(numpy|pandas|scipy|sympy)\b", re.MULTILINE)
+"""Finds the slow packages that a program imports."""
 INTERPRETER_MIB = 256
 """MiB of address space for the interpreter and its packages, in addition to the program's limit."""
 ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
@@ -123,7 +123,7 @@ class SubprocessBackend:
 
     def _attempt(self, source: str) -> ExecutionResult | None:
         """The result of one try; None if the forking process died before the program ended."""
-        forker = self._forker(_packages_of(source))
+        forker = self._forker(tuple(sorted(set(_PACKAGE.findall(source)))))
         with (
             tempfile.TemporaryDirectory(prefix="reftune-") as folder,
             tempfile.TemporaryFile() as program,
@@ -147,11 +147,6 @@ class SubprocessBackend:
 
 def _folders_of(*kinds: str) -> list[str]:
     return sorted({sysconfig.get_path(kind) for kind in kinds})
-
-
-def _packages_of(source: str) -> tuple[str, ...]:
-    """The packages among numpy, pandas, scipy and sympy that a program imports."""
-    return tuple(sorted(set(_PACKAGE.findall(source))))
 
 
 class _Forker:
@@ -253,7 +248,7 @@ def _read(output: bytes, returncode: int) -> ExecutionResult:
     first = {line[:1]: line[1:] for line in reversed(lines)}
     letter, last = lines[-1][:1], lines[-1][1:]
     if "F" in first:
-        return _ended(ExecutionStatus.FORBIDDEN, f"the program tried to use {first['F']}")
+        return failure(f"the program tried to use {first['F']}", ExecutionStatus.FORBIDDEN)
     if len(output) > MAX_OUTPUT_BYTES:
         return failure("the value is too large")
     if letter in ("V", "E"):
@@ -263,16 +258,12 @@ def _read(output: bytes, returncode: int) -> ExecutionResult:
             return failure(f"the value cannot be read: {str(error)[:100]}")
         if letter == "V":
             return ExecutionResult(status=ExecutionStatus.OK, value=content, printed=printed)
-        return _ended(_status(str(content)), str(content))
+        return failure(str(content), _status(str(content)))
     if returncode == NOT_ISOLATED:
         return failure(f"the system lacks {last[:200]} (set allow_unisolated to run without it)")
     if returncode in (-signal.SIGALRM, -signal.SIGKILL, -signal.SIGXCPU):
-        return _ended(ExecutionStatus.TIMEOUT, "the program was killed when its time was up")
+        return failure("the program was killed when its time was up", ExecutionStatus.TIMEOUT)
     return failure(f"the process ended with status {returncode}")
-
-
-def _ended(status: ExecutionStatus, reason: str) -> ExecutionResult:
-    return ExecutionResult(status=status, reason=one_line(reason))
 
 
 def _status(error: str) -> ExecutionStatus:
