@@ -70,11 +70,6 @@ class Hardware:
         """Bytes per second of the slowest link that a collective operation uses."""
         return self.gpu.link if self.gpus <= NODE else NETWORK
 
-    def rate(self, dtype: str) -> float:
-        """FLOP/s that one GPU is assumed to reach."""
-        peak: float = getattr(self.gpu, dtype)
-        return peak * self.mfu
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Phase:
@@ -166,7 +161,6 @@ def make_plan(
         recipe = recipe.model_copy(update={"lengths": lengths})
     texts = scratch_texts(recipe.format, load_splits(recipe)) if recipe.model.scratch else ()
     outline = outline_of(recipe.model, texts, device="cuda")
-
     made = estimates(recipe, outline, prompt=prompt)
 
     def planner(name: str, way: Sharding) -> Planner:
@@ -230,7 +224,9 @@ class Planner:
 
     @property
     def rate(self) -> float:
-        return self.hardware.rate(self.estimate.recipe.model.dtype)
+        """FLOP/s that one GPU is assumed to reach."""
+        peak: float = getattr(self.hardware.gpu, self.estimate.recipe.model.dtype)
+        return peak * self.hardware.mfu
 
     def flops(self, *, backward: bool) -> float:
         """FLOPs of a pass over one sequence, counted by tracing the model; twice as many if the
@@ -299,12 +295,12 @@ class Planner:
         sums gradients after the passes; FSDP2 moves weights and gradients during them."""
         compute_s = self.flops(backward=True) / gpus / self.rate
         exchange_s = self.communication(gpus) / self.estimate.cost.batch
-        bound = (
-            ARITHMETIC if compute_s >= exchange_s else "moving weights and gradients between GPUs"
-        )
+        moving = "moving weights and gradients between GPUs"
         is_beside = self.estimate.sharding == "fsdp2"
-        seconds = max(compute_s, exchange_s) if is_beside else compute_s + exchange_s
-        return Phase(seconds=seconds, bound=bound)
+        return Phase(
+            seconds=max(compute_s, exchange_s) if is_beside else compute_s + exchange_s,
+            bound=ARITHMETIC if compute_s >= exchange_s else moving,
+        )
 
     def communication(self, gpus: int) -> float:
         """Seconds spent moving data in one pass over the batch. DDP sums gradients once. For each
@@ -383,13 +379,12 @@ def _step_text(plan: Plan, name: str, step: Step) -> str:
     rows = [(phase, f"{found.seconds:.3g} s", found.bound) for phase, found in step.phases.items()]
     rows.append(("all", f"{step.seconds:.3g} s", f"bottleneck: {step.bottleneck}"))
     if name in plan.split:
-        found = plan.split[name]
-        sampling, training = found["sampling_gpus"], found["training_gpus"]
-        who = (
-            f"{counted(sampling, 'GPU')} sample{'s' * (sampling == 1)} and {training}"
-            f" train{'s' * (training == 1)}"
+        seconds, sampling, training = (
+            plan.split[name][key] for key in ("seconds", "sampling_gpus", "training_gpus")
         )
-        rows.append(("split", f"{found['seconds']:.3g} s", f"{who}, in turn"))
+        samplers = f"{counted(sampling, 'GPU')} sample{'s' * (sampling == 1)}"
+        trainers = f"{training} train{'s' * (training == 1)}"
+        rows.append(("split", f"{seconds:.3g} s", f"{samplers} and {trainers}, in turn"))
     hours = f"{step.stage_seconds / 3600:,.1f} h"
     rows.append(("stage", hours, f"{counted(round(step.steps), 'step')}, without dev evaluations"))
     lines = [f"  {label:<10}{time:>11}   {note}" for label, time, note in rows]

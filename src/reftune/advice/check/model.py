@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from itertools import islice
+from statistics import fmean
 
 from reftune.advice.check.report import Finding, fail, ok, warn
-from reftune.advice.check.subject import Subject, learns_from_rationales, mean, rl_inits
+from reftune.advice.check.subject import Subject, learns_from_rationales, rl_inits
 from reftune.advice.measured import available_bytes, measure_speed
 from reftune.datasets import Splits
 from reftune.errors import DataError
@@ -60,7 +62,7 @@ def check_memory(subject: Subject) -> Finding:
     )
     requests, whole = requests_at_once(recipe, subject.splits), total_bytes(policy.device)
     planned = [
-        replace(made, mean_prompt=mean(lengths), requests=requests, device_bytes=whole).memory
+        replace(made, mean_prompt=fmean(lengths), requests=requests, device_bytes=whole).memory
         for made in estimates(recipe, outline, prompt=max(lengths)).values()
     ]
     if not planned:
@@ -158,7 +160,7 @@ def check_logprobs(subject: Subject) -> Finding:
     )
     scored = subject.policy.score(batch).logprobs[batch.response_mask]
     sampled = [logprob for completion in completions for logprob in completion.logprobs]
-    mismatch = mean([abs(a - b) for a, b in zip(sampled, scored.tolist(), strict=True)])
+    mismatch = fmean(abs(a - b) for a, b in zip(sampled, scored.tolist(), strict=True))
     message = f"engine and policy differ by {mismatch:.2g} nats per token on average"
     if mismatch <= MAX_MISMATCH[subject.recipe.model.dtype]:
         return ok(message)
@@ -167,7 +169,9 @@ def check_logprobs(subject: Subject) -> Finding:
 
 def check_time(subject: Subject) -> Finding:
     """Estimate the run's time on this machine, from a short measurement."""
-    rows = subject.fitting_rows[:NUM_TIMED]
+    limit, most = subject.prompt_limit, subject.recipe.lengths.max_new
+    fitting = (r for r in subject.rows if len(r.prompt_ids) <= limit and len(r.target_ids) <= most)
+    rows = list(islice(fitting, NUM_TIMED))
     if not rows:
         return ok("unknown, because no row with a rationale is within the length limits")
     prompts, targets = [row.prompt_ids for row in rows], [row.target_ids for row in rows]
@@ -179,9 +183,7 @@ def check_time(subject: Subject) -> Finding:
         rows=_rows_at_once(subject.recipe),
         max_tokens=subject.recipe.model.max_tokens,
     )
-    pace = speed.pace(
-        prompt=mean([len(ids) for ids in prompts]), response=mean([len(ids) for ids in targets])
-    )
+    pace = speed.pace(prompt=fmean(map(len, prompts)), response=fmean(map(len, targets)))
     splits = subject.splits
     costs = stage_costs(
         subject.recipe,
