@@ -83,14 +83,14 @@ def test_trackio_gets_them_offline(recipe, tmp_path: Path, monkeypatch: pytest.M
 def test_the_recipe_names_trackers_and_a_missing_one_is_rejected(
     recipe, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(trackers, "is_installed", lambda package: package == "tensorboard")
+    monkeypatch.setattr(trackers, "find_spec", lambda package: package == "tensorboard")
     assert tracker_names(recipe()) == ["tensorboard"]
     assert tracker_names(recipe(trackers=[])) == []
     with pytest.raises(
         RecipeError, match=r"^trackers: wandb is not installed; pip install 'reftune\[tracking\]'$"
     ):
         tracked(Progress(), recipe(trackers=["wandb"]))
-    monkeypatch.setattr(trackers, "is_installed", lambda package: False)
+    monkeypatch.setattr(trackers, "find_spec", lambda package: None)
     silent = Progress()
     assert tracked(silent, recipe()) is silent
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 from jinja2 import Environment, StrictUndefined
@@ -26,9 +26,6 @@ from reftune.recipe import ModelTable, load_component, parse_recipe
 from reftune.seeds import derive_seed
 from reftune.storage.files import write_atomically
 from reftune.text import counted
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 INSTRUCTIONS: Mapping[str, str] = {
     "nl": 'Think step by step. End with "The answer is" and the answer.',
@@ -135,13 +132,22 @@ def _recipe_text(wishes: Wishes, splits: Splits, name: str) -> str:
     ModelError if the model cannot be loaded or its context is too short."""
     kind, is_scratch = wishes.format, wishes.model == SCRATCH
     format_: Format = load_component(kind, group="formats")
-    learned = [problem for problem in splits.train if problem.rationale is not None]
-    tokenizer = _tokenizer(wishes.model, list(scratch_texts(format_, splits)) if learned else ())
+    has_rationales = any(problem.rationale is not None for problem in splits.train)
+    config = None
+    if not is_scratch:
+        table = ModelTable(path=wishes.model)
+        tokenizer, config = load_tokenizer(table), load_config(table)
+    elif has_rationales:
+        tokenizer = word_tokenizer(list(scratch_texts(format_, splits)))
+    else:
+        raise DataError(
+            "a model trained from scratch learns from rationales, but the data has none; choose"
+            " another --model"
+        )
     instruction = INSTRUCTIONS.get(kind) if tokenizer.chat_template else None
     if instruction is not None:
         chat = {"kind": kind, "style": "chat", "instruction": instruction}
         format_ = load_component(chat, group="formats")
-    config = None if is_scratch else load_config(ModelTable(path=wishes.model))
     context = getattr(config, "max_position_embeddings", None)
     lengths = _lengths(splits, Encoder(tokenizer, format_), context, is_scratch=is_scratch)
     environment = Environment(
@@ -150,21 +156,16 @@ def _recipe_text(wishes: Wishes, splits: Splits, name: str) -> str:
     environment.filters["yaml"] = _inline
     renamed = {field: column for field, column in wishes.columns.items() if field != column}
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        wishes=wishes,
         name=name,
-        file=f"{name}.yaml",
-        model=wishes.model,
         scratch=is_scratch,
         one_thread=is_scratch
         or getattr(config, "hidden_size", SMALL_HIDDEN_SIZE + 1) <= SMALL_HIDDEN_SIZE,
-        train=wishes.data,
-        test=wishes.test,
         columns=renamed,
         splits=splits,
-        format=kind,
         instruction=instruction,
-        has_rationales=bool(learned),
+        has_rationales=has_rationales,
         lengths=lengths,
-        prompts=min(16, len(splits.train)),
     )
 
 
@@ -220,17 +221,6 @@ def _most(sizes: Sequence[int]) -> int:
 
 def _rounded(size: int) -> int:
     return -(-size // 8) * 8
-
-
-def _tokenizer(model: str, texts: Sequence[str]) -> PreTrainedTokenizerBase:
-    if model == SCRATCH:
-        if not texts:
-            raise DataError(
-                "a model trained from scratch learns from rationales, but the data has none; choose"
-                " another --model"
-            )
-        return word_tokenizer(texts)
-    return load_tokenizer(ModelTable(path=model))
 
 
 def _inline(value: Any) -> str:

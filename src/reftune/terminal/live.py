@@ -6,14 +6,19 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
-from reftune.types import Solution, Verdict
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.padding import Padding
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
-if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
 from reftune.stages.stage import Progress
 from reftune.text import clock, printable
+from reftune.types import Solution, Verdict
 
 SHOWN = (
     ("loss/sft", "loss", ".3f"),
@@ -39,8 +44,6 @@ def make_progress(*, quiet: bool = False, time_s: Callable[[], float] = time.mon
     terminal that supports this, and it prints plain lines in all other cases."""
     if quiet:
         return Progress()
-    from rich.console import Console
-
     console = Console(stderr=True)
     if console.is_terminal and not console.is_dumb_terminal:
         return RichProgress(console, time_s=time_s)
@@ -73,12 +76,12 @@ class StageView:
         ]
         if grown:
             self.num_tokens += sum(grown)
-            sums = dict(self.phase_seconds)
-            for name in metrics:
+            sums = dict(self.phase_seconds)  # a copy, because another thread may read the old one
+            for name, seconds in metrics.items():
                 if name.startswith("time/"):
                     phase = name.removeprefix("time/").removesuffix("_s")
-                    sums[phase] = sums.get(phase, 0.0) + metrics[name]
-            self.phase_seconds = sums  # a new object, because another thread may read the old one
+                    sums[phase] = sums.get(phase, 0.0) + seconds
+            self.phase_seconds = sums
         self.step = step
         self.numbers.update(metrics)
 
@@ -161,8 +164,6 @@ class RichProgress(Progress):
     solution. Each finished stage, and each stage that reaches its plateau, leaves a line."""
 
     def __init__(self, console: Console, *, time_s: Callable[[], float] = time.monotonic) -> None:
-        from rich.live import Live
-
         self._console, self._time_s = console, time_s
         self._view: StageView | None = None
         self._sample: Solution | None = None
@@ -192,12 +193,6 @@ class RichProgress(Progress):
         self._leave_line()
 
     def render(self) -> RenderableType:
-        from rich.console import Group
-        from rich.padding import Padding
-        from rich.progress_bar import ProgressBar
-        from rich.table import Table
-        from rich.text import Text
-
         view, last_sample = self._view, self._sample  # read once: another thread may end the stage
         if view is None:
             return Text("")
@@ -220,10 +215,6 @@ class RichProgress(Progress):
 def sample_panel(solution: Solution) -> RenderableType:
     """A solution with its question, verdict and reason, shortened to fit on a screen. Any markup in
     these texts is shown as text."""
-    from rich.console import Group
-    from rich.panel import Panel
-    from rich.text import Text
-
     colour = "green" if solution.graded.verdict is Verdict.CORRECT else "red"
     text = printable(solution.completion.text)[:MAX_SAMPLE_CHARACTERS]
     lines = text.splitlines()

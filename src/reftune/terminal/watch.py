@@ -6,7 +6,8 @@ from __future__ import annotations
 import fcntl
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -91,15 +92,11 @@ class Tail:
             file.seek(self._read)
             whole = file.read().rpartition(b"\n")[0]
         self._read += len(whole) + bool(whole)
-        return list(_objects(whole))
-
-
-def _objects(text: bytes) -> Iterator[dict[str, Any]]:
-    for line in text.split(b"\n"):
-        try:
-            yield json.loads(line)
-        except ValueError:  # in a shortened file, reading may begin in the middle of a line
-            continue
+        rows = []
+        for line in whole.split(b"\n"):
+            with suppress(ValueError):  # in a shortened file, reading may begin inside a line
+                rows.append(json.loads(line))
+        return rows
 
 
 def _stages(folder: Path) -> dict[str, dict[str, Any]]:
