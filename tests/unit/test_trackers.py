@@ -14,7 +14,7 @@ from reftune.errors import RecipeError
 from reftune.recipe import parse_recipe
 from reftune.stages.stage import Progress
 from reftune.terminal import trackers
-from reftune.terminal.trackers import TrackedProgress, tracked, tracker_names
+from reftune.terminal.trackers import TrackedProgress, tracked
 from reftune.types import Answer, Completion, Graded, Problem, Solution, Verdict
 
 
@@ -84,14 +84,14 @@ def test_the_recipe_names_trackers_and_a_missing_one_is_rejected(
     recipe, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(trackers, "find_spec", lambda package: package == "tensorboard")
-    assert tracker_names(recipe()) == ["tensorboard"]
-    assert tracker_names(recipe(trackers=[])) == []
+    watched, silent = tracked(Progress(), recipe()), Progress()
+    assert isinstance(watched, TrackedProgress) and watched._names == ["tensorboard"]
+    assert tracked(silent, recipe(trackers=[])) is silent
     with pytest.raises(
         RecipeError, match=r"^trackers: wandb is not installed; pip install 'reftune\[tracking\]'$"
     ):
         tracked(Progress(), recipe(trackers=["wandb"]))
     monkeypatch.setattr(trackers, "find_spec", lambda package: None)
-    silent = Progress()
     assert tracked(silent, recipe()) is silent
 
 

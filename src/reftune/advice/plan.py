@@ -347,30 +347,27 @@ def plan_text(plan: Plan) -> str:
 
 
 def _memory_text(plan: Plan) -> str:
-    names = dict.fromkeys(name for share in plan.memory.values() for name in share.parts)
-    stages = dict.fromkeys(plan.stage.values())
+    shares, all_sizes, stages = plan.memory.values(), plan.sizes.values(), set(plan.stage.values())
     many = f" × {plan.assumed['gpus']}"
-    columns = [
-        [
-            WAYS[way] + many * (way != "one"),
-            *([plan.stage[way]] if len(stages) > 1 else []),
-            *(f"{share.parts[n] / GB:.2f}" if n in share.parts else "–" for n in names),
-            f"{plan.sizes[way].tokens:,}",
-            f"{plan.sizes[way].rows:,}",
-            f"{share.peak / GB:.2f}",
-            share.busiest,
-            "yes" if share.fits else "no",
-        ]
-        for way, share in plan.memory.items()
-    ]
-    labels = [f"GB per GPU, stage {plan.stage['one']}"]
+    ways = [WAYS[way] + many * (way != "one") for way in plan.memory]
     if len(stages) > 1:
-        labels = ["GB per GPU", "stage"]
-    labels += [*names, "micro-batch, tokens", "decoded at once, rows", "peak", "reached in", "fits"]
+        table = {"GB per GPU": ways, "stage": list(plan.stage.values())}
+    else:
+        table = {f"GB per GPU, stage {plan.stage['one']}": ways}
+    for name in dict.fromkeys(name for share in shares for name in share.parts):
+        found = (share.parts.get(name) for share in shares)
+        table[name] = ["–" if size is None else f"{size / GB:.2f}" for size in found]
+    table |= {
+        "micro-batch, tokens": [f"{sizes.tokens:,}" for sizes in all_sizes],
+        "decoded at once, rows": [f"{sizes.rows:,}" for sizes in all_sizes],
+        "peak": [f"{share.peak / GB:.2f}" for share in shares],
+        "reached in": [share.busiest for share in shares],
+        "fits": ["yes" if share.fits else "no" for share in shares],
+    }
     width = max(12, 2 + max(map(len, stages)))
     return "\n".join(
         f"{label:<24}" + "".join(f"{cell:>{width}}" for cell in cells)
-        for label, *cells in zip(labels, *columns, strict=True)
+        for label, cells in table.items()
     )
 
 

@@ -256,13 +256,11 @@ def init(
         for field, name in columns.items()
     )
     say(f"columns: {', '.join(spelled)}")
-    if model is None:
-        asked = "Model (a Hub id, a folder, smollm2-135m or scratch)"
-        model = _ask(asked, "smollm2-135m", flag="--model")
-    kind: str | None = form
-    if kind is None:
-        guess = guess_format(data, columns)
-        kind = _ask("Format (nl or program)", guess, flag="--format", accept=_format_kind)
+    asked = "Model (a Hub id, a folder, smollm2-135m or scratch)"
+    model = model or _ask(asked, "smollm2-135m", flag="--model")
+    kind = form or _ask(
+        "Format (nl or program)", guess_format(data, columns), flag="--format", accept=_format_kind
+    )
     wishes = Wishes(data=data, model=model, format=kind, test=test, columns=columns)
     written = out or default_out(data)
     splits = write_recipe(wishes, written)
@@ -379,8 +377,7 @@ def watch(run_folder: RunFolderPath) -> None:
     stop the run."""
     from reftune.results import table_command
     from reftune.terminal.live import make_progress
-    from reftune.terminal.watch import RunClock
-    from reftune.terminal.watch import watch as follow
+    from reftune.terminal.watch import RunClock, follow
 
     clock = RunClock()
     progress = make_progress(time_s=clock)

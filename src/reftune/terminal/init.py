@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -149,7 +150,9 @@ def _recipe_text(wishes: Wishes, splits: Splits, name: str) -> str:
         chat = {"kind": kind, "style": "chat", "instruction": instruction}
         format_ = load_component(chat, group="formats")
     context = getattr(config, "max_position_embeddings", None)
-    lengths = _lengths(splits, Encoder(tokenizer, format_), context, is_scratch=is_scratch)
+    max_new, context, drops = _lengths(
+        splits, Encoder(tokenizer, format_), context, is_scratch=is_scratch
+    )
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
@@ -159,35 +162,23 @@ def _recipe_text(wishes: Wishes, splits: Splits, name: str) -> str:
         wishes=wishes,
         name=name,
         scratch=is_scratch,
-        one_thread=is_scratch
-        or getattr(config, "hidden_size", SMALL_HIDDEN_SIZE + 1) <= SMALL_HIDDEN_SIZE,
+        one_thread=is_scratch or getattr(config, "hidden_size", math.inf) <= SMALL_HIDDEN_SIZE,
         columns=renamed,
         splits=splits,
         instruction=instruction,
         has_rationales=has_rationales,
-        lengths=lengths,
+        max_new=max_new,
+        context=context,
+        drops=drops,
     )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Lengths:
-    """Lengths in tokens."""
-
-    max_new: int
-    context: int
-    """Context length, used only for a model trained from scratch."""
-    drops: bool
-    """Whether some prompts are too long and are dropped."""
 
 
 def _lengths(
     splits: Splits, encoder: Encoder, context: int | None, *, is_scratch: bool
-) -> _Lengths:
-    """Limits that nearly all prompts and solutions meet. A prompt and a solution together fit in
-    `context` tokens.
-
-    Raises: ModelError if too many prompts are too long.
-    """
+) -> tuple[int, int | None, bool]:
+    """Limits that nearly all prompts and solutions meet. Returns: the maximum number of tokens in a
+    solution, the context in which it fits together with a prompt, and whether some prompts are too
+    long. Raises: ModelError if too many prompts are too long."""
     prompts = sorted(
         len(encoder.prompt(problem)) for problem in (*splits.train, *splits.dev, *splits.test)
     )
@@ -204,13 +195,13 @@ def _lengths(
         if context is not None and longest + max_new > context:
             wanted = _rounded(_most(targets)) if targets else LEAST_MAX_NEW
             max_new = max(wanted, min(max_new, context - longest))
-    room = 10**9 if context is None else context - max_new
+    room = math.inf if context is None else context - max_new
     if _most(prompts) > room:
         raise ModelError(
             f"the model's context of {context} tokens is too short for this data: a solution takes"
             f" {max_new}, and at least a tenth of the prompts take more than {max(0, room)}"
         )
-    return _Lengths(max_new=max_new, context=context or 0, drops=prompts[-1] > room)
+    return max_new, context, prompts[-1] > room
 
 
 def _most(sizes: Sequence[int]) -> int:

@@ -35,9 +35,8 @@ _Row = tuple[Any, Problem, str]
 def score_file(
     file: Path, kind: Literal["nl", "program"], *, grading: str = "robust"
 ) -> Iterator[dict[str, Any]]:
-    """Grade a file of completions with the format `kind`; see `score_lines`. Raises: DataError if a
-    line cannot be read; RecipeError if the grading is unknown. Both are raised before anything is
-    graded."""
+    """Grade a file of completions with the format `kind`; see `score_lines`. Raises: as
+    `score_lines`; also RecipeError if the grading is unknown."""
     try:
         format = Nl(grading=grading) if kind == "nl" else Program(grading=grading)
     except ValidationError as error:
@@ -49,8 +48,7 @@ def score_file(
 
 def score_as_recipe(file: Path, recipe: Recipe) -> Iterator[dict[str, Any]]:
     """Grade a file of completions with a recipe's format, chat template, answer kind, sandbox,
-    limits and reward; see `score_lines`. Raises: DataError, before anything is graded, if a line
-    cannot be read; RewardError if the reward fails."""
+    limits and reward. Raises: as `score_lines`; also RewardError if the reward fails."""
     from reftune.stages.rollouts import rewards_of
 
     return score_lines(

@@ -27,22 +27,18 @@ PROJECT = "reftune"
 
 
 def tracked(progress: Progress, recipe: Recipe) -> Progress:
-    """A view that forwards events to `progress` and also logs them to the recipe's trackers. If
-    there are no trackers, the result is `progress` itself. Raises: the errors of
-    `tracker_names`."""
-    names = tracker_names(recipe) if is_main() else []
-    return TrackedProgress(progress, names, recipe) if names else progress
-
-
-def tracker_names(recipe: Recipe) -> list[TrackerName]:
-    """The trackers that the recipe names or, by default, TensorBoard if it is installed. Raises:
-    RecipeError if a named tracker is not installed."""
-    if recipe.trackers is None:
-        return ["tensorboard"] if find_spec("tensorboard") else []
-    for name in recipe.trackers:
+    """A view that forwards events to `progress` and also logs them to the trackers that the recipe
+    names or, by default, to TensorBoard if it is installed. If there are no trackers, the result is
+    `progress` itself. Raises: RecipeError if a named tracker is not installed."""
+    names = recipe.trackers
+    if names is None:
+        names = ["tensorboard"] if find_spec("tensorboard") else []
+    if not (names and is_main()):
+        return progress
+    for name in names:
         if not find_spec(name):
             raise RecipeError(f"trackers: {name} is not installed; pip install 'reftune[tracking]'")
-    return recipe.trackers
+    return TrackedProgress(progress, names, recipe)
 
 
 class TrackedProgress(Progress):
@@ -111,12 +107,12 @@ class TrackedProgress(Progress):
     def _tell(self, act: Callable[[GeneralTracker], None]) -> None:
         """Call `act` with every tracker. A tracker that fails is dropped, because the run does not
         depend on it."""
-        for tracker in list(self._trackers or ()):
+        trackers = self._trackers or []
+        for tracker in list(trackers):
             try:
                 act(tracker)
             except Exception as error:  # noqa: BLE001  a service may fail in any way
-                assert self._trackers is not None
-                self._trackers.remove(tracker)
+                trackers.remove(tracker)
                 self.note(f"{tracker.name}: {_reason(error)}; the run continues without it")
 
 

@@ -32,7 +32,7 @@ class RunClock:
         return time.time() if self.row_s is None else self.row_s
 
 
-def watch(
+def follow(
     folder: Path, progress: Progress, clock: RunClock, *, wait: Callable[[float], None] = time.sleep
 ) -> bool:
     """Report the run's past and present events to `progress` until no process is working on the
@@ -102,10 +102,8 @@ class Tail:
 def _stages(folder: Path) -> dict[str, dict[str, Any]]:
     try:
         recipe = yaml.safe_load(RunFolder(folder).recipe.read_text(encoding="utf-8"))
-        return {
-            name: spec if isinstance(spec, dict) else {} for name, spec in recipe["stages"].items()
-        }
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError, AttributeError):
+        return dict(recipe["stages"])
+    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError):
         raise DataError(f"{folder}: not a run folder: it has no recipe.yaml with stages") from None
 
 

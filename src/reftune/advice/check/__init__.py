@@ -45,11 +45,10 @@ def check_recipe(recipe: Recipe) -> CheckReport:
     check_stage_graph(recipe)
     recipe = settled(recipe)
     splits = load_splits(recipe)
-    folder_problem = data.run_folder_problem(recipe, splits)
-    method = _starting_method(recipe, is_own=not folder_problem)
+    method = _starting_method(recipe, splits)
     with threads_of(recipe):
         policy = Models(recipe, splits).load(method, trained=True)
-        subject = subject_of(recipe, splits, policy, method, folder_problem)
+        subject = subject_of(recipe, splits, policy, method)
         findings = _findings(subject, CHECKS)
         if not any(finding.level == "fail" and finding.name in UNSAFE for finding in findings):
             findings += _findings(subject, MODEL_CHECKS)
@@ -128,11 +127,11 @@ def _findings(subject: Subject, checks: Mapping[str, Check]) -> list[Finding]:
     return findings
 
 
-def _starting_method(recipe: Recipe, *, is_own: bool) -> str:
-    folder = RunFolder(recipe.folder)
+def _starting_method(recipe: Recipe, splits: Splits) -> str:
+    folder, is_own = RunFolder(recipe.folder), not data.run_folder_problem(recipe, splits)
     inits = rl_inits(recipe)
-    trained = [m for m in inits if (is_own and folder.stage(m).is_done) or is_model_folder(m)]
-    return trained[0] if trained else "base"
+    trained = (m for m in inits if (is_own and folder.stage(m).is_done) or is_model_folder(m))
+    return next(trained, "base")
 
 
 def _refuse_unknown_waivers(names: Sequence[str]) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from statistics import fmean
 
 from reftune.advice.check.report import Finding, fail, ok, warn
-from reftune.advice.check.subject import Row, Subject, learns_from_rationales
+from reftune.advice.check.subject import Row, Subject
 from reftune.datasets import Dataset, Splits
 from reftune.datasets.mixture import Mixture
 from reftune.datasets.reading.splits import dropped_text
@@ -17,7 +17,7 @@ from reftune.errors import CheckpointError, DataError, RecipeError
 from reftune.grading.formats import grades_of
 from reftune.grading.formats.nl import DEFINITION, Nl
 from reftune.grading.formats.program import Program, programs_in
-from reftune.grading.perturbed import PRINTED, Perturbed, right_solutions, wrong_solutions
+from reftune.grading.perturbed import PRINTED, right_solutions, wrong_solutions
 from reftune.grading.sandbox import Sandbox, SandboxLimits
 from reftune.grading.sandbox.gaps import gap, missing_package
 from reftune.recipe import Recipe
@@ -34,7 +34,6 @@ from reftune.types import ANY_ANSWER, Answer, Completion, Graded, Problem, Verdi
 
 Written = tuple[Problem, str]
 """A problem and the text of a solution."""
-Variant = tuple[Problem, Perturbed]
 SMALL_DEV = 100
 """With fewer dev problems than this, the choice of a model is mostly luck: at 50% accuracy, the 95%
 interval is about ± 10 percentage points or wider."""
@@ -46,9 +45,10 @@ MAX_FALSE_POSITIVES = 0.05
 
 def check_run_folder(subject: Subject) -> Finding:
     """Check that the run folder is new, or belongs to this recipe and these problems."""
-    if not subject.folder_problem:
+    problem = run_folder_problem(subject.recipe, subject.splits)
+    if not problem:
         return ok(str(subject.recipe.folder))
-    message, _, remedy = subject.folder_problem.partition("; ")
+    message, _, remedy = problem.partition("; ")
     return fail(message, remedy or "choose another run_dir")
 
 
@@ -74,7 +74,7 @@ def check_splits(subject: Subject) -> Finding:
         f"{counted(len(subject.rows), 'train row')} with a rationale; "
         f"dropped: {dropped_text(splits.counts)}"
     )
-    if not subject.rows and learns_from_rationales(subject):
+    if not subject.rows and subject.learns_from_rationales:
         return fail(message, "supervised stages need rationales")
     if not splits.test and subject.recipe.evaluate.split == "test":
         return fail(message, "add test problems, or set evaluate.split=dev")
@@ -135,8 +135,8 @@ def check_sandbox(subject: Subject) -> Finding:
     format = subject.recipe.format
     if not isinstance(format, Program):
         return ok("no programs are run")
-    programs = [programs_in(row.target)[:1] for row in subject.rows]
-    sources = list(dict.fromkeys(source for group in programs for source in group))
+    firsts = (source for row in subject.rows for source in programs_in(row.target)[:1])
+    sources = list(dict.fromkeys(firsts))
     limits = SandboxLimits(timeout_s=format.timeout_s, memory_mib=format.memory_mib)
     with Sandbox(limits, backend="monty") as monty:
         results = monty.run(sources)
@@ -242,16 +242,14 @@ def check_reward_errors(subject: Subject) -> Finding:
     negatives). The threshold between low and high is halfway between the mean reward of gold
     solutions and the mean reward of empty completions. Raises: RewardError if the reward fails."""
     rows = [row for row in subject.rows[:NUM_REWARDED] if row.problem.scorer is None]
-    reads_prints = getattr(subject.recipe.format, "scripts", "") == "read"
     decimal = getattr(subject.recipe.format, "gold_decimal", ".")
-
-    def variants(change: Callable[[Problem, str, str], Iterable[Perturbed]]) -> list[Variant]:
-        return [(row.problem, x) for row in rows for x in change(row.problem, row.target, decimal)]
-
-    wrong = [
-        (p, x) for p, x in variants(wrong_solutions) if not (x.kind == PRINTED and reads_prints)
-    ]
-    changed = {"positive": wrong, "negative": variants(right_solutions)}
+    wrong, right = (
+        [(row.problem, x) for row in rows for x in change(row.problem, row.target, decimal)]
+        for change in (wrong_solutions, right_solutions)
+    )
+    if getattr(subject.recipe.format, "scripts", "") == "read":
+        wrong = [(problem, x) for problem, x in wrong if x.kind != PRINTED]
+    changed = {"positive": wrong, "negative": right}
     if not any(changed.values()):
         return ok("no gold solution has a variant that is certainly right or certainly wrong")
     gold = fmean(_rewards(subject, [(row.problem, row.target) for row in rows]))

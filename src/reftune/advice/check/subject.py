@@ -49,8 +49,6 @@ class Subject:
     method: str
     """The method whose weights `policy` has: the first trained method that RL starts from, or
     `base` if there is no such method."""
-    folder_problem: str = ""
-    """Why a run could not use the recipe's run folder. Empty if a run could use the folder."""
 
     @property
     def encoder(self) -> Encoder:
@@ -59,6 +57,11 @@ class Subject:
     @property
     def problems(self) -> list[Problem]:
         return [*self.splits.train, *self.splits.dev, *self.splits.test]
+
+    @property
+    def learns_from_rationales(self) -> bool:
+        """Whether any stage of the recipe needs gold rationales."""
+        return any(stage.reads_rationales for stage in self.recipe.stages.values())
 
     @property
     def prompt_limit(self) -> float:
@@ -74,9 +77,7 @@ class Subject:
         }
 
 
-def subject_of(
-    recipe: Recipe, splits: Splits, policy: Policy, method: str = "base", folder_problem: str = ""
-) -> Subject:
+def subject_of(recipe: Recipe, splits: Splits, policy: Policy, method: str = "base") -> Subject:
     """The subject for a check with `policy`, which has the weights of `method`."""
     collector = collector_of(recipe, policy)
     encoder = collector.encoder
@@ -105,7 +106,6 @@ def subject_of(
         rows=rows,
         prompts=prompts,
         method=method,
-        folder_problem=folder_problem,
     )
 
 
@@ -130,11 +130,6 @@ def preview_of(subject: Subject) -> Preview:
         prompt_tokens=pieces(prompt_ids),
         target_tokens=pieces(target_ids),
     )
-
-
-def learns_from_rationales(subject: Subject) -> bool:
-    """Whether any stage of the recipe needs gold rationales."""
-    return any(stage.reads_rationales for stage in subject.recipe.stages.values())
 
 
 def rl_inits(recipe: Recipe) -> list[str]:

@@ -7,7 +7,7 @@ from collections import Counter
 from typing import Any
 
 from reftune.advice.check.report import Finding, fail, ok, warn
-from reftune.advice.check.subject import Row, Subject, learns_from_rationales, share, spread
+from reftune.advice.check.subject import Row, Subject, share, spread
 from reftune.model.chat import PROBE
 from reftune.model.encoder import bos_of
 from reftune.text import counted
@@ -42,7 +42,7 @@ def check_boundary(subject: Subject) -> Finding:
     if not moved:
         return ok(message)
     message += f"; {share(moved, rows)} of the rows would get different tokens if encoded jointly"
-    if learns_from_rationales(subject):
+    if subject.learns_from_rationales:
         return ok(message)
     return warn(message, "no supervised stage teaches the model this split")
 
