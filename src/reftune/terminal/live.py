@@ -34,6 +34,7 @@ SHOWN = (
 """Metric, label and number format, in the order in which the numbers are shown. Metrics that a
 stage does not log are left out."""
 
+LINE_EVERY_S = 5.0
 TOKEN_COUNTS = ("compute/train_tokens", "compute/sampled_tokens")
 MAX_SAMPLE_LINES = 14
 MAX_SAMPLE_CHARACTERS = 1200
@@ -115,16 +116,12 @@ class StageView:
 
 
 class LineProgress(Progress):
-    """Prints a plain line every few seconds, and a last line at the end of each stage."""
+    """Prints a plain line every `LINE_EVERY_S`, and a last line at the end of each stage."""
 
     def __init__(
-        self,
-        stream: TextIO | None = None,
-        *,
-        every_s: float = 5.0,
-        time_s: Callable[[], float] = time.monotonic,
+        self, stream: TextIO | None = None, *, time_s: Callable[[], float] = time.monotonic
     ) -> None:
-        self._stream, self._every_s, self._time_s = stream, every_s, time_s
+        self._stream, self._time_s = stream, time_s
         self._view: StageView | None = None
         self._last_s = float("-inf")
         self._pending = False
@@ -138,7 +135,7 @@ class LineProgress(Progress):
         assert self._view is not None, "step before stage"
         self._view.update(step, metrics)
         self._pending = True
-        if self._time_s() - self._last_s >= self._every_s:
+        if self._time_s() - self._last_s >= LINE_EVERY_S:
             self._print_view()
 
     def note(self, message: str) -> None:
