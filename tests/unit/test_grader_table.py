@@ -23,7 +23,7 @@ ROWS = [json.loads(line) for line in TABLE.read_text(encoding="utf-8").splitline
 def test_the_grader_agrees_with_every_hand_given_verdict(kind: Literal["nl", "program"]) -> None:
     rows = [{**row, "id": number} for number, row in enumerate(ROWS, 1) if row["format"] == kind]
     format = Nl() if kind == "nl" else Program()
-    scored = score_lines(map(json.dumps, rows), format, Outcome(), where=TABLE.name)
+    scored = score_lines(map(json.dumps, rows), format.grade, Outcome(), where=TABLE.name)
     disagreements = [
         f"line {row['id']}: {row['completion'][:60]!r}: expected {row['verdict']}, got"
         f" {result['verdict']}: {result['reason']}"

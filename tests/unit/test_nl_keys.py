@@ -200,7 +200,7 @@ def test_run_on_text_begins_where_the_recipe_says() -> None:
 
 def score(row: dict[str, Any], **keys: Any) -> str:
     fields = {key: row[key] for key in ("id", "completion", "answer", "choices") if key in row}
-    lines = score_lines([json.dumps(fields)], Nl(**keys), Outcome(), where="cases")
+    lines = score_lines([json.dumps(fields)], Nl(**keys).grade, Outcome(), where="cases")
     return str(next(iter(lines))["verdict"])
 
 

@@ -35,7 +35,7 @@ def solution(text: str) -> Solution:
 
 def test_lines_come_every_few_seconds_and_at_the_end_of_a_stage():
     stream, clock = StringIO(), Clock()
-    progress = LineProgress(stream, every_s=5, time_s=clock)
+    progress = LineProgress(stream, time_s=clock)
     progress.stage("sft", total_steps=100)
     for step in range(
         1, 9

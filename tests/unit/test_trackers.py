@@ -14,7 +14,7 @@ from reftune.errors import RecipeError
 from reftune.recipe import parse_recipe
 from reftune.stages.stage import Progress
 from reftune.terminal import trackers
-from reftune.terminal.trackers import TrackedProgress, tracked, tracker_names
+from reftune.terminal.trackers import TrackedProgress, tracked
 from reftune.types import Answer, Completion, Graded, Problem, Solution, Verdict
 
 
@@ -83,15 +83,15 @@ def test_trackio_gets_them_offline(recipe, tmp_path: Path, monkeypatch: pytest.M
 def test_the_recipe_names_trackers_and_a_missing_one_is_rejected(
     recipe, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(trackers, "is_installed", lambda package: package == "tensorboard")
-    assert tracker_names(recipe()) == ["tensorboard"]
-    assert tracker_names(recipe(trackers=[])) == []
+    monkeypatch.setattr(trackers, "find_spec", lambda package: package == "tensorboard")
+    watched, silent = tracked(Progress(), recipe()), Progress()
+    assert isinstance(watched, TrackedProgress) and watched._names == ["tensorboard"]
+    assert tracked(silent, recipe(trackers=[])) is silent
     with pytest.raises(
         RecipeError, match=r"^trackers: wandb is not installed; pip install 'reftune\[tracking\]'$"
     ):
         tracked(Progress(), recipe(trackers=["wandb"]))
-    monkeypatch.setattr(trackers, "is_installed", lambda package: False)
-    silent = Progress()
+    monkeypatch.setattr(trackers, "find_spec", lambda package: None)
     assert tracked(silent, recipe()) is silent
 
 

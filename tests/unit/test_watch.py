@@ -9,7 +9,7 @@ import pytest
 
 from reftune.errors import DataError
 from reftune.terminal.live import LineProgress
-from reftune.terminal.watch import RunClock, Tail, is_alive, watch
+from reftune.terminal.watch import RunClock, Tail, follow, is_alive
 
 RECIPE = "name: x\nstages:\n  sft: {kind: sft, epochs: 4}\n  reft: {kind: rl, steps: 3}\n"
 
@@ -74,7 +74,7 @@ def test_a_finished_run_is_told_from_its_files(run: Path):
     write(run / "stages" / "reft" / "samples.jsonl", {**sample, "completion": "7"}, sample)
     (run / "summary.json").write_text("{}")
     told = Told()
-    assert watch(run, told, RunClock())
+    assert follow(run, told, RunClock())
     *calls, (kind, step, [solution]) = told.calls
     assert calls == [
         ("stage", "sft", 20, 5),
@@ -108,7 +108,7 @@ def test_it_follows_a_run_until_its_process_is_gone(run: Path):
                 file.write('ep": 3, "time": 103.0}\n')
             lock.close()
 
-    assert not watch(run, told, RunClock(), wait=wait)
+    assert not follow(run, told, RunClock(), wait=wait)
     assert [call[1] for call in told.calls if call[0] == "step"] == [1, 2, 3]
     assert len(waits) == 2
 
@@ -117,7 +117,7 @@ def test_the_clock_of_a_run_that_is_over_is_the_runs_own(run: Path):
     write(run / "metrics.jsonl", sft(1), sft(20))
     stream, clock = StringIO(), RunClock()
     progress = LineProgress(stream, time_s=clock)
-    watch(run, progress, clock)
+    follow(run, progress, clock)
     progress.close()
     assert stream.getvalue().splitlines()[-1] == "sft  20/20  0:19  loss 0.050"  # times 101 and 120
 
@@ -135,5 +135,5 @@ def test_a_file_that_was_cut_back_goes_on_from_its_end(tmp_path: Path):
 
 def test_a_folder_that_is_no_run_folder_is_rejected(tmp_path: Path):
     with pytest.raises(DataError, match=r"not a run folder: it has no recipe\.yaml with stages"):
-        watch(tmp_path, Told(), RunClock())
+        follow(tmp_path, Told(), RunClock())
     assert not is_alive(tmp_path)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from reftune.datasets import Splits
 from reftune.text import printable
-from reftune.types import ANY_ANSWER, Problem
+from reftune.types import ANY_ANSWER
 
 NUM_EXAMPLES = 3
 MOST_CHARS = 40
@@ -33,33 +33,27 @@ class GoldKind:
 
 def gold_kinds(splits: Splits) -> tuple[GoldKind, ...]:
     """The kinds of gold answer in all splits, the most frequent first."""
-    by_kind: dict[str, list[Problem]] = {}
+    by_kind: dict[str, list[GoldExample]] = {}
     for problem in (*splits.train, *splits.dev, *splits.test):
         if problem.answer != ANY_ANSWER:
-            by_kind.setdefault(problem.answer.kind, []).append(problem)
-    kinds = [
-        GoldKind(kind=kind, count=len(problems), examples=_examples(problems))
-        for kind, problems in by_kind.items()
-    ]
+            gold = GoldExample(raw=problem.written_answer, read=str(problem.answer))
+            by_kind.setdefault(problem.answer.kind, []).append(gold)
+    kinds = []
+    for kind, golds in by_kind.items():
+        changed_first = sorted(dict.fromkeys(golds), key=lambda gold: gold.raw == gold.read)
+        examples = tuple(changed_first[:NUM_EXAMPLES])
+        kinds.append(GoldKind(kind=kind, count=len(golds), examples=examples))
     return tuple(sorted(kinds, key=lambda kind: -kind.count))
 
 
 def golds_text(kinds: Sequence[GoldKind]) -> str:
     """One line per kind, with the number of answers of this kind and some examples, such as
     `golds  number 36: 1,234 → 1234, …`."""
-    return printable("\n".join(f"golds  {_line(kind)}" for kind in kinds))
-
-
-def _examples(problems: Sequence[Problem]) -> tuple[GoldExample, ...]:
-    seen = dict.fromkeys(
-        GoldExample(raw=problem.written_answer, read=str(problem.answer)) for problem in problems
-    )
-    return tuple(sorted(seen, key=lambda gold: gold.raw == gold.read)[:NUM_EXAMPLES])
-
-
-def _line(kind: GoldKind) -> str:
-    examples = [f"{_short(gold.raw)} → {_short(gold.read)}" for gold in kind.examples]
-    return f"{kind.kind} {kind.count}: {', '.join(examples)}"
+    lines = []
+    for kind in kinds:
+        examples = [f"{_short(gold.raw)} → {_short(gold.read)}" for gold in kind.examples]
+        lines.append(f"golds  {kind.kind} {kind.count}: {', '.join(examples)}")
+    return printable("\n".join(lines))
 
 
 def _short(text: str) -> str:

@@ -70,11 +70,6 @@ class Hardware:
         """Bytes per second of the slowest link that a collective operation uses."""
         return self.gpu.link if self.gpus <= NODE else NETWORK
 
-    def rate(self, dtype: str) -> float:
-        """FLOP/s that one GPU is assumed to reach."""
-        peak: float = getattr(self.gpu, dtype)
-        return peak * self.mfu
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Phase:
@@ -166,7 +161,6 @@ def make_plan(
         recipe = recipe.model_copy(update={"lengths": lengths})
     texts = scratch_texts(recipe.format, load_splits(recipe)) if recipe.model.scratch else ()
     outline = outline_of(recipe.model, texts, device="cuda")
-
     made = estimates(recipe, outline, prompt=prompt)
 
     def planner(name: str, way: Sharding) -> Planner:
@@ -230,7 +224,9 @@ class Planner:
 
     @property
     def rate(self) -> float:
-        return self.hardware.rate(self.estimate.recipe.model.dtype)
+        """FLOP/s that one GPU is assumed to reach."""
+        peak: float = getattr(self.hardware.gpu, self.estimate.recipe.model.dtype)
+        return peak * self.hardware.mfu
 
     def flops(self, *, backward: bool) -> float:
         """FLOPs of a pass over one sequence, counted by tracing the model; twice as many if the
@@ -299,12 +295,12 @@ class Planner:
         sums gradients after the passes; FSDP2 moves weights and gradients during them."""
         compute_s = self.flops(backward=True) / gpus / self.rate
         exchange_s = self.communication(gpus) / self.estimate.cost.batch
-        bound = (
-            ARITHMETIC if compute_s >= exchange_s else "moving weights and gradients between GPUs"
-        )
+        moving = "moving weights and gradients between GPUs"
         is_beside = self.estimate.sharding == "fsdp2"
-        seconds = max(compute_s, exchange_s) if is_beside else compute_s + exchange_s
-        return Phase(seconds=seconds, bound=bound)
+        return Phase(
+            seconds=max(compute_s, exchange_s) if is_beside else compute_s + exchange_s,
+            bound=ARITHMETIC if compute_s >= exchange_s else moving,
+        )
 
     def communication(self, gpus: int) -> float:
         """Seconds spent moving data in one pass over the batch. DDP sums gradients once. For each
@@ -351,30 +347,27 @@ def plan_text(plan: Plan) -> str:
 
 
 def _memory_text(plan: Plan) -> str:
-    names = dict.fromkeys(name for share in plan.memory.values() for name in share.parts)
-    stages = dict.fromkeys(plan.stage.values())
+    shares, all_sizes, stages = plan.memory.values(), plan.sizes.values(), set(plan.stage.values())
     many = f" × {plan.assumed['gpus']}"
-    columns = [
-        [
-            WAYS[way] + many * (way != "one"),
-            *([plan.stage[way]] if len(stages) > 1 else []),
-            *(f"{share.parts[n] / GB:.2f}" if n in share.parts else "–" for n in names),
-            f"{plan.sizes[way].tokens:,}",
-            f"{plan.sizes[way].rows:,}",
-            f"{share.peak / GB:.2f}",
-            share.busiest,
-            "yes" if share.fits else "no",
-        ]
-        for way, share in plan.memory.items()
-    ]
-    labels = [f"GB per GPU, stage {plan.stage['one']}"]
+    ways = [WAYS[way] + many * (way != "one") for way in plan.memory]
     if len(stages) > 1:
-        labels = ["GB per GPU", "stage"]
-    labels += [*names, "micro-batch, tokens", "decoded at once, rows", "peak", "reached in", "fits"]
+        table = {"GB per GPU": ways, "stage": list(plan.stage.values())}
+    else:
+        table = {f"GB per GPU, stage {plan.stage['one']}": ways}
+    for name in dict.fromkeys(name for share in shares for name in share.parts):
+        found = (share.parts.get(name) for share in shares)
+        table[name] = ["–" if size is None else f"{size / GB:.2f}" for size in found]
+    table |= {
+        "micro-batch, tokens": [f"{sizes.tokens:,}" for sizes in all_sizes],
+        "decoded at once, rows": [f"{sizes.rows:,}" for sizes in all_sizes],
+        "peak": [f"{share.peak / GB:.2f}" for share in shares],
+        "reached in": [share.busiest for share in shares],
+        "fits": ["yes" if share.fits else "no" for share in shares],
+    }
     width = max(12, 2 + max(map(len, stages)))
     return "\n".join(
         f"{label:<24}" + "".join(f"{cell:>{width}}" for cell in cells)
-        for label, *cells in zip(labels, *columns, strict=True)
+        for label, cells in table.items()
     )
 
 
@@ -383,13 +376,12 @@ def _step_text(plan: Plan, name: str, step: Step) -> str:
     rows = [(phase, f"{found.seconds:.3g} s", found.bound) for phase, found in step.phases.items()]
     rows.append(("all", f"{step.seconds:.3g} s", f"bottleneck: {step.bottleneck}"))
     if name in plan.split:
-        found = plan.split[name]
-        sampling, training = found["sampling_gpus"], found["training_gpus"]
-        who = (
-            f"{counted(sampling, 'GPU')} sample{'s' * (sampling == 1)} and {training}"
-            f" train{'s' * (training == 1)}"
+        seconds, sampling, training = (
+            plan.split[name][key] for key in ("seconds", "sampling_gpus", "training_gpus")
         )
-        rows.append(("split", f"{found['seconds']:.3g} s", f"{who}, in turn"))
+        samplers = f"{counted(sampling, 'GPU')} sample{'s' * (sampling == 1)}"
+        trainers = f"{training} train{'s' * (training == 1)}"
+        rows.append(("split", f"{seconds:.3g} s", f"{samplers} and {trainers}, in turn"))
     hours = f"{step.stage_seconds / 3600:,.1f} h"
     rows.append(("stage", hours, f"{counted(round(step.steps), 'step')}, without dev evaluations"))
     lines = [f"  {label:<10}{time:>11}   {note}" for label, time, note in rows]

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from typer import Argument, Option
 
 from reftune import __version__
 from reftune.errors import NonFiniteError, ProcessError, RecipeError, ReftuneError
@@ -50,26 +51,24 @@ app = typer.Typer(
 
 RecipeName = Annotated[
     str,
-    typer.Argument(
+    Argument(
         metavar="RECIPE",
         help="A YAML file, a run folder, or a shipped recipe such as demo/demo.yaml.",
     ),
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(
+    Argument(
         metavar="[KEY=VALUE]...", help="Recipe keys to change, such as stages.reft.steps=100."
     ),
 ]
 RunFolders = Annotated[
-    list[Path], typer.Argument(metavar="RUN...", help="Run folders, such as runs/demo.")
+    list[Path], Argument(metavar="RUN...", help="Run folders, such as runs/demo.")
 ]
-RunFolderPath = Annotated[
-    Path, typer.Argument(metavar="RUN", help="A run folder, such as runs/demo.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
-Method = Annotated[str, typer.Option(help="The stage or snapshot whose model is used.")]
+RunFolderPath = Annotated[Path, Argument(metavar="RUN", help="A run folder, such as runs/demo.")]
+AsJson = Annotated[bool, Option("--json", help="Print one JSON document on stdout.")]
+Quiet = Annotated[bool, Option("--quiet", "-q", help="Show no progress.")]
+Method = Annotated[str, Option(help="The stage or snapshot whose model is used.")]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -107,7 +106,7 @@ def show(document: Any) -> None:
 @app.callback()
 def _settings(
     context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    version: Annotated[bool, Option("--version", help="Print the version.")] = False,
 ) -> None:
     if version or context.invoked_subcommand is None:
         print(__version__ if version else context.get_help())
@@ -214,34 +213,31 @@ def _watched(recipe: Recipe, *, quiet: bool) -> Iterator[Progress]:
 @app.command()
 def init(
     data: Annotated[
-        str | None, typer.Option(help="Training questions: a file, a folder or a Hub id.")
+        str | None, Option(help="Training questions: a file, a folder or a Hub id.")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="A Hub id, a folder, smollm2-135m, or scratch (a new model).")
+        str | None, Option(help="A Hub id, a folder, smollm2-135m, or scratch (a new model).")
     ] = None,
     form: Annotated[
         Literal["nl", "program"] | None,
-        typer.Option("--format", help="Whether solutions are text (nl) or programs."),
+        Option("--format", help="Whether solutions are text (nl) or programs."),
     ] = None,
     test: Annotated[
-        str | None, typer.Option(help="Test questions. Default: the test split of --data, if any.")
+        str | None, Option(help="Test questions. Default: the test split of --data, if any.")
     ] = None,
     question: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             metavar="COLUMN",
             help="The question's column, if not recognised. Repeat the option to join columns.",
         ),
     ] = None,
-    answer: Annotated[
-        str | None, typer.Option(metavar="COLUMN", help="The answer's column.")
-    ] = None,
+    answer: Annotated[str | None, Option(metavar="COLUMN", help="The answer's column.")] = None,
     rationale: Annotated[
-        str | None, typer.Option(metavar="COLUMN", help="The rationale's column.")
+        str | None, Option(metavar="COLUMN", help="The rationale's column.")
     ] = None,
     out: Annotated[
-        Path | None,
-        typer.Option(help="The new recipe's path. Default: the name of --data, with .yaml."),
+        Path | None, Option(help="The new recipe's path. Default: the name of --data, with .yaml.")
     ] = None,
 ) -> None:
     """Write a commented recipe for your own data, and print the recipe's path. The command asks
@@ -251,32 +247,21 @@ def init(
 
     if data is None:
         data = _ask("Training questions (a file, a folder or a Hub id)", None, flag="--data")
-    asked = question[0] if question and len(question) == 1 else question or None
-    named = {"question": asked, "answer": answer, "rationale": rationale}
-    columns = guess_columns(
-        data, {field: column for field, column in named.items() if column is not None}
-    ).named
-    spelled = {
-        field: " + ".join(name) if isinstance(name, list) else name
+    joined = question[0] if question and len(question) == 1 else question or None
+    options = {"question": joined, "answer": answer, "rationale": rationale}
+    named = {field: column for field, column in options.items() if column is not None}
+    columns = guess_columns(data, named).named
+    spelled = (
+        f"{field} is {' + '.join(name) if isinstance(name, list) else name}"
         for field, name in columns.items()
-    }
-    say("columns: " + ", ".join(f"{field} is {name}" for field, name in spelled.items()))
-    wishes = Wishes(
-        data=data,
-        model=model
-        or _ask(
-            "Model (a Hub id, a folder, smollm2-135m or scratch)", "smollm2-135m", flag="--model"
-        ),
-        format=form
-        or _ask(
-            "Format (nl or program)",
-            guess_format(data, columns),
-            flag="--format",
-            accept=_format_kind,
-        ),
-        test=test,
-        columns=columns,
     )
+    say(f"columns: {', '.join(spelled)}")
+    asked = "Model (a Hub id, a folder, smollm2-135m or scratch)"
+    model = model or _ask(asked, "smollm2-135m", flag="--model")
+    kind = form or _ask(
+        "Format (nl or program)", guess_format(data, columns), flag="--format", accept=_format_kind
+    )
+    wishes = Wishes(data=data, model=model, format=kind, test=test, columns=columns)
     written = out or default_out(data)
     splits = write_recipe(wishes, written)
     say(golds_text(gold_kinds(splits)))
@@ -322,9 +307,7 @@ def check(
     overrides: Overrides = None,
     offline: Annotated[
         bool,
-        typer.Option(
-            "--offline", help="Run only the checks that need neither the model nor a download."
-        ),
+        Option("--offline", help="Run only the checks that need neither the model nor a download."),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -336,11 +319,9 @@ def check(
 
     report = (check_offline if offline else check_recipe)(_load(recipe, overrides))
     print(report.to_json() if as_json else report.to_text())
-    if report.failed:
-        say(
-            "check failed: "
-            + "; ".join(f"{found.name}: {found.message}; {found.remedy}" for found in report.failed)
-        )
+    failed = [f"{found.name}: {found.message}; {found.remedy}" for found in report.failed]
+    if failed:
+        say(f"check failed: {'; '.join(failed)}")
         raise typer.Exit(BAD_INPUT)
 
 
@@ -348,25 +329,25 @@ def check(
 def plan(
     recipe: RecipeName,
     overrides: Overrides = None,
-    gpus: Annotated[int, typer.Option(min=1, max=65536, help="Number of GPUs.")] = 1,
-    memory: Annotated[float, typer.Option(min=1, help="Memory of each GPU, in GB.")] = 80,
+    gpus: Annotated[int, Option(min=1, max=65536, help="Number of GPUs.")] = 1,
+    memory: Annotated[float, Option(min=1, help="Memory of each GPU, in GB.")] = 80,
     gpu: Annotated[
         Literal["a100", "h100", "h200"],
-        typer.Option(help="The kind of GPU, which sets its peak FLOP/s and bandwidths."),
+        Option(help="The kind of GPU, which sets its peak FLOP/s and bandwidths."),
     ] = "h100",
     mfu: Annotated[
-        float, typer.Option(min=0.01, max=1, help="Assumed share of the GPU's peak FLOP/s.")
+        float, Option(min=0.01, max=1, help="Assumed share of the GPU's peak FLOP/s.")
     ] = 0.4,
     prompt: Annotated[
         int | None,
-        typer.Option(min=1, help="Prompt tokens. Default: lengths.max_prompt, or 256 if unset."),
+        Option(min=1, help="Prompt tokens. Default: lengths.max_prompt, or 256 if unset."),
     ] = None,
     response: Annotated[
-        int | None, typer.Option(min=1, help="Response tokens. Default: lengths.max_new.")
+        int | None, Option(min=1, help="Response tokens. Default: lengths.max_new.")
     ] = None,
     stage: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="Plan only this stage. Default: all, with the memory of the one that needs most."
         ),
     ] = None,
@@ -382,9 +363,8 @@ def plan(
     from reftune.advice.plan import GB, Hardware, make_plan, plan_text
 
     hardware = Hardware(gpus=gpus, memory=memory * GB, kind=gpu, mfu=mfu)
-    made = make_plan(
-        _load(recipe, overrides), hardware, prompt=prompt, response=response, only=stage
-    )
+    loaded = _load(recipe, overrides)
+    made = make_plan(loaded, hardware, prompt=prompt, response=response, only=stage)
     if as_json:
         show(asdict(made))
     else:
@@ -397,8 +377,7 @@ def watch(run_folder: RunFolderPath) -> None:
     stop the run."""
     from reftune.results import table_command
     from reftune.terminal.live import make_progress
-    from reftune.terminal.watch import RunClock
-    from reftune.terminal.watch import watch as follow
+    from reftune.terminal.watch import RunClock, follow
 
     clock = RunClock()
     progress = make_progress(time_s=clock)
@@ -409,10 +388,8 @@ def watch(run_folder: RunFolderPath) -> None:
     if finished:
         print(table_command([run_folder], "text"))
     else:
-        say(
-            f"{run_folder}: not finished, and no process is working on it; `reftune run` with its"
-            " recipe continues it"
-        )
+        state = "not finished, and no process is working on it"
+        say(f"{run_folder}: {state}; `reftune run` with its recipe continues it")
 
 
 @app.command()
@@ -420,17 +397,16 @@ def sample(
     recipe: RecipeName,
     overrides: Overrides = None,
     method: Method = "reft",
-    split: Annotated[Literal["train", "dev", "test"], typer.Option(help="Split to use.")] = "dev",
-    num: Annotated[int, typer.Option(min=1, help="Number of problems.")] = 4,
-    temperature: Annotated[float, typer.Option(min=0, help="0 means greedy.")] = 0.0,
+    split: Annotated[Literal["train", "dev", "test"], Option(help="Split to use.")] = "dev",
+    num: Annotated[int, Option(min=1, help="Number of problems.")] = 4,
+    temperature: Annotated[float, Option(min=0, help="0 means greedy.")] = 0.0,
     as_json: AsJson = False,
 ) -> None:
     """Print a trained model's solutions, each with the grader's verdict."""
     from reftune.runs.sample import sample_method, solution_text
 
-    rows = sample_method(
-        _load(recipe, overrides), method, split=split, num=num, temperature=temperature
-    )
+    loaded = _load(recipe, overrides)
+    rows = sample_method(loaded, method, split=split, num=num, temperature=temperature)
     if as_json:
         show(rows)
     else:
@@ -443,7 +419,7 @@ def evaluate(
     overrides: Overrides = None,
     method: Annotated[
         list[str] | None,
-        typer.Option(help="Evaluate only the model of this stage or snapshot; may be repeated."),
+        Option(help="Evaluate only the model of this stage or snapshot; may be repeated."),
     ] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -460,23 +436,20 @@ def evaluate(
 @app.command()
 def score(
     file: Annotated[
-        Path, typer.Argument(help='JSON lines of {"id", "completion", "answer", "choices"?}.')
+        Path, Argument(help='JSON lines of {"id", "completion", "answer", "choices"?}.')
     ],
     overrides: Overrides = None,
     format_kind: Annotated[
-        Literal["nl", "program"] | None,
-        typer.Option("--format", help="The format of the completions."),
+        Literal["nl", "program"] | None, Option("--format", help="The format of the completions.")
     ] = None,
     recipe: Annotated[
         str | None,
-        typer.Option(help="Grade with this recipe's format, answer kinds, sandbox and reward."),
+        Option(help="Grade with this recipe's format, answer kinds, sandbox and reward."),
     ] = None,
     grading: Annotated[
-        str, typer.Option(help="The grader's rules: robust, paper, or your own file.py:Name.")
+        str, Option(help="The grader's rules: robust, paper, or your own file.py:Name.")
     ] = "robust",
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object per line.")
-    ] = False,
+    as_json: Annotated[bool, Option("--json", help="Print one JSON object per line.")] = False,
 ) -> None:
     """Grade completions and state the reason for each verdict, for debugging a reward."""
     from reftune.terminal.score import score_as_recipe, score_file
@@ -484,31 +457,27 @@ def score(
 
     if (format_kind is None) == (recipe is None):
         raise RecipeError("score: expected either --format nl|program or --recipe RECIPE")
-    if recipe is None and overrides:
-        raise RecipeError(
-            f"score: {overrides[0]}: expected --recipe too, because this sets a recipe key"
-        )
-    for row in (
-        score_as_recipe(file, _load(recipe, overrides))
-        if recipe is not None
-        else score_file(file, format_kind or "nl", grading=grading)
-    ):
-        print(
-            json.dumps(row, ensure_ascii=False)
-            if as_json
-            else printable("  ".join(str(value) for value in row.values()))
-        )
+    if recipe is not None:
+        rows = score_as_recipe(file, _load(recipe, overrides))
+    elif overrides:
+        key = overrides[0]
+        raise RecipeError(f"score: {key}: expected --recipe too, because this sets a recipe key")
+    else:
+        rows = score_file(file, format_kind or "nl", grading=grading)
+    for row in rows:
+        line = "  ".join(map(str, row.values()))
+        print(json.dumps(row, ensure_ascii=False) if as_json else printable(line))
 
 
 @app.command()
 def table(
     runs: RunFolders,
     form: Annotated[
-        Literal["text", "markdown", "latex"], typer.Option("--format", help="The output format.")
+        Literal["text", "markdown", "latex"], Option("--format", help="The output format.")
     ] = "text",
     layout: Annotated[
         Literal["auto", "methods", "paper"],
-        typer.Option(
+        Option(
             help=(
                 "methods: one table of methods on the same problems; paper: the paper's tables,"
                 " one column per task; auto: whichever suits the runs."
@@ -516,7 +485,7 @@ def table(
         ),
     ] = "auto",
     k: Annotated[
-        int | None, typer.Option(min=1, help="Vote and rerank over only the first K samples.")
+        int | None, Option(min=1, help="Vote and rerank over only the first K samples.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -529,10 +498,10 @@ def table(
 @app.command()
 def report(
     runs: RunFolders,
-    out: Annotated[Path | None, typer.Option(help="Default: report.html in the first RUN.")] = None,
+    out: Annotated[Path | None, Option(help="Default: report.html in the first RUN.")] = None,
     figures: Annotated[
         Path | None,
-        typer.Option(help="Also write PNG and SVG figures to this folder. Needs finished runs."),
+        Option(help="Also write PNG and SVG figures to this folder. Needs finished runs."),
     ] = None,
 ) -> None:
     """Write an HTML page about one or more runs, and print the paths of all files written."""
@@ -546,19 +515,15 @@ def report(
 @app.command()
 def export(
     run_folder: RunFolderPath,
-    out: Annotated[Path, typer.Option(help="The folder to write. It must not exist yet.")],
+    out: Annotated[Path, Option(help="The folder to write. It must not exist yet.")],
     method: Method = "reft",
     push: Annotated[
-        str | None, typer.Option(metavar="OWNER/NAME", help="Also upload the model to the Hub.")
+        str | None, Option(metavar="OWNER/NAME", help="Also upload the model to the Hub.")
     ] = None,
-    public: Annotated[
-        bool, typer.Option("--public", help="Make the Hub repository public.")
-    ] = False,
+    public: Annotated[bool, Option("--public", help="Make the Hub repository public.")] = False,
     adapter: Annotated[
         bool,
-        typer.Option(
-            "--adapter", help="Export only the LoRA adapters, for use with the base model."
-        ),
+        Option("--adapter", help="Export only the LoRA adapters, for use with the base model."),
     ] = False,
 ) -> None:
     """Copy a trained model to a new folder, with a model card.

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 from jinja2 import Environment, StrictUndefined
@@ -26,9 +27,6 @@ from reftune.recipe import ModelTable, load_component, parse_recipe
 from reftune.seeds import derive_seed
 from reftune.storage.files import write_atomically
 from reftune.text import counted
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 INSTRUCTIONS: Mapping[str, str] = {
     "nl": 'Think step by step. End with "The answer is" and the answer.',
@@ -135,58 +133,52 @@ def _recipe_text(wishes: Wishes, splits: Splits, name: str) -> str:
     ModelError if the model cannot be loaded or its context is too short."""
     kind, is_scratch = wishes.format, wishes.model == SCRATCH
     format_: Format = load_component(kind, group="formats")
-    learned = [problem for problem in splits.train if problem.rationale is not None]
-    tokenizer = _tokenizer(wishes.model, list(scratch_texts(format_, splits)) if learned else ())
+    has_rationales = any(problem.rationale is not None for problem in splits.train)
+    config = None
+    if not is_scratch:
+        table = ModelTable(path=wishes.model)
+        tokenizer, config = load_tokenizer(table), load_config(table)
+    elif has_rationales:
+        tokenizer = word_tokenizer(list(scratch_texts(format_, splits)))
+    else:
+        raise DataError(
+            "a model trained from scratch learns from rationales, but the data has none; choose"
+            " another --model"
+        )
     instruction = INSTRUCTIONS.get(kind) if tokenizer.chat_template else None
     if instruction is not None:
         chat = {"kind": kind, "style": "chat", "instruction": instruction}
         format_ = load_component(chat, group="formats")
-    config = None if is_scratch else load_config(ModelTable(path=wishes.model))
     context = getattr(config, "max_position_embeddings", None)
-    lengths = _lengths(splits, Encoder(tokenizer, format_), context, is_scratch=is_scratch)
+    max_new, context, drops = _lengths(
+        splits, Encoder(tokenizer, format_), context, is_scratch=is_scratch
+    )
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     environment.filters["yaml"] = _inline
     renamed = {field: column for field, column in wishes.columns.items() if field != column}
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        wishes=wishes,
         name=name,
-        file=f"{name}.yaml",
-        model=wishes.model,
         scratch=is_scratch,
-        one_thread=is_scratch
-        or getattr(config, "hidden_size", SMALL_HIDDEN_SIZE + 1) <= SMALL_HIDDEN_SIZE,
-        train=wishes.data,
-        test=wishes.test,
+        one_thread=is_scratch or getattr(config, "hidden_size", math.inf) <= SMALL_HIDDEN_SIZE,
         columns=renamed,
         splits=splits,
-        format=kind,
         instruction=instruction,
-        has_rationales=bool(learned),
-        lengths=lengths,
-        prompts=min(16, len(splits.train)),
+        has_rationales=has_rationales,
+        max_new=max_new,
+        context=context,
+        drops=drops,
     )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Lengths:
-    """Lengths in tokens."""
-
-    max_new: int
-    context: int
-    """Context length, used only for a model trained from scratch."""
-    drops: bool
-    """Whether some prompts are too long and are dropped."""
 
 
 def _lengths(
     splits: Splits, encoder: Encoder, context: int | None, *, is_scratch: bool
-) -> _Lengths:
-    """Limits that nearly all prompts and solutions meet. A prompt and a solution together fit in
-    `context` tokens.
-
-    Raises: ModelError if too many prompts are too long.
-    """
+) -> tuple[int, int | None, bool]:
+    """Limits that nearly all prompts and solutions meet. Returns: the maximum number of tokens in a
+    solution, the context in which it fits together with a prompt, and whether some prompts are too
+    long. Raises: ModelError if too many prompts are too long."""
     prompts = sorted(
         len(encoder.prompt(problem)) for problem in (*splits.train, *splits.dev, *splits.test)
     )
@@ -203,13 +195,13 @@ def _lengths(
         if context is not None and longest + max_new > context:
             wanted = _rounded(_most(targets)) if targets else LEAST_MAX_NEW
             max_new = max(wanted, min(max_new, context - longest))
-    room = 10**9 if context is None else context - max_new
+    room = math.inf if context is None else context - max_new
     if _most(prompts) > room:
         raise ModelError(
             f"the model's context of {context} tokens is too short for this data: a solution takes"
             f" {max_new}, and at least a tenth of the prompts take more than {max(0, room)}"
         )
-    return _Lengths(max_new=max_new, context=context or 0, drops=prompts[-1] > room)
+    return max_new, context, prompts[-1] > room
 
 
 def _most(sizes: Sequence[int]) -> int:
@@ -220,17 +212,6 @@ def _most(sizes: Sequence[int]) -> int:
 
 def _rounded(size: int) -> int:
     return -(-size // 8) * 8
-
-
-def _tokenizer(model: str, texts: Sequence[str]) -> PreTrainedTokenizerBase:
-    if model == SCRATCH:
-        if not texts:
-            raise DataError(
-                "a model trained from scratch learns from rationales, but the data has none; choose"
-                " another --model"
-            )
-        return word_tokenizer(texts)
-    return load_tokenizer(ModelTable(path=model))
 
 
 def _inline(value: Any) -> str:

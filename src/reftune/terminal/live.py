@@ -6,14 +6,19 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
-from reftune.types import Solution, Verdict
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.padding import Padding
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
-if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
 from reftune.stages.stage import Progress
 from reftune.text import clock, printable
+from reftune.types import Solution, Verdict
 
 SHOWN = (
     ("loss/sft", "loss", ".3f"),
@@ -29,6 +34,7 @@ SHOWN = (
 """Metric, label and number format, in the order in which the numbers are shown. Metrics that a
 stage does not log are left out."""
 
+LINE_EVERY_S = 5.0
 TOKEN_COUNTS = ("compute/train_tokens", "compute/sampled_tokens")
 MAX_SAMPLE_LINES = 14
 MAX_SAMPLE_CHARACTERS = 1200
@@ -39,8 +45,6 @@ def make_progress(*, quiet: bool = False, time_s: Callable[[], float] = time.mon
     terminal that supports this, and it prints plain lines in all other cases."""
     if quiet:
         return Progress()
-    from rich.console import Console
-
     console = Console(stderr=True)
     if console.is_terminal and not console.is_dumb_terminal:
         return RichProgress(console, time_s=time_s)
@@ -73,12 +77,12 @@ class StageView:
         ]
         if grown:
             self.num_tokens += sum(grown)
-            sums = dict(self.phase_seconds)
-            for name in metrics:
+            sums = dict(self.phase_seconds)  # a copy, because another thread may read the old one
+            for name, seconds in metrics.items():
                 if name.startswith("time/"):
                     phase = name.removeprefix("time/").removesuffix("_s")
-                    sums[phase] = sums.get(phase, 0.0) + metrics[name]
-            self.phase_seconds = sums  # a new object, because another thread may read the old one
+                    sums[phase] = sums.get(phase, 0.0) + seconds
+            self.phase_seconds = sums
         self.step = step
         self.numbers.update(metrics)
 
@@ -112,16 +116,12 @@ class StageView:
 
 
 class LineProgress(Progress):
-    """Prints a plain line every few seconds, and a last line at the end of each stage."""
+    """Prints a plain line every `LINE_EVERY_S`, and a last line at the end of each stage."""
 
     def __init__(
-        self,
-        stream: TextIO | None = None,
-        *,
-        every_s: float = 5.0,
-        time_s: Callable[[], float] = time.monotonic,
+        self, stream: TextIO | None = None, *, time_s: Callable[[], float] = time.monotonic
     ) -> None:
-        self._stream, self._every_s, self._time_s = stream, every_s, time_s
+        self._stream, self._time_s = stream, time_s
         self._view: StageView | None = None
         self._last_s = float("-inf")
         self._pending = False
@@ -135,7 +135,7 @@ class LineProgress(Progress):
         assert self._view is not None, "step before stage"
         self._view.update(step, metrics)
         self._pending = True
-        if self._time_s() - self._last_s >= self._every_s:
+        if self._time_s() - self._last_s >= LINE_EVERY_S:
             self._print_view()
 
     def note(self, message: str) -> None:
@@ -161,8 +161,6 @@ class RichProgress(Progress):
     solution. Each finished stage, and each stage that reaches its plateau, leaves a line."""
 
     def __init__(self, console: Console, *, time_s: Callable[[], float] = time.monotonic) -> None:
-        from rich.live import Live
-
         self._console, self._time_s = console, time_s
         self._view: StageView | None = None
         self._sample: Solution | None = None
@@ -192,12 +190,6 @@ class RichProgress(Progress):
         self._leave_line()
 
     def render(self) -> RenderableType:
-        from rich.console import Group
-        from rich.padding import Padding
-        from rich.progress_bar import ProgressBar
-        from rich.table import Table
-        from rich.text import Text
-
         view, last_sample = self._view, self._sample  # read once: another thread may end the stage
         if view is None:
             return Text("")
@@ -220,10 +212,6 @@ class RichProgress(Progress):
 def sample_panel(solution: Solution) -> RenderableType:
     """A solution with its question, verdict and reason, shortened to fit on a screen. Any markup in
     these texts is shown as text."""
-    from rich.console import Group
-    from rich.panel import Panel
-    from rich.text import Text
-
     colour = "green" if solution.graded.verdict is Verdict.CORRECT else "red"
     text = printable(solution.completion.text)[:MAX_SAMPLE_CHARACTERS]
     lines = text.splitlines()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,82 +23,71 @@ from reftune.grading.rewards import Reward
 from reftune.grading.rewards.outcome import Outcome
 from reftune.model.encoder import Encoder
 from reftune.recipe import Recipe
-from reftune.types import Completion, Problem
+from reftune.types import Completion, Graded, Problem
 
 LOG = logging.getLogger(__name__)
 BATCH = 256
 DEFAULT = GoldReader()
+Grade = Callable[[Sequence[Problem], Sequence[str]], list[Graded]]
 _Row = tuple[Any, Problem, str]
 
 
 def score_file(
     file: Path, kind: Literal["nl", "program"], *, grading: str = "robust"
 ) -> Iterator[dict[str, Any]]:
-    """Grade a file of completions with the format `kind`; see `score_lines`. Raises: DataError if a
-    line cannot be read; RecipeError if the grading is unknown. Both are raised before anything is
-    graded."""
+    """Grade a file of completions with the format `kind`; see `score_lines`. Raises: as
+    `score_lines`; also RecipeError if the grading is unknown."""
     try:
         format = Nl(grading=grading) if kind == "nl" else Program(grading=grading)
     except ValidationError as error:
         raise RecipeError(f"--grading: {error.errors()[0]['msg']}") from None
     reward = Outcome(partial_on_choices=grading == "paper")
-    return score_lines(read_text(file).split("\n"), format, reward, where=str(file))
+    grade = partial(grades_of, format)
+    return score_lines(read_text(file).split("\n"), grade, reward, where=str(file))
 
 
 def score_as_recipe(file: Path, recipe: Recipe) -> Iterator[dict[str, Any]]:
     """Grade a file of completions with a recipe's format, chat template, answer kind, sandbox,
-    limits and reward; see `score_lines`. Raises: DataError, before anything is graded, if a line
-    cannot be read; RewardError if the reward fails."""
+    limits and reward. Raises: as `score_lines`; also RewardError if the reward fails."""
     from reftune.stages.rollouts import rewards_of
 
     return score_lines(
         read_text(file).split("\n"),
-        _grader_of(recipe),
+        _grade_of(recipe),
         partial(rewards_of, recipe.reward),
         where=str(file),
         golds=golds_of(recipe.dataset, recipe.format),
     )
 
 
-def _grader_of(recipe: Recipe) -> Format | Encoder:
-    """The grader of a recipe's completions in training. With the style `chat`, grading needs the
+def _grade_of(recipe: Recipe) -> Grade:
+    """The grading of a recipe's completions in training. With the style `chat`, grading needs the
     tokenizer, because the chat template may open a thought that the completion continues. If the
     tokenizer cannot be loaded, a warning is logged, and no thought is assumed."""
-    format_: Format = recipe.format
-    if getattr(format_, "style", None) != "chat" or recipe.model.path is None:
-        return format_
-    from reftune.model.weights import load_tokenizer
+    if getattr(recipe.format, "style", None) == "chat" and recipe.model.path is not None:
+        from reftune.model.weights import load_tokenizer
 
-    try:
-        return Encoder(load_tokenizer(recipe.model), format_)
-    except ModelError as error:
-        LOG.warning("graded as if the chat template opened no thought: %s", error)
-        return format_
+        try:
+            return Encoder(load_tokenizer(recipe.model), recipe.format).grade
+        except ModelError as error:
+            LOG.warning("graded as if the chat template opened no thought: %s", error)
+    return partial(grades_of, recipe.format)
 
 
 def golds_of(dataset: object, format: Format) -> GoldReader:
     """The dataset's reader of gold answers. It expects decimal commas if the dataset or the format
     has them."""
-    own = getattr(dataset, "golds", None)
-    golds = own if isinstance(own, GoldReader) else _settings_of(dataset)
+    golds = getattr(dataset, "golds", None)
+    if not isinstance(golds, GoldReader):  # a user's dataset, which may have these keys
+        golds = GoldReader(
+            kind=getattr(dataset, "answer_kind", "auto"), decimal=getattr(dataset, "decimal", ".")
+        )
     has_commas = "," in (golds.decimal, getattr(format, "decimal", "."))
     return replace(golds, decimal="," if has_commas else ".")
 
 
-def _settings_of(dataset: object) -> GoldReader:
-    """A reader with the `answer_kind` and the `decimal` of a user's dataset, if it has these."""
-    return GoldReader(
-        kind=getattr(dataset, "answer_kind", "auto"), decimal=getattr(dataset, "decimal", ".")
-    )
-
-
 def score_lines(
-    lines: Iterable[str],
-    grader: Format | Encoder,
-    reward: Reward,
-    *,
-    where: str,
-    golds: GoldReader = DEFAULT,
+    lines: Iterable[str], grade: Grade, reward: Reward, *, where: str, golds: GoldReader = DEFAULT
 ) -> Iterator[dict[str, Any]]:
     """Grade lines of `{"id", "completion", "answer", "choices"?, "answer_kind"?}`. Yields `{"id",
     "verdict", "value", "reward", "reason"}` for each line.
@@ -112,30 +101,20 @@ def score_lines(
         raise DataError(
             f"{where}: empty; expected an object with id, completion and answer on each line"
         )
-    return _scored(rows, grader, reward)
-
-
-def _scored(
-    rows: Sequence[_Row], grader: Format | Encoder, reward: Reward
-) -> Iterator[dict[str, Any]]:
     for start in range(0, len(rows), BATCH):
         keys, problems, texts = zip(*rows[start : start + BATCH], strict=True)
-        if isinstance(grader, Encoder):
-            grades = grader.grade(problems, texts)
-        else:
-            grades = grades_of(grader, problems, texts)
+        grades = grade(problems, texts)
         completions = [
             Completion(token_ids=(), text=text, logprobs=(), finish_reason="eos") for text in texts
         ]
-        for key, grade, earned in zip(
-            keys, grades, reward(problems, completions, grades), strict=True
-        ):
+        rewards = reward(problems, completions, grades)
+        for key, graded, earned in zip(keys, grades, rewards, strict=True):
             yield {
                 "id": key,
-                "verdict": grade.verdict.value,
-                "value": grade.value,
+                "verdict": graded.verdict.value,
+                "value": graded.value,
                 "reward": earned,
-                "reason": grade.reason,
+                "reason": graded.reason,
             }
 
 

@@ -4,10 +4,11 @@ without trackers, the run's `metrics.jsonl` contains the metrics."""
 from __future__ import annotations
 
 import hashlib
-import importlib.util
+import importlib
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,27 +27,18 @@ PROJECT = "reftune"
 
 
 def tracked(progress: Progress, recipe: Recipe) -> Progress:
-    """A view that forwards events to `progress` and also logs them to the recipe's trackers. If
-    there are no trackers, the result is `progress` itself. Raises: the errors of
-    `tracker_names`."""
-    names = tracker_names(recipe) if is_main() else []
-    return TrackedProgress(progress, names, recipe) if names else progress
-
-
-def tracker_names(recipe: Recipe) -> list[TrackerName]:
-    """The trackers that the recipe names or, by default, TensorBoard if it is installed. Raises:
-    RecipeError if a named tracker is not installed."""
-    if recipe.trackers is None:
-        return ["tensorboard"] if is_installed("tensorboard") else []
-    for name in recipe.trackers:
-        if not is_installed(name):
+    """A view that forwards events to `progress` and also logs them to the trackers that the recipe
+    names or, by default, to TensorBoard if it is installed. If there are no trackers, the result is
+    `progress` itself. Raises: RecipeError if a named tracker is not installed."""
+    names = recipe.trackers
+    if names is None:
+        names = ["tensorboard"] if find_spec("tensorboard") else []
+    if not (names and is_main()):
+        return progress
+    for name in names:
+        if not find_spec(name):
             raise RecipeError(f"trackers: {name} is not installed; pip install 'reftune[tracking]'")
-    return recipe.trackers
-
-
-def is_installed(package: str) -> bool:
-    """Whether a package can be imported. The package is not imported."""
-    return importlib.util.find_spec(package) is not None
+    return TrackedProgress(progress, names, recipe)
 
 
 class TrackedProgress(Progress):
@@ -96,7 +88,7 @@ class TrackedProgress(Progress):
         rows = [table_row(step, solution) for solution in shown]
 
         def log(tracker: GeneralTracker) -> None:
-            table = _table(tracker.name, list(rows[0]), [list(row.values()) for row in rows])
+            table = _table(tracker.name, rows)
             if table is not None:
                 tracker.log({f"{self._stage}/rollouts": table, f"{self._stage}/step": step})
 
@@ -115,12 +107,12 @@ class TrackedProgress(Progress):
     def _tell(self, act: Callable[[GeneralTracker], None]) -> None:
         """Call `act` with every tracker. A tracker that fails is dropped, because the run does not
         depend on it."""
-        for tracker in list(self._trackers or ()):
+        trackers = self._trackers or []
+        for tracker in list(trackers):
             try:
                 act(tracker)
             except Exception as error:  # noqa: BLE001  a service may fail in any way
-                assert self._trackers is not None
-                self._trackers.remove(tracker)
+                trackers.remove(tracker)
                 self.note(f"{tracker.name}: {_reason(error)}; the run continues without it")
 
 
@@ -139,18 +131,13 @@ def table_row(step: int, solution: Solution) -> dict[str, Any]:
     }
 
 
-def _table(tracker: str, columns: list[str], rows: list[list[Any]]) -> Any:
+def _table(tracker: str, rows: list[dict[str, Any]]) -> Any:
     """The rows as a table of the tracker; None if the tracker does not support tables."""
-    if tracker == "wandb":
-        import wandb  # type: ignore[import-not-found,unused-ignore]
+    if tracker not in ("wandb", "trackio"):
+        return None
+    import pandas
 
-        return wandb.Table(columns=columns, data=rows)
-    if tracker == "trackio":
-        import pandas
-        import trackio  # type: ignore[import-not-found,unused-ignore]
-
-        return trackio.Table(dataframe=pandas.DataFrame(rows, columns=columns))
-    return None
+    return importlib.import_module(tracker).Table(dataframe=pandas.DataFrame(rows))
 
 
 def _open(name: TrackerName, recipe: Recipe) -> GeneralTracker:
@@ -181,15 +168,11 @@ def _settings(name: TrackerName, recipe: Recipe) -> dict[str, Any]:
         "config": recipe.model_dump(mode="json"),
     }
     if name == "wandb":
-        settings |= {"dir": str(Path(recipe.folder).absolute()), **_same_run(recipe)}
+        settings["dir"] = str(Path(recipe.folder).absolute())
+        environment = RunFolder(recipe.folder).environment
+        if environment.is_file() and "WANDB_RUN_ID" not in os.environ:
+            # an id that is the same if our run is continued: env.json contains when it began
+            text = f"{recipe.name} {recipe.seed} {environment.read_text(encoding='utf-8')}"
+            run_id = hashlib.sha256(text.encode()).hexdigest()[:16]
+            settings |= {"id": run_id, "resume": "allow"}
     return settings
-
-
-def _same_run(recipe: Recipe) -> dict[str, Any]:
-    """Settings with which wandb continues its run if ours is continued. The id is a hash of the
-    run's `env.json`, which contains the time at which the run began."""
-    environment = RunFolder(recipe.folder).environment
-    if not environment.is_file() or "WANDB_RUN_ID" in os.environ:
-        return {}
-    text = f"{recipe.name} {recipe.seed} {environment.read_text(encoding='utf-8')}"
-    return {"id": hashlib.sha256(text.encode()).hexdigest()[:16], "resume": "allow"}

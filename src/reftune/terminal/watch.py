@@ -6,7 +6,8 @@ from __future__ import annotations
 import fcntl
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ class RunClock:
         return time.time() if self.row_s is None else self.row_s
 
 
-def watch(
+def follow(
     folder: Path, progress: Progress, clock: RunClock, *, wait: Callable[[float], None] = time.sleep
 ) -> bool:
     """Report the run's past and present events to `progress` until no process is working on the
@@ -91,24 +92,18 @@ class Tail:
             file.seek(self._read)
             whole = file.read().rpartition(b"\n")[0]
         self._read += len(whole) + bool(whole)
-        return list(_objects(whole))
-
-
-def _objects(text: bytes) -> Iterator[dict[str, Any]]:
-    for line in text.split(b"\n"):
-        try:
-            yield json.loads(line)
-        except ValueError:  # in a shortened file, reading may begin in the middle of a line
-            continue
+        rows = []
+        for line in whole.split(b"\n"):
+            with suppress(ValueError):  # in a shortened file, reading may begin inside a line
+                rows.append(json.loads(line))
+        return rows
 
 
 def _stages(folder: Path) -> dict[str, dict[str, Any]]:
     try:
         recipe = yaml.safe_load(RunFolder(folder).recipe.read_text(encoding="utf-8"))
-        return {
-            name: spec if isinstance(spec, dict) else {} for name, spec in recipe["stages"].items()
-        }
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError, AttributeError):
+        return dict(recipe["stages"])
+    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError):
         raise DataError(f"{folder}: not a run folder: it has no recipe.yaml with stages") from None
 
 

@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from reftune.advice.check import data, model, tokens
-from reftune.advice.check.report import CheckReport, Finding, ok
+from reftune.advice.check.report import CheckReport, Finding, fail, ok
 from reftune.advice.check.subject import Subject, preview_of, rl_inits, subject_of
 from reftune.advice.golds import gold_kinds
 from reftune.datasets import Splits, load_splits
-from reftune.errors import DataError, RecipeError
+from reftune.errors import DataError, RecipeError, RewardError
 from reftune.recipe import Component, ModelTable, Recipe, ScratchTable, shipped_recipes
 from reftune.runs.auto import settled
 from reftune.runs.models import Models, check_stage_graph, is_model_folder
@@ -45,11 +45,10 @@ def check_recipe(recipe: Recipe) -> CheckReport:
     check_stage_graph(recipe)
     recipe = settled(recipe)
     splits = load_splits(recipe)
-    folder_problem = data.run_folder_problem(recipe, splits)
-    method = _starting_method(recipe, is_own=not folder_problem)
+    method = _starting_method(recipe, splits)
     with threads_of(recipe):
         policy = Models(recipe, splits).load(method, trained=True)
-        subject = subject_of(recipe, splits, policy, method, folder_problem)
+        subject = subject_of(recipe, splits, policy, method)
         findings = _findings(subject, CHECKS)
         if not any(finding.level == "fail" and finding.name in UNSAFE for finding in findings):
             findings += _findings(subject, MODEL_CHECKS)
@@ -73,14 +72,12 @@ def check_offline(recipe: Recipe) -> CheckReport:
     check_stage_graph(recipe)
     dataset, source = _offline_dataset(recipe)
     splits = load_splits(recipe.model_copy(update={"dataset": dataset}))
-    findings = [replace(source, name="data"), replace(_schedule(recipe), name="schedule")]
+    lines = tuple(f"{name}: {stage.line()}" for name, stage in recipe.stages.items())
+    schedule = replace(ok(counted(len(lines), "stage")), name="schedule", rows=lines)
     return CheckReport(
         recipe=recipe.name,
-        findings=(*findings, *check_texts(recipe, splits)),
+        findings=(replace(ok(source), name="data"), schedule, *check_texts(recipe, splits)),
         golds=gold_kinds(splits),
-        preview=None,
-        method="base",
-        samples=(),
     )
 
 
@@ -96,53 +93,45 @@ def check_texts(recipe: Recipe, splits: Splits) -> list[Finding]:
     return _findings(subject, {name: CHECKS[name] for name in OFFLINE})
 
 
-def _offline_dataset(recipe: Recipe) -> tuple[Component, Finding]:
+def _offline_dataset(recipe: Recipe) -> tuple[Component, str]:
     """Choose the recipe's dataset or, if its source is not on this machine, reftune's examples.
-    Returns: the chosen dataset, and a finding that states where its data come from. Raises:
-    DataError if there are no examples either."""
+    Returns: the chosen dataset, and where its data come from. Raises: DataError if there are no
+    examples either."""
     dataset: Component = recipe.dataset
     source = getattr(dataset, "train", None)
     if not isinstance(source, str) or Path(source).expanduser().exists():
-        return dataset, ok("the recipe's own data")
+        return dataset, "the recipe's own data"
     folder = shipped_recipes() / EXAMPLES / dataset.kind
     if not folder.is_dir():
         raise DataError(
             f"dataset.train: {source} is not on this machine, and reftune has no examples of kind"
             f" {dataset.kind}"
         )
-    examples = dataset.model_copy(
-        update={"train": str(folder), "dev": None, "test": None, "dev_size": 2}
-    )
-    return examples, ok(
-        f"{source} is not on this machine; the check used examples that come with reftune"
-    )
-
-
-def _schedule(recipe: Recipe) -> Finding:
-    lines = tuple(f"{name}: {stage.line()}" for name, stage in recipe.stages.items())
-    return replace(ok(counted(len(lines), "stage")), rows=lines)
+    keys = {"train": str(folder), "dev": None, "test": None, "dev_size": 2}
+    used = f"{source} is not on this machine; the check used examples that come with reftune"
+    return dataset.model_copy(update=keys), used
 
 
 def _findings(subject: Subject, checks: Mapping[str, Check]) -> list[Finding]:
-    """One finding per check, in the order of `checks`. If a check fails but the recipe waives it,
-    the finding becomes a warning."""
-    findings = [replace(check(subject), name=name) for name, check in checks.items()]
-    waive = subject.recipe.check.waive
-    return [
-        (
-            replace(f, level="warn", message=f"{f.message} (waived)")
-            if f.level == "fail" and f.name in waive
-            else f
-        )
-        for f in findings
-    ]
+    """One finding per check, in the order of `checks`. A check fails if the reward function does.
+    If a check fails but the recipe waives it, the finding becomes a warning."""
+    findings = []
+    for name, check in checks.items():
+        try:
+            found = check(subject)
+        except RewardError as error:
+            found = fail(str(error), "fix the reward function")
+        if found.level == "fail" and name in subject.recipe.check.waive:
+            found = replace(found, level="warn", message=f"{found.message} (waived)")
+        findings.append(replace(found, name=name))
+    return findings
 
 
-def _starting_method(recipe: Recipe, *, is_own: bool) -> str:
-    folder = RunFolder(recipe.folder)
+def _starting_method(recipe: Recipe, splits: Splits) -> str:
+    folder, is_own = RunFolder(recipe.folder), not data.run_folder_problem(recipe, splits)
     inits = rl_inits(recipe)
-    trained = [m for m in inits if (is_own and folder.stage(m).is_done) or is_model_folder(m)]
-    return trained[0] if trained else "base"
+    trained = (m for m in inits if (is_own and folder.stage(m).is_done) or is_model_folder(m))
+    return next(trained, "base")
 
 
 def _refuse_unknown_waivers(names: Sequence[str]) -> None:

@@ -6,13 +6,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
+from statistics import fmean
 
 from reftune.advice.check.report import Finding, fail, ok, warn
-from reftune.advice.check.subject import Row, Subject, learns_from_rationales, mean
+from reftune.advice.check.subject import Row, Subject
 from reftune.datasets import Dataset, Splits
 from reftune.datasets.mixture import Mixture
 from reftune.datasets.reading.splits import dropped_text
-from reftune.errors import CheckpointError, DataError, RecipeError, RewardError
+from reftune.errors import CheckpointError, DataError, RecipeError
 from reftune.grading.formats import grades_of
 from reftune.grading.formats.nl import DEFINITION, Nl
 from reftune.grading.formats.program import Program, programs_in
@@ -31,6 +32,8 @@ from reftune.storage.run_folder import (
 from reftune.text import counted
 from reftune.types import ANY_ANSWER, Answer, Completion, Graded, Problem, Verdict
 
+Written = tuple[Problem, str]
+"""A problem and the text of a solution."""
 SMALL_DEV = 100
 """With fewer dev problems than this, the choice of a model is mostly luck: at 50% accuracy, the 95%
 interval is about ± 10 percentage points or wider."""
@@ -42,9 +45,10 @@ MAX_FALSE_POSITIVES = 0.05
 
 def check_run_folder(subject: Subject) -> Finding:
     """Check that the run folder is new, or belongs to this recipe and these problems."""
-    if not subject.folder_problem:
+    problem = run_folder_problem(subject.recipe, subject.splits)
+    if not problem:
         return ok(str(subject.recipe.folder))
-    message, _, remedy = subject.folder_problem.partition("; ")
+    message, _, remedy = problem.partition("; ")
     return fail(message, remedy or "choose another run_dir")
 
 
@@ -70,7 +74,7 @@ def check_splits(subject: Subject) -> Finding:
         f"{counted(len(subject.rows), 'train row')} with a rationale; "
         f"dropped: {dropped_text(splits.counts)}"
     )
-    if not subject.rows and learns_from_rationales(subject):
+    if not subject.rows and subject.learns_from_rationales:
         return fail(message, "supervised stages need rationales")
     if not splits.test and subject.recipe.evaluate.split == "test":
         return fail(message, "add test problems, or set evaluate.split=dev")
@@ -131,8 +135,8 @@ def check_sandbox(subject: Subject) -> Finding:
     format = subject.recipe.format
     if not isinstance(format, Program):
         return ok("no programs are run")
-    programs = [programs_in(row.target)[:1] for row in subject.rows]
-    sources = list(dict.fromkeys(source for group in programs for source in group))
+    firsts = (source for row in subject.rows for source in programs_in(row.target)[:1])
+    sources = list(dict.fromkeys(firsts))
     limits = SandboxLimits(timeout_s=format.timeout_s, memory_mib=format.memory_mib)
     with Sandbox(limits, backend="monty") as monty:
         results = monty.run(sources)
@@ -179,21 +183,22 @@ def check_grader_refuses(subject: Subject) -> Finding:
     """Check that empty completions, bare answers and solutions to other problems are not graded
     correct."""
     problems = [row.problem for row in subject.rows]
-    pairs = _other_solutions(subject.rows)
+    tried = {
+        "an empty completion": [(problem, "") for problem in problems],
+        "the bare answer": [(problem, str(problem.answer)) for problem in problems],
+        "another problem's solution": _other_solutions(subject.rows),
+    }
     accepted = {
-        "an empty completion": _num_correct(subject, problems, [""] * len(problems)),
-        "the bare answer": _num_correct(
-            subject, problems, [str(problem.answer) for problem in problems]
-        ),
-        "another problem's solution": _num_correct(
-            subject, [problem for problem, _ in pairs], [text for _, text in pairs]
-        ),
+        what: sum(grade.verdict is Verdict.CORRECT for grade in _grades(subject, pairs))
+        for what, pairs in tried.items()
     }
     found = [f"{what} ({count})" for what, count in accepted.items() if count]
     if not found:
         return ok("empty completions, bare answers and other problems' solutions are all rejected")
-    tried = counted(len(problems), "problem")
-    message = f"{tried}; graded correct although they solve nothing: {', '.join(found)}"
+    message = (
+        f"{counted(len(problems), 'problem')}; graded correct although they solve nothing:"
+        f" {', '.join(found)}"
+    )
     robust = "" if _is_robust(subject) else "grading=robust, and "
     remedy = f"a model may learn to write just that; use {robust}rows whose answers differ"
     return fail(message, remedy) if accepted["an empty completion"] else warn(message, remedy)
@@ -204,24 +209,17 @@ def _is_robust(subject: Subject) -> bool:
     return bool(getattr(subject.recipe.format, "grading", "robust") == "robust")
 
 
-def _other_solutions(rows: Sequence[Row]) -> list[tuple[Problem, str]]:
-    """Pairs of a problem and the solution to the next row's problem, if the two problems have
-    different answers."""
+def _other_solutions(rows: Sequence[Row]) -> list[Written]:
+    """Each problem with the solution to the next row's problem, if the two problems have different
+    answers."""
     return [
         (a.problem, b.target) for a, b in pairwise(rows) if a.problem.answer != b.problem.answer
     ]
 
 
-def _num_correct(subject: Subject, problems: Sequence[Problem], texts: Sequence[str]) -> int:
-    return sum(
-        graded.verdict is Verdict.CORRECT
-        for graded in grades_of(subject.encoder.format, problems, texts)
-    )
-
-
 def check_reward(subject: Subject) -> Finding:
     """Check that gold solutions earn a higher mean reward than solutions to other problems, and a
-    higher mean reward than empty completions."""
+    higher mean reward than empty completions. Raises: RewardError if the reward fails."""
     rows = subject.rows[:NUM_REWARDED]
     if not rows:
         return ok("there is no gold solution to reward")
@@ -230,86 +228,57 @@ def check_reward(subject: Subject) -> Finding:
         "another problem's solution": _other_solutions(subject.rows)[:NUM_REWARDED],
         "an empty completion": [(row.problem, "") for row in rows],
     }
-    try:
-        by_text = {
-            what: _mean_reward(
-                subject, [problem for problem, _ in pairs], [text for _, text in pairs]
-            )
-            for what, pairs in solutions.items()
-            if pairs
-        }
-    except RewardError as error:
-        return fail(str(error), "fix the reward function")
-    gold, *others = by_text.values()
-    message = ", ".join(f"{what} earns {reward:.3g}" for what, reward in by_text.items())
-    return (
-        ok(message)
-        if gold > max(others)
-        else fail(message, "fix the reward: there is nothing to learn from it")
-    )
+    earned = {what: fmean(_rewards(subject, pairs)) for what, pairs in solutions.items() if pairs}
+    gold, *others = earned.values()
+    message = ", ".join(f"{what} earns {reward:.3g}" for what, reward in earned.items())
+    if gold > max(others):
+        return ok(message)
+    return fail(message, "fix the reward: there is nothing to learn from it")
 
 
 def check_reward_errors(subject: Subject) -> Finding:
     """Change gold solutions into variants that are certainly wrong or certainly right. Count wrong
     variants with a high reward (false positives) and right variants with a low reward (false
     negatives). The threshold between low and high is halfway between the mean reward of gold
-    solutions and the mean reward of empty completions."""
+    solutions and the mean reward of empty completions. Raises: RewardError if the reward fails."""
     rows = [row for row in subject.rows[:NUM_REWARDED] if row.problem.scorer is None]
-    problems, golds = [row.problem for row in rows], [row.target for row in rows]
-    reads_prints = getattr(subject.recipe.format, "scripts", "") == "read"
     decimal = getattr(subject.recipe.format, "gold_decimal", ".")
-    wrong = [
-        (row.problem, x) for row in rows for x in wrong_solutions(row.problem, row.target, decimal)
-    ]
-    changed = {
-        "positive": [(p, x) for p, x in wrong if not (x.kind == PRINTED and reads_prints)],
-        "negative": [
-            (row.problem, x)
-            for row in rows
-            for x in right_solutions(row.problem, row.target, decimal)
-        ],
-    }
+    wrong, right = (
+        [(row.problem, x) for row in rows for x in change(row.problem, row.target, decimal)]
+        for change in (wrong_solutions, right_solutions)
+    )
+    if getattr(subject.recipe.format, "scripts", "") == "read":
+        wrong = [(problem, x) for problem, x in wrong if x.kind != PRINTED]
+    changed = {"positive": wrong, "negative": right}
     if not any(changed.values()):
         return ok("no gold solution has a variant that is certainly right or certainly wrong")
-    try:
-        gold = _mean_reward(subject, problems, golds)
-        nothing = _mean_reward(subject, problems, [""] * len(rows))
-        earned = {
-            kind: _rewards(subject, [p for p, _ in cases], [x.text for _, x in cases])
-            for kind, cases in changed.items()
-        }
-    except RewardError as error:
-        return fail(str(error), "fix the reward function")
+    gold = fmean(_rewards(subject, [(row.problem, row.target) for row in rows]))
+    nothing = fmean(_rewards(subject, [(row.problem, "") for row in rows]))
     if gold <= nothing:
         return ok("not measured: gold solutions earn no more than empty completions")
-    much = (gold + nothing) / 2
-    errors = {
-        kind: Counter(
+    rates, listed = [], []
+    errors: dict[str, Counter[str]] = {}
+    for kind, cases in changed.items():
+        rewards = _rewards(subject, [(problem, x.text) for problem, x in cases])
+        errors[kind] = Counter(
             x.kind
-            for (_, x), reward in zip(changed[kind], rewards, strict=True)
-            if (reward > much) == (kind == "positive")
+            for (_, x), reward in zip(cases, rewards, strict=True)
+            if (reward > (gold + nothing) / 2) == (kind == "positive")
         )
-        for kind, rewards in earned.items()
-    }
-    message = ", ".join(
-        _error_rate(kind, errors[kind].total(), len(changed[kind])) for kind in errors
-    )
-    totals = {kind: Counter(x.kind for _, x in cases) for kind, cases in changed.items()}
-    listed = [
-        f"false {kind}: {what}: {count} of {totals[kind][what]}"
-        for kind in errors
-        for what, count in errors[kind].most_common()
-    ]
-    if errors["positive"].total() > MAX_FALSE_POSITIVES * len(changed["positive"]):
+        totals = Counter(x.kind for _, x in cases)
+        rates.append(_error_rate(kind, errors[kind].total(), len(cases)))
+        listed += [
+            f"false {kind}: {what}: {count} of {totals[what]}"
+            for what, count in errors[kind].most_common()
+        ]
+    message = ", ".join(rates)
+    if errors["positive"].total() > MAX_FALSE_POSITIVES * len(wrong):
         robust = "" if _is_robust(subject) else " or choose grading=robust"
         return fail(message, f"this reward accepts wrong answers: fix it{robust}", listed)
     if listed:
-        return warn(
-            message,
-            "these wrong answers earn too much, or these right ones too little"
-            + ("" if _is_robust(subject) else "; grading=robust reads most spellings"),
-            listed,
-        )
+        robust = "" if _is_robust(subject) else "; grading=robust reads most spellings"
+        remedy = f"these wrong answers earn too much, or these right ones too little{robust}"
+        return warn(message, remedy, listed)
     return ok(message)
 
 
@@ -323,22 +292,20 @@ def _error_rate(kind: str, count: int, total: int) -> str:
     )
 
 
-def _mean_reward(subject: Subject, problems: Sequence[Problem], texts: Sequence[str]) -> float:
-    return mean(_rewards(subject, problems, texts) or [0.0])
+def _grades(subject: Subject, written: Sequence[Written]) -> list[Graded]:
+    problems, texts = [problem for problem, _ in written], [text for _, text in written]
+    return grades_of(subject.encoder.format, problems, texts)
 
 
-def _rewards(subject: Subject, problems: Sequence[Problem], texts: Sequence[str]) -> list[float]:
-    """The reward of each text, or 0 if the reward function returns None for it."""
-    graded = grades_of(subject.encoder.format, problems, texts)
-    written = [
-        _as_sampled(subject, problem, text) for problem, text in zip(problems, texts, strict=True)
-    ]
-    rewards = rewards_of(subject.recipe.reward, problems, written, graded)
-    return [reward or 0.0 for reward in rewards]
-
-
-def _as_sampled(subject: Subject, problem: Problem, text: str) -> Completion:
-    token_ids = tuple(subject.encoder.continuation(problem, text))
-    return Completion(
-        token_ids=token_ids, text=text, logprobs=(0.0,) * len(token_ids), finish_reason="eos"
-    )
+def _rewards(subject: Subject, written: Sequence[Written]) -> list[float]:
+    """The reward of each solution, or 0 if the reward function returns None for it."""
+    completions = []
+    for problem, text in written:
+        ids = tuple(subject.encoder.continuation(problem, text))
+        logprobs = (0.0,) * len(ids)
+        completions.append(
+            Completion(token_ids=ids, text=text, logprobs=logprobs, finish_reason="eos")
+        )
+    problems = [problem for problem, _ in written]
+    graded = _grades(subject, written)
+    return [r or 0.0 for r in rewards_of(subject.recipe.reward, problems, completions, graded)]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from itertools import islice
+from statistics import fmean
 
 from reftune.advice.check.report import Finding, fail, ok, warn
-from reftune.advice.check.subject import Subject, learns_from_rationales, mean, rl_inits
+from reftune.advice.check.subject import Subject, rl_inits
 from reftune.advice.measured import available_bytes, measure_speed
 from reftune.datasets import Splits
 from reftune.errors import DataError
@@ -36,8 +38,8 @@ NUM_TIMED = 512
 LONG_RUN_S = 24 * 3600
 """Before a run longer than this, the check recommends a trial."""
 MEASURED_ROWS = 64
-"""If no stage states its cost, speed is measured on this many rows. If the engine sets no limit,
-speed is never measured on more rows than this."""
+"""Speed is measured on the rows of the largest step of any stage, or of the engine's batch if that
+is smaller. This is the number of either that is unknown."""
 MAX_SLOWDOWN = 8.0
 """The check fails if matmuls in the recipe's dtype take more than this many times as long as in the
 other dtype."""
@@ -60,7 +62,7 @@ def check_memory(subject: Subject) -> Finding:
     )
     requests, whole = requests_at_once(recipe, subject.splits), total_bytes(policy.device)
     planned = [
-        replace(made, mean_prompt=mean(lengths), requests=requests, device_bytes=whole).memory
+        replace(made, mean_prompt=fmean(lengths), requests=requests, device_bytes=whole).memory
         for made in estimates(recipe, outline, prompt=max(lengths)).values()
     ]
     if not planned:
@@ -122,7 +124,7 @@ def check_accuracy(subject: Subject) -> Finding:
     last = _last_rise(subject)
     if last is not None:
         message += f"; {rise_line(*last)}"
-    has_supervised = learns_from_rationales(subject) and "base" not in rl_inits(subject.recipe)
+    has_supervised = subject.learns_from_rationales and "base" not in rl_inits(subject.recipe)
     is_trained_first = subject.method == "base" and has_supervised
     if high < NEEDED_ACCURACY and not is_trained_first:
         finding = warn(message, "start RL from a warm-up, a stronger model or easier questions")
@@ -158,7 +160,7 @@ def check_logprobs(subject: Subject) -> Finding:
     )
     scored = subject.policy.score(batch).logprobs[batch.response_mask]
     sampled = [logprob for completion in completions for logprob in completion.logprobs]
-    mismatch = mean([abs(a - b) for a, b in zip(sampled, scored.tolist(), strict=True)])
+    mismatch = fmean(abs(a - b) for a, b in zip(sampled, scored.tolist(), strict=True))
     message = f"engine and policy differ by {mismatch:.2g} nats per token on average"
     if mismatch <= MAX_MISMATCH[subject.recipe.model.dtype]:
         return ok(message)
@@ -167,32 +169,33 @@ def check_logprobs(subject: Subject) -> Finding:
 
 def check_time(subject: Subject) -> Finding:
     """Estimate the run's time on this machine, from a short measurement."""
-    rows = subject.fitting_rows[:NUM_TIMED]
+    limit, most = subject.prompt_limit, subject.recipe.lengths.max_new
+    fitting = (r for r in subject.rows if len(r.prompt_ids) <= limit and len(r.target_ids) <= most)
+    rows = list(islice(fitting, NUM_TIMED))
     if not rows:
         return ok("unknown, because no row with a rationale is within the length limits")
+    recipe, num_dev = subject.recipe, len(subject.splits.dev)
+    costs = stage_costs(
+        recipe,
+        num_train=len(subject.splits.train),
+        num_rationales=len(subject.rows),
+        num_dev=num_dev,
+    )
+    largest = max((cost.batch for cost in costs.values()), default=MEASURED_ROWS)
     prompts, targets = [row.prompt_ids for row in rows], [row.target_ids for row in rows]
     speed = measure_speed(
         subject.policy,
-        subject.recipe.engine,
+        recipe.engine,
         prompts,
         targets,
-        rows=_rows_at_once(subject.recipe),
-        max_tokens=subject.recipe.model.max_tokens,
+        rows=min(largest, getattr(recipe.engine, "rows", MEASURED_ROWS)),
+        max_tokens=recipe.model.max_tokens,
     )
-    pace = speed.pace(
-        prompt=mean([len(ids) for ids in prompts]), response=mean([len(ids) for ids in targets])
-    )
-    splits = subject.splits
-    costs = stage_costs(
-        subject.recipe,
-        num_train=len(splits.train),
-        num_rationales=sum(problem.rationale is not None for problem in splits.train),
-        num_dev=len(splits.dev),
-    )
-    seconds = {name: cost.seconds(pace, num_dev=len(splits.dev)) for name, cost in costs.items()}
+    pace = speed.pace(prompt=fmean(map(len, prompts)), response=fmean(map(len, targets)))
+    seconds = {name: cost.seconds(pace, num_dev=num_dev) for name, cost in costs.items()}
     stages = [
         f"{name} {clock(seconds[name])}" if name in seconds else f"{name} unknown"
-        for name in subject.recipe.stages
+        for name in recipe.stages
     ]
     evaluation_s = num_answers(subject) * pace.generate
     total = sum(seconds.values()) + evaluation_s
@@ -211,10 +214,3 @@ def num_answers(subject: Subject) -> int:
     table = subject.recipe.evaluate
     answers = [1 + table.num_samples(method) for method in subject.recipe.methods_to_evaluate]
     return len(table.problems(subject.splits)) * sum(answers)
-
-
-def _rows_at_once(recipe: Recipe) -> int:
-    """Number of rows in the largest step of any stage, or in the engine's batch if that is
-    smaller."""
-    sizes = [cost.batch for cost in stage_costs(recipe).values()]
-    return min([max(sizes, default=MEASURED_ROWS), getattr(recipe.engine, "rows", MEASURED_ROWS)])

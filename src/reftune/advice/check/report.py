@@ -12,8 +12,6 @@ from reftune.runs.sample import solution_text
 from reftune.text import counted, printable
 
 Level = Literal["ok", "warn", "fail"]
-
-
 MAX_LISTED = 5
 """Maximum number of rows named under a finding."""
 BOUNDARY_TOKENS = 6
@@ -72,10 +70,10 @@ class CheckReport:
     findings: tuple[Finding, ...]
     golds: tuple[GoldKind, ...]
     """The kinds of gold answer in the data, with examples."""
-    preview: Preview | None
-    method: str
+    preview: Preview | None = None
+    method: str = "base"
     """The method whose samples are shown; see `Subject.method`."""
-    samples: tuple[dict[str, Any], ...]
+    samples: tuple[dict[str, Any], ...] = ()
 
     @property
     def failed(self) -> list[Finding]:
@@ -88,12 +86,13 @@ class CheckReport:
         return json.dumps(document, indent=2, ensure_ascii=False)
 
     def to_text(self) -> str:
-        parts = ["\n".join(_finding_text(finding) for finding in self.findings)]
-        parts += [golds_text(self.golds)] if self.golds else []
-        if self.preview is not None:
-            parts.append(_preview_text(self.preview))
-        parts += [f"--- sampled by {self.method} ---\n{solution_text(row)}" for row in self.samples]
-        return "\n\n".join(parts)
+        parts = [
+            "\n".join(_finding_text(finding) for finding in self.findings),
+            golds_text(self.golds),
+            "" if self.preview is None else _preview_text(self.preview),
+            *(f"--- sampled by {self.method} ---\n{solution_text(row)}" for row in self.samples),
+        ]
+        return "\n\n".join(filter(None, parts))
 
 
 def _finding_text(finding: Finding) -> str:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Collection, Sized
 from dataclasses import dataclass
+from statistics import median_high
 
 from reftune.advice.check.report import Preview
 from reftune.datasets import Splits
 from reftune.model.encoder import Encoder
 from reftune.model.policy import Policy
 from reftune.recipe import Recipe
+from reftune.stages.estimate import stage_costs
 from reftune.stages.rollouts import Collector, collector_of
 from reftune.types import Problem
 
@@ -47,8 +49,6 @@ class Subject:
     method: str
     """The method whose weights `policy` has: the first trained method that RL starts from, or
     `base` if there is no such method."""
-    folder_problem: str = ""
-    """Why a run could not use the recipe's run folder. Empty if a run could use the folder."""
 
     @property
     def encoder(self) -> Encoder:
@@ -57,6 +57,11 @@ class Subject:
     @property
     def problems(self) -> list[Problem]:
         return [*self.splits.train, *self.splits.dev, *self.splits.test]
+
+    @property
+    def learns_from_rationales(self) -> bool:
+        """Whether any stage of the recipe needs gold rationales."""
+        return any(stage.reads_rationales for stage in self.recipe.stages.values())
 
     @property
     def prompt_limit(self) -> float:
@@ -71,20 +76,8 @@ class Subject:
             for split, prompts in self.prompts.items()
         }
 
-    @property
-    def fitting_rows(self) -> list[Row]:
-        """The rows on which a stage can train: neither the prompt nor the target is too long."""
-        most = self.recipe.lengths.max_new
-        return [
-            row
-            for row in self.rows
-            if len(row.prompt_ids) <= self.prompt_limit and len(row.target_ids) <= most
-        ]
 
-
-def subject_of(
-    recipe: Recipe, splits: Splits, policy: Policy, method: str = "base", folder_problem: str = ""
-) -> Subject:
+def subject_of(recipe: Recipe, splits: Splits, policy: Policy, method: str = "base") -> Subject:
     """The subject for a check with `policy`, which has the weights of `method`."""
     collector = collector_of(recipe, policy)
     encoder = collector.encoder
@@ -92,11 +85,19 @@ def subject_of(
         name: {problem.id: encoder.prompt(problem) for problem in getattr(splits, name)}
         for name in ("train", "dev", "test")
     }
-    rows = [
-        _row(problem, encoder, prompts["train"][problem.id])
-        for problem in splits.train
-        if problem.rationale is not None
-    ]
+    rows = []
+    for problem in splits.train:
+        if problem.rationale is not None:
+            prompt, target = encoder.format.prompt(problem), encoder.format.target(problem)
+            row = Row(
+                problem=problem,
+                prompt=encoder.text_of(prompt),
+                target=target,
+                reply=encoder.text_after(prompt, target),
+                prompt_ids=prompts["train"][problem.id],
+                target_ids=encoder.continuation(problem, target),
+            )
+            rows.append(row)
     return Subject(
         recipe=recipe,
         splits=splits,
@@ -105,64 +106,36 @@ def subject_of(
         rows=rows,
         prompts=prompts,
         method=method,
-        folder_problem=folder_problem,
-    )
-
-
-def _row(problem: Problem, encoder: Encoder, prompt_ids: list[int]) -> Row:
-    prompt, target = encoder.format.prompt(problem), encoder.format.target(problem)
-    return Row(
-        problem=problem,
-        prompt=encoder.text_of(prompt),
-        target=target,
-        reply=encoder.text_after(prompt, target),
-        prompt_ids=prompt_ids,
-        target_ids=encoder.continuation(problem, target),
     )
 
 
 def preview_of(subject: Subject) -> Preview:
     """The first training row with a rationale. If no row has one, the first training prompt with
     an empty target."""
-    row = subject.rows[0] if subject.rows else _without_target(subject, subject.splits.train[0])
+    row = subject.rows[0] if subject.rows else None
+    problem = row.problem if row else subject.splits.train[0]
+    target, target_ids = (row.reply, row.target_ids) if row else ("", [])
+    prompt_ids = subject.prompts["train"][problem.id]
 
-    def pieces(ids: Iterable[int]) -> tuple[str, ...]:
-        return tuple(
-            str(subject.policy.tokenizer.decode([id_], clean_up_tokenization_spaces=False))
-            for id_ in ids
-        )
+    def pieces(ids: list[int]) -> tuple[str, ...]:
+        decode = subject.policy.tokenizer.decode
+        return tuple(str(decode([id_], clean_up_tokenization_spaces=False)) for id_ in ids)
 
     return Preview(
-        id=row.problem.id,
-        prompt=row.prompt,
-        target=row.reply,
-        prompt_ids=tuple(row.prompt_ids),
-        target_ids=tuple(row.target_ids),
-        prompt_tokens=pieces(row.prompt_ids),
-        target_tokens=pieces(row.target_ids),
-    )
-
-
-def _without_target(subject: Subject, problem: Problem) -> Row:
-    return Row(
-        problem=problem,
+        id=problem.id,
         prompt=subject.encoder.text_of(subject.encoder.format.prompt(problem)),
-        target="",
-        reply="",
-        prompt_ids=subject.prompts["train"][problem.id],
-        target_ids=[],
+        target=target,
+        prompt_ids=tuple(prompt_ids),
+        target_ids=tuple(target_ids),
+        prompt_tokens=pieces(prompt_ids),
+        target_tokens=pieces(target_ids),
     )
-
-
-def learns_from_rationales(subject: Subject) -> bool:
-    """Whether any stage of the recipe needs gold rationales."""
-    return any(stage.reads_rationales for stage in subject.recipe.stages.values())
 
 
 def rl_inits(recipe: Recipe) -> list[str]:
     """The initial model of each stage that samples while it trains."""
-    costs = [(s.init, s.cost(num_train=0, num_dev=0)) for s in recipe.stages.values()]
-    return [init for init, cost in costs if cost is not None and cost.sampled > 0]
+    costs = stage_costs(recipe)
+    return [recipe.stages[name].init for name, cost in costs.items() if cost.sampled > 0]
 
 
 def share(part: Sized, whole: Sized) -> str:
@@ -170,14 +143,6 @@ def share(part: Sized, whole: Sized) -> str:
     return f"{len(part) / len(whole):.1%}"
 
 
-def mean(values: Sequence[float]) -> float:
-    """The mean of `values`, which must not be empty."""
-    return sum(values) / len(values)
-
-
-def spread(sizes: Iterable[int]) -> str:
+def spread(sizes: Collection[int]) -> str:
     """The range and median of sizes, such as `12 to 96 (median 31)`."""
-    ordered = sorted(sizes)
-    return (
-        f"{ordered[0]} to {ordered[-1]} (median {ordered[len(ordered) // 2]})" if ordered else "no"
-    )
+    return f"{min(sizes)} to {max(sizes)} (median {median_high(sizes)})" if sizes else "no"

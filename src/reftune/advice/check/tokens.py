@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import Any
 
 from reftune.advice.check.report import Finding, fail, ok, warn
-from reftune.advice.check.subject import Row, Subject, learns_from_rationales, share, spread
+from reftune.advice.check.subject import Row, Subject, share, spread
 from reftune.model.chat import PROBE
 from reftune.model.encoder import bos_of
 from reftune.text import counted
@@ -27,42 +28,32 @@ def check_boundary(subject: Subject) -> Finding:
         return fail(
             f"{counted(len(empty), 'row')} with an empty prompt or target", "drop them", empty
         )
-    decoded = [
-        tokenizer.decode(row.ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        for row in rows
-    ]
-    lost = [
-        row.problem.id
-        for row, text in zip(rows, decoded, strict=True)
-        if not _spells(str(text), row, tokenizer)
-    ]
+    lost = [row.problem.id for row in rows if not _spells(row, tokenizer)]
     if lost:
+        message = f"{share(lost, rows)} of the rows do not decode to the text that was encoded"
         remedy = "the model learns, and is graded on, the decoded text; look at the tokens below"
-        return warn(
-            f"{share(lost, rows)} of the rows do not decode to the text that was encoded",
-            remedy,
-            lost,
-        )
-    wholes = [subject.encoder.encode(row.prompt + row.reply) for row in rows]
-    moved = [
-        row
-        for row, ids in zip(rows, wholes, strict=True)
-        if row.ids[: len(ids)] != ids and row.ids[len(bos) : len(bos) + len(ids)] != ids
-    ]
-    note = (
-        f"; {share(moved, rows)} of the rows would get different tokens if encoded jointly"
-        if moved
-        else ""
+        return warn(message, remedy, lost)
+    moved = []
+    for row in rows:
+        ids = subject.encoder.encode(row.prompt + row.reply)
+        if row.ids[: len(ids)] != ids and row.ids[len(bos) : len(bos) + len(ids)] != ids:
+            moved.append(row)
+    message = "every stage splits prompt and target at the same token"
+    if not moved:
+        return ok(message)
+    message += f"; {share(moved, rows)} of the rows would get different tokens if encoded jointly"
+    if subject.learns_from_rationales:
+        return ok(message)
+    return warn(message, "no supervised stage teaches the model this split")
+
+
+def _spells(row: Row, tokenizer: Any) -> bool:
+    """Whether a row's tokens decode to its text, apart from a BOS before it and an end token after
+    it."""
+    decoded = tokenizer.decode(
+        row.ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
     )
-    message = f"every stage splits prompt and target at the same token{note}"
-    if moved and not learns_from_rationales(subject):
-        return warn(message, "no supervised stage teaches the model this split")
-    return ok(message)
-
-
-def _spells(decoded: str, row: Row, tokenizer: Any) -> bool:
-    """Whether `decoded` is a row's text, apart from a BOS before it and an end token after it."""
-    before, found, after = decoded.partition(row.prompt + row.reply)
+    before, found, after = str(decoded).partition(row.prompt + row.reply)
     bos, end = (tokenizer.decode(ids) for ids in (bos_of(tokenizer), row.target_ids[-1:]))
     return found != "" and before in ("", bos) and after in ("", end)
 
@@ -118,29 +109,23 @@ def check_prompt_length(subject: Subject) -> Finding:
     """Check that no prompt is longer than `max_prompt`, if set, and that every prompt fits in the
     model's context together with `max_new` sampled tokens."""
     limit, prompts = subject.prompt_limit, subject.prompts
-    sizes = {split: {id_: len(ids) for id_, ids in of.items()} for split, of in prompts.items()}
-    long = {
-        split: [f"{split} {id_}: {size} tokens" for id_, size in of.items() if size > limit]
-        for split, of in sizes.items()
-    }
-    rows = [line for lines in long.values() for line in lines]
-    every = [size for of in sizes.values() for size in of.values()]
-    message = (
-        f"prompts have {spread(every)} tokens;"
-        f" {'any number fits' if limit == math.inf else f'at most {limit} fit'}"
-    )
+    sizes = [(split, id_, len(ids)) for split, of in prompts.items() for id_, ids in of.items()]
+    rows = [f"{split} {id_}: {size} tokens" for split, id_, size in sizes if size > limit]
+    long = Counter(split for split, _, size in sizes if size > limit)
+    fits = "any number fits" if limit == math.inf else f"at most {limit} fit"
+    message = f"prompts have {spread([size for *_, size in sizes])} tokens; {fits}"
     if not rows:
         return ok(message)
-    if subject.recipe.lengths.too_long == "drop" and len(long["train"]) < len(sizes["train"]):
+    if subject.recipe.lengths.too_long == "drop" and long["train"] < len(prompts["train"]):
         return warn(
-            f"{len(long['train'])} of {len(sizes['train'])} training prompts are too long and left"
-            f" out; {len(long['dev'])} dev and {len(long['test'])} test problems count as"
-            f" unanswered: {message}",
+            f"{long['train']} of {len(prompts['train'])} training prompts are too long and left"
+            f" out; {long['dev']} dev and {long['test']} test problems count as unanswered:"
+            f" {message}",
             "raise lengths.max_prompt or lower lengths.max_new",
             rows,
         )
     return fail(
-        f"{share(rows, every)} of prompts are too long: {message}",
+        f"{share(rows, sizes)} of prompts are too long: {message}",
         "raise lengths.max_prompt, lower lengths.max_new, or leave them out: lengths.too_long=drop",
         rows,
     )
@@ -171,10 +156,9 @@ def check_vocabulary(subject: Subject) -> Finding:
         unknown = None  # as in GPT-2's tokenizer, which knows every byte
     outside = [row.problem.id for row in subject.rows if max(row.ids) >= size]
     if outside:
-        remedy = "use the tokenizer that belongs to the model"
         return fail(
             f"{counted(len(outside), 'row')} with token ids beyond the model's {size} embeddings",
-            remedy,
+            "use the tokenizer that belongs to the model",
             outside,
         )
     unwritable = [row.problem.id for row in subject.rows if unknown in row.target_ids]
@@ -184,12 +168,12 @@ def check_vocabulary(subject: Subject) -> Finding:
             "the model could not write them: change the words or the tokenizer",
             unwritable,
         )
-    prompts = {
-        f"{split} {id_}": ids
+    unread = [
+        f"{split} {id_}"
         for split, prompts in subject.prompts.items()
         for id_, ids in prompts.items()
-    }
-    unread = [name for name, ids in prompts.items() if unknown in ids]
+        if unknown in ids
+    ]
     if unread:
         return warn(
             f"{counted(len(unread), 'prompt')} with words unknown to the tokenizer",
