@@ -15,7 +15,14 @@ from reftune.datasets.reading.golds import GoldReader
 from reftune.errors import DataError, RecipeError
 from reftune.grading.formats import Format, grades_of
 from reftune.processes import launch, world
-from reftune.recipe import LengthTable, Recipe, load_component, load_recipe, parse_recipe
+from reftune.recipe import (
+    LengthTable,
+    ModelTable,
+    Recipe,
+    load_component,
+    load_recipe,
+    parse_recipe,
+)
 from reftune.results.stats import wilson
 from reftune.storage.run_folder import StageFolder
 from reftune.terminal.score import golds_of, problem_of
@@ -210,13 +217,14 @@ def _policy(model: str | Path, recipe: Mapping[str, Any]) -> Policy:
     import torch
 
     from reftune.model.policy import Policy
-    from reftune.model.weights import load_pretrained
+    from reftune.model.weights import load_model
     from reftune.runs.auto import choose_device, fastest_dtype
 
     device = choose_device("auto")
     dtype = (recipe.get("model") or {}).get("dtype", "auto")
     dtype = getattr(torch, fastest_dtype(device) if dtype == "auto" else dtype)
-    return Policy(*load_pretrained(model, as_stored=True), dtype=dtype, trained=False).to(device)
+    loaded = load_model(ModelTable(path=str(model)), as_stored=True)
+    return Policy(*loaded, dtype=dtype, trained=False).to(device)
 
 
 def _recipe_of(model: str | Path | Policy) -> Mapping[str, Any]:

@@ -90,8 +90,7 @@ def with_adapters(model: PreTrainedModel, folder: Path, *, base: str | None) -> 
     """
     from peft import PeftModel
 
-    _, tensors = _read(folder)
-    _require_base(folder, base)
+    _, tensors = _read(folder, base)
     try:
         adapted = PeftModel.from_pretrained(model, str(folder))
         found = {peft_name(name) for name, _ in adapted.named_parameters() if ".lora_" in name}
@@ -104,22 +103,29 @@ def with_adapters(model: PreTrainedModel, folder: Path, *, base: str | None) -> 
     return merged
 
 
-def read_adapters(folder: Path) -> Adapters:
+def read_adapters(folder: Path, *, base: str | None = None) -> Adapters:
     """The LoRA adapters that `folder` contains in PEFT's format. Raises: ModelError if they cannot
-    be read, or if they contain tensors other than LoRA's matrices."""
-    config, tensors = _read(folder)
+    be read, contain tensors other than LoRA's matrices, or belong to a model other than `base`."""
+    config, tensors = _read(folder, base)
     with _readable(folder):
         return _paired(tensors, partial(_scaling, config))
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read(folder: Path, base: str | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The configuration and the tensors of the LoRA adapters in `folder`. Raises: ModelError if
-    they cannot be read."""
+    they cannot be read, or belong to a model other than `base`."""
     with _readable(folder):
         config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         if config.get("peft_type") != "LORA":
             raise ValueError(f"peft_type is {config.get('peft_type')}; expected LORA")
-        return config, load_file(folder / PEFT_ADAPTERS)
+        tensors = load_file(folder / PEFT_ADAPTERS)
+    trained_on = config.get("base_model_name_or_path")
+    if base and trained_on and Path(base).name != Path(trained_on).name:
+        raise ModelError(
+            f"{folder}: adapters of {trained_on}; expected those of model.path {base} (if both"
+            f" are the same model, set base_model_name_or_path in the folder's {ADAPTER_CONFIG})"
+        )
+    return config, tensors
 
 
 @contextmanager
@@ -160,23 +166,13 @@ def require_continuable(folder: Path, table: ModelTable) -> None:
     """Check that a run with the model settings `table` can continue training the adapters in
     `folder`. Raises: ModelError if the adapters cannot be read, or if their base model or scaling
     differs from the run's."""
-    found = sorted({adapter.scaling for adapter in read_adapters(folder).values()})
-    _require_base(folder, table.path)
+    adapters = read_adapters(folder, base=table.path).values()
+    found = sorted({adapter.scaling for adapter in adapters})
     wanted = table.lora and table.lora.alpha / table.lora.rank
     if found != [wanted]:
         raise ModelError(
             f"{folder}: adapters with alpha / rank = {', '.join(map(str, found))}; expected"
             f" {wanted}, as in model.lora"
-        )
-
-
-def _require_base(folder: Path, base: str | None) -> None:
-    config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    trained_on = config.get("base_model_name_or_path")
-    if base and trained_on and Path(base).name != Path(trained_on).name:
-        raise ModelError(
-            f"{folder}: adapters of {trained_on}; expected those of model.path {base} (if both"
-            f" are the same model, set base_model_name_or_path in the folder's {ADAPTER_CONFIG})"
         )
 
 
@@ -189,19 +185,17 @@ def side_by_side(chain: Sequence[Adapters]) -> dict[str, Adapter]:
     """
     if len(chain) == 1:
         return dict(chain[0])
-    of_layer: dict[str, list[Adapter]] = {}
-    for adapters in chain:
-        for name, adapter in adapters.items():
-            of_layer.setdefault(name, []).append(adapter)
-    rank = max(sum(len(adapter.a) for adapter in parts) for parts in of_layer.values())
-    return {name: _summed(parts, rank) for name, parts in of_layer.items()}
-
-
-def _summed(parts: Sequence[Adapter], rank: int) -> Adapter:
-    a = torch.cat([part.a for part in parts])
-    b = torch.cat([part.b * part.scaling for part in parts], 1)
-    missing = rank - len(a)
-    return Adapter(pad(a, (0, 0, 0, missing)), pad(b, (0, missing)), 1.0)
+    summed: dict[str, Adapter] = {}
+    for name in dict.fromkeys(name for adapters in chain for name in adapters):
+        parts = [adapters[name] for adapters in chain if name in adapters]
+        a = torch.cat([part.a for part in parts])
+        b = torch.cat([part.b * part.scaling for part in parts], 1)
+        summed[name] = Adapter(a, b, 1.0)
+    rank = max(len(adapter.a) for adapter in summed.values())
+    return {
+        name: Adapter(pad(a, (0, 0, 0, rank - len(a))), pad(b, (0, rank - len(a))), scaling)
+        for name, (a, b, scaling) in summed.items()
+    }
 
 
 def _chain(run: RunFolder, method: str, model: Mapping[str, Any]) -> list[Adapters]:

@@ -3,9 +3,9 @@ reply."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
 
@@ -26,7 +26,7 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> str
     """The turns as the template writes them, up to where the assistant's reply begins. Raises:
     RecipeError if the tokenizer has no template, or if the template rejects the turns, omits the
     last turn or the system message, or does not accept one of the `template_args`."""
-    text = _render(tokenizer, prompt.turns, prompt.template_args, add_generation_prompt=True)
+    text = _render(tokenizer, prompt)
     if prompt.turns[-1].content.strip() not in text and _omits_last(tokenizer, prompt):
         raise RecipeError(
             "format.style: chat: the tokenizer's chat template omits the question; expected a"
@@ -62,7 +62,7 @@ def reply_text(tokenizer: PreTrainedTokenizerBase, prompt: Conversation, said: s
     end = _ending(tokenizer, after)[0]
     if opened := _opened(begun, prompt):
         return _continue_thought(opened, said) + end
-    whole = _render(tokenizer, _answered(prompt, said), prompt.template_args)
+    whole = _render(tokenizer, prompt, said)
     fits = whole.startswith(begun) and whole.endswith(after)
     body = whole[len(begun) : len(whole) - len(after)] if fits else ""
     if "".join(said.split()) not in "".join(body.split()):
@@ -87,22 +87,17 @@ def end_of_turn(
     return None
 
 
-def _answered(prompt: Conversation, said: str) -> tuple[Message, ...]:
-    return (*prompt.turns, Message(role="assistant", content=said))
-
-
 def _around(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> tuple[str, str]:
     """The text before and the text after the assistant's words in a rendered conversation. If the
     template omits these words, both are empty."""
-    text = _render(tokenizer, _answered(prompt, PROBE), prompt.template_args)
-    before, found, after = text.rpartition(PROBE)
+    before, found, after = _render(tokenizer, prompt, PROBE).rpartition(PROBE)
     return (before, after) if found else ("", "")
 
 
 def _omits_last(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> bool:
     """Whether the template omits the last turn, rather than changing its text."""
-    turns = (*prompt.turns[:-1], Message(role=prompt.turns[-1].role, content=PROBE))
-    return PROBE not in _render(tokenizer, turns, prompt.template_args, add_generation_prompt=True)
+    turns = (*prompt.turns[:-1], replace(prompt.turns[-1], content=PROBE))
+    return PROBE not in _render(tokenizer, replace(prompt, turns=turns))
 
 
 def _begin(begun: str, before: str, said: str, *, asked: str) -> str:
@@ -152,39 +147,38 @@ def _ending(tokenizer: PreTrainedTokenizerBase, after: str) -> tuple[str, str | 
 
 
 def _render(
-    tokenizer: PreTrainedTokenizerBase,
-    turns: Sequence[Message],
-    template_args: Mapping[str, Any],
-    *,
-    add_generation_prompt: bool = False,
+    tokenizer: PreTrainedTokenizerBase, prompt: Conversation, said: str | None = None
 ) -> str:
+    """The prompt, followed by a turn in which the assistant says `said` or, without `said`, by what
+    the template writes before a reply."""
     if not tokenizer.chat_template:
         raise RecipeError(
             "format.style: chat: the tokenizer has no chat template; expected an instruct model"
             " or style: plain"
         )
-    for name in template_args:
+    for name in prompt.template_args:
         if name in OURS or name not in tokenizer.get_chat_template():
             raise RecipeError(
                 f"format.template_args.{name}: the chat template has no such variable to set"
             )
-    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+    messages = [{"role": turn.role, "content": turn.content} for turn in prompt.turns]
+    if said is not None:
+        messages.append({"role": "assistant", "content": said})
     try:
         text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt, **template_args
+            messages, tokenize=False, add_generation_prompt=said is None, **prompt.template_args
         )
     except (TemplateError, TypeError, ValueError) as error:
         reason = brief(error)
-        others = [turn for turn in turns if turn.role != "system"]
-        if len(others) < len(turns):
-            _render(  # if this fails too, the system message is not the cause
-                tokenizer, others, template_args, add_generation_prompt=add_generation_prompt
-            )
-            system = next(turn for turn in turns if turn.role == "system")
-            raise RecipeError(_no_system(system, f"it reports: {reason}")) from None
+        systems = [turn for turn in prompt.turns if turn.role == "system"]
+        if systems:
+            others = tuple(turn for turn in prompt.turns if turn.role != "system")
+            # if this fails too, the system message is not the cause
+            _render(tokenizer, replace(prompt, turns=others), said)
+            raise RecipeError(_no_system(systems[0], f"it reports: {reason}")) from None
         raise RecipeError(
             f"format.style: chat: the tokenizer's chat template rejects the turns"
-            f" {', '.join(turn.role for turn in turns)}: {reason}"
+            f" {', '.join(message['role'] for message in messages)}: {reason}"
         ) from None
     return str(text)
 
