@@ -15,14 +15,7 @@ from reftune.datasets.reading.golds import GoldReader
 from reftune.errors import DataError, RecipeError
 from reftune.grading.formats import Format, grades_of
 from reftune.processes import launch, world
-from reftune.recipe import (
-    LengthTable,
-    ModelTable,
-    Recipe,
-    load_component,
-    load_recipe,
-    parse_recipe,
-)
+from reftune.recipe import LengthTable, Recipe, load_component, load_recipe, parse_recipe
 from reftune.results.stats import wilson
 from reftune.storage.run_folder import StageFolder
 from reftune.terminal.score import golds_of, problem_of
@@ -218,6 +211,7 @@ def _policy(model: str | Path, recipe: Mapping[str, Any]) -> Policy:
 
     from reftune.model.policy import Policy
     from reftune.model.weights import load_model
+    from reftune.recipe import ModelTable
     from reftune.runs.auto import choose_device, fastest_dtype
 
     device = choose_device("auto")

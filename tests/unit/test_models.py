@@ -330,7 +330,7 @@ def test_smollm2_is_unpacked_once_also_for_a_model_without_weights(monkeypatch, 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     gguf = tmp_path / "tiny.gguf"
     write_gguf(gguf)
-    monkeypatch.setattr("reftune.model.weights._wheel_file", lambda *names: gguf)
+    monkeypatch.setattr("reftune.model.weights._wheel_file", lambda: gguf)
     table = ModelTable(path="smollm2-135m", dtype="float32")
     outlines = [outline_of(table, (), device="cpu") for _ in range(2)]
     # embeddings 4·32, tied; 4 + 3 matrices of 32·32; three norms of 32
@@ -346,7 +346,7 @@ def test_a_missing_reader_of_smollm2_s_file_is_named_in_one_line(monkeypatch, tm
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     gguf = tmp_path / "tiny.gguf"
     write_gguf(gguf)
-    monkeypatch.setattr("reftune.model.weights._wheel_file", lambda *names: gguf)
+    monkeypatch.setattr("reftune.model.weights._wheel_file", lambda: gguf)
     reader = "transformers.modeling_gguf_pytorch_utils.is_gguf_available"
     monkeypatch.setattr(reader, lambda: False)
     with pytest.raises(ModelError, match="load a GGUF checkpoint") as error:

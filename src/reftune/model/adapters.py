@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -83,11 +82,9 @@ def _base_of(path: str | None) -> str | None:
 
 
 def with_adapters(model: PreTrainedModel, folder: Path, *, base: str | None) -> PreTrainedModel:
-    """The base model `model`, with the adapters in `folder` merged into it.
-
-    Raises: ModelError if `folder` does not contain LoRA adapters of the model named `base`, or if
-    their tensors are not stored as safetensors.
-    """
+    """The base model `model`, with the adapters in `folder` merged into it. Raises: ModelError if
+    `folder` does not contain LoRA adapters of the model named `base`, or if their tensors are not
+    stored as safetensors."""
     from peft import PeftModel
 
     _, tensors = _read(folder, base)
@@ -108,7 +105,7 @@ def read_adapters(folder: Path, *, base: str | None = None) -> Adapters:
     be read, contain tensors other than LoRA's matrices, or belong to a model other than `base`."""
     config, tensors = _read(folder, base)
     with _readable(folder):
-        return _paired(tensors, partial(_scaling, config))
+        return _paired(tensors, config)
 
 
 def _read(folder: Path, base: str | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -136,30 +133,25 @@ def _readable(folder: Path) -> Iterator[None]:
         raise ModelError(f"{folder}: adapters cannot be read: {brief(error)}") from None
 
 
-def _scaling(config: Mapping[str, Any], name: str, rank: int) -> float:
-    """The scaling of the adapter whose matrix A is called `name`."""
+def _paired(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Adapter]:
+    """The adapters to which `tensors` belong. `config` is their configuration in PEFT's format.
+    Raises: ValueError for a tensor that is neither a matrix A nor the matrix B of an A; KeyError if
+    a B is missing."""
     from peft.utils.other import get_pattern_key
 
-    module = name.split(".lora_")[0].removeprefix("base_model.model.")
-    alphas = config.get("alpha_pattern") or {}
-    alpha = alphas.get(get_pattern_key([*alphas], module), config["lora_alpha"])
-    return float(alpha / rank ** (0.5 if config.get("use_rslora") else 1))
-
-
-def _paired(
-    tensors: Mapping[str, Tensor], scaling: Callable[[str, int], float]
-) -> dict[str, Adapter]:
-    """The adapters to which `tensors` belong. `scaling(name, r)` returns the scaling of the adapter
-    with rank r whose matrix A is called `name`. Raises: ValueError for a tensor that is neither a
-    matrix A nor the matrix B of an A; KeyError if a B is missing."""
     firsts = [name for name in tensors if _A.search(name)]
     strange = sorted(tensors.keys() - {*firsts, *(_A.sub("_B", name) for name in firsts)})
     if strange:
         raise ValueError(f"{strange[0]} is not a LoRA matrix; expected A and B only")
-    return {
-        name: Adapter(tensors[name], tensors[_A.sub("_B", name)], scaling(name, len(tensors[name])))
-        for name in firsts
-    }
+    alphas = config.get("alpha_pattern") or {}
+    adapters = {}
+    for name in firsts:
+        a, b = tensors[name], tensors[_A.sub("_B", name)]
+        module = name.split(".lora_")[0].removeprefix("base_model.model.")
+        alpha = alphas.get(get_pattern_key([*alphas], module), config["lora_alpha"])
+        scaling = alpha / len(a) ** (0.5 if config.get("use_rslora") else 1)
+        adapters[name] = Adapter(a, b, float(scaling))
+    return adapters
 
 
 def require_continuable(folder: Path, table: ModelTable) -> None:
@@ -218,6 +210,6 @@ def _chain(run: RunFolder, method: str, model: Mapping[str, Any]) -> list[Adapte
         if not path.is_file():
             raise CheckpointError(f"{path}: missing; --adapter expects a run with model.lora")
         tensors = {peft_name(name): tensor for name, tensor in load_file(path).items()}
-        chain.insert(0, _paired(tensors, lambda name, rank: table.alpha / rank))
+        chain.insert(0, _paired(tensors, {"lora_alpha": table.alpha}))
         method = "base" if model.get("quantize") is not None else stage.facts()["init"]
     return chain

@@ -40,10 +40,9 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> str
 
 @lru_cache(maxsize=4096)
 def opened_thought(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> str:
-    """If the template opens a thought after the last turn and does not close it, the result is the
-    end of the prompt's text, from the thought's opening tag onwards. With DeepSeek-R1's template,
-    this is "<think>\\n". If there is no such thought, the result is an empty string. Raises:
-    RecipeError as `prompt_text` does."""
+    """The end of the prompt's text, from the opening tag of a thought that the template opens after
+    the last turn and does not close. With DeepSeek-R1's template, this is "<think>\\n". Empty if
+    there is no such thought. Raises: RecipeError as `prompt_text` does."""
     return _opened(prompt_text(tokenizer, prompt), prompt)
 
 
@@ -103,8 +102,7 @@ def _omits_last(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> boo
 def _begin(begun: str, before: str, said: str, *, asked: str) -> str:
     """`said`, preceded by the text that the template inserts between the prompt `begun` and a
     reply. `before` is the text before the reply in the rendered conversation. The inserted text is
-    what `before` has in addition to `begun` after the last question, `asked`.
-    """
+    what `before` has in addition to `begun` after the last question, `asked`."""
     if not asked or asked not in begun or asked not in before:
         return said
     ours, theirs = begun.rpartition(asked)[2], before.rpartition(asked)[2]
@@ -135,8 +133,7 @@ def _continue_thought(opened: str, said: str) -> str:
 def _ending(tokenizer: PreTrainedTokenizerBase, after: str) -> tuple[str, str | None]:
     """The part of `after` up to and including the token that ends the turn, and this token. The
     turn ends at the first special token or, if there is none, at the first added token. If there is
-    neither, the result is an empty string and None.
-    """
+    neither, the result is an empty string and None."""
     added = sorted(tokenizer.added_tokens_decoder.values(), key=lambda token: len(str(token)))
     for tokens in ([token for token in added if token.special], added):
         found = {after.index(str(token)): str(token) for token in tokens if str(token) in after}

@@ -29,10 +29,7 @@ def token_logprobs(
     head: nn.Module, hidden: Tensor, tokens: Tensor, temperature: float = 1.0
 ) -> Tensor:
     """The log-probability (N,) of each token under the softmax of `head(hidden)` / `temperature`,
-    in fp32 and with gradients.
-
-    `hidden` is (N, H), and `tokens` (N,) contains ids.
-    """
+    in fp32 and with gradients. `hidden` is (N, H), and `tokens` (N,) contains ids."""
     if type(head) is nn.Linear:
         logprobs: Tensor = _LinearLogprobs.apply(
             hidden, head.weight, head.bias, tokens, temperature

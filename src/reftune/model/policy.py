@@ -47,8 +47,7 @@ PEFT_ADAPTERS = "adapter_model.safetensors"
 class TokenScores(NamedTuple):
     """The policy's scores for the response tokens of a batch. Each tensor is (B, R) and in fp32. It
     is 0 outside the responses. This class is a tuple because older versions of FSDP2 do not find
-    tensors in dataclasses.
-    """
+    tensors in dataclasses."""
 
     logprobs: Tensor
     values: Tensor
@@ -195,10 +194,8 @@ class Policy(nn.Module):
 
     def compile_blocks(self) -> None:
         """Compile the transformer blocks, which fuses their small operations. Decoding with a
-        cache does not use the compiled blocks. A later copy of a block is not compiled.
-
-        Raises: ModelError if there is no C++ compiler.
-        """
+        cache does not use the compiled blocks. A later copy of a block is not compiled. Raises:
+        ModelError if there is no C++ compiler."""
         compiler = os.environ.get("CXX", "g++")
         if shutil.which(compiler) is None:
             raise ModelError(
@@ -287,10 +284,8 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def score(self, batch: TokenBatch, *, temperature: float = 1.0) -> TokenScores:
-        """Log-probabilities, values and entropies, without gradients or dropout.
-
-        Each process scores a part of the rows, and every process gets all scores.
-        """
+        """Log-probabilities, values and entropies, without gradients or dropout. Each process
+        scores a part of the rows, and every process gets all scores."""
         shape = batch.response_mask.shape
         found = [torch.zeros(shape, device=self.device) for _ in TokenScores._fields]
         with self.inference():
@@ -322,9 +317,7 @@ class Policy(nn.Module):
 
     def verify_head(self) -> None:
         """Check that the model's logits are just its last hidden state times its output embedding.
-
-        Raises: ModelError if they are not, for example because the model caps or scales them.
-        """
+        Raises: ModelError if they are not, for example because the model caps or scales them."""
         tokens = torch.arange(8, device=self.device).unsqueeze(0) % self.model.config.vocab_size
         training = self.training
         self.eval()
@@ -427,10 +420,8 @@ class Policy(nn.Module):
         they are missing or do not fit."""
         path = folder / ADAPTERS if (folder / ADAPTERS).is_file() else folder / PEFT_ADAPTERS
         try:
-            saved, own = (
-                {peft_name(name): value for name, value in tensors.items()}
-                for tensors in (load_file(path), self._adapters())
-            )
+            saved = {peft_name(name): tensor for name, tensor in load_file(path).items()}
+            own = {peft_name(name): parameter for name, parameter in self._adapters().items()}
             strange = sorted(saved.keys() ^ own.keys())
             if strange:
                 raise KeyError(f"{strange[0]} is only in the file or only in the model")

