@@ -57,7 +57,7 @@ class TokenBatch:
         return rows, self.prompt_lengths[rows] + steps
 
     def predictor_index(self) -> tuple[Tensor, Tensor]:
-        """The row and the column of each response token's predictor, the position to its left."""
+        """As `response_index`, for each response token's predictor: the position to its left."""
         rows, columns = self.response_index()
         return rows, columns - 1
 
@@ -191,7 +191,7 @@ def token_batch(
     *,
     device: torch.device | str = "cpu",
 ) -> TokenBatch:
-    """A batch in which each row contains a prompt and its response, padded with id 0."""
+    """A batch of prompts and their responses, padded on the right with id 0."""
     assert all(prompts), (
         "a prompt must contain at least one token: its last token predicts the first response token"
     )

@@ -103,11 +103,10 @@ def _begin(begun: str, before: str, said: str, *, asked: str) -> str:
     """`said`, preceded by the text that the template inserts between the prompt `begun` and a
     reply. `before` is the text before the reply in the rendered conversation. The inserted text is
     what `before` has in addition to `begun` after the last question, `asked`."""
-    if not asked or asked not in begun or asked not in before:
-        return said
-    ours, theirs = begun.rpartition(asked)[2], before.rpartition(asked)[2]
-    if theirs.startswith(ours):  # Mistral's template moves the system message to the last turn
-        return theirs.removeprefix(ours) + said
+    if asked and asked in begun and asked in before:
+        ours, theirs = begun.rpartition(asked)[2], before.rpartition(asked)[2]
+        if theirs.startswith(ours):  # Mistral's template moves the system message to the last turn
+            return theirs.removeprefix(ours) + said
     return said
 
 

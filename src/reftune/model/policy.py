@@ -262,7 +262,8 @@ class Policy(nn.Module):
         computed too."""
         with self.arithmetic():
             hidden = self.hidden_states(batch)
-            head, tokens, entropy = self.base.get_output_embeddings(), batch.response_tokens(), None
+            head, tokens = self.base.get_output_embeddings(), batch.response_tokens()
+            entropy = None
             if torch.is_grad_enabled():
                 logprobs = token_logprobs(head, hidden, tokens, temperature)
             else:

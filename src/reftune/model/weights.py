@@ -303,8 +303,10 @@ def scratch_texts(format_: Format, splits: Splits) -> Iterator[str]:
     """Training prompts and gold solutions, from which a from-scratch model takes its vocabulary."""
     for problem in splits.train:
         prompt = format_.prompt(problem)
-        is_chat = isinstance(prompt, Conversation)
-        yield from (turn.content for turn in prompt.turns) if is_chat else (prompt,)
+        if isinstance(prompt, Conversation):
+            yield from (turn.content for turn in prompt.turns)
+        else:
+            yield prompt
         if problem.rationale is not None:
             yield format_.target(problem)
 
