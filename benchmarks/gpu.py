@@ -43,8 +43,8 @@ from reftune.engines.kv import Kv
 from reftune.model.batch import TokenBatch, token_batch
 from reftune.model.encoder import StopRule
 from reftune.model.policy import Policy
-from reftune.model.weights import load_pretrained, make_scratch
-from reftune.recipe import ScratchTable
+from reftune.model.weights import load_model, make_scratch
+from reftune.recipe import ModelTable, ScratchTable
 from reftune.types import SamplingParams
 
 BOUNDS = {
@@ -168,7 +168,7 @@ def correctness(setting: Setting, dtype: str) -> dict[str, Any]:
 
 
 def load_policy(setting: Setting, device: str, dtype: str) -> Policy:
-    model, tokenizer = load_pretrained(setting.model)
+    model, tokenizer = load_model(ModelTable(path=setting.model))
     policy = Policy(model, tokenizer, dtype=getattr(torch, dtype))
     policy.reset_value_head(0)
     return policy.to(device).eval()
@@ -244,7 +244,7 @@ def step_reftune(setting: Setting, *, compiled: bool = False) -> dict[str, Any]:
 
 def work_of(setting: Setting, workload: Workload, medians: dict[str, float]) -> dict[str, float]:
     """Tokens per second and FLOP/s by phase."""
-    model, tokenizer = load_pretrained(setting.model)
+    model, tokenizer = load_model(ModelTable(path=setting.model))
     head = model.get_output_embeddings().weight
     embedding = model.get_input_embeddings().get_parameter("weight")
     ends = {id(p): p.numel() for p in (head, embedding)}

@@ -203,13 +203,15 @@ def _policy(model: str | Path, recipe: Mapping[str, Any]) -> Policy:
     import torch
 
     from reftune.model.policy import Policy
-    from reftune.model.weights import load_pretrained
+    from reftune.model.weights import load_model
+    from reftune.recipe import ModelTable
     from reftune.runs.auto import choose_device, fastest_dtype
 
     device = choose_device("auto")
     dtype = (recipe.get("model") or {}).get("dtype", "auto")
     dtype = getattr(torch, fastest_dtype(device) if dtype == "auto" else dtype)
-    return Policy(*load_pretrained(model, as_stored=True), dtype=dtype, trained=False).to(device)
+    loaded = load_model(ModelTable(path=str(model)), as_stored=True)
+    return Policy(*loaded, dtype=dtype, trained=False).to(device)
 
 
 def _recipe_of(model: str | Path | Policy) -> Mapping[str, Any]:

@@ -139,13 +139,14 @@ def test_a_model_over_a_narrow_base_is_saved_in_fp32_with_all_that_was_learned(
 def test_files_in_bf16_are_read_as_they_are_for_weights_that_are_not_trained(
     make_model, tokenizer, tmp_path
 ):
-    from reftune.model.weights import load_pretrained
+    from reftune.model.weights import load_model
 
     for family in FAMILIES:
         folder = tmp_path / family
         rounded(make_model(family)).to(BF16).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        stored, trained = (load_pretrained(folder, as_stored=flag)[0] for flag in (True, False))
+        table = ModelTable(path=str(folder))
+        stored, trained = (load_model(table, as_stored=flag)[0] for flag in (True, False))
         assert (stored.dtype, trained.dtype) == (BF16, torch.float32)
         one, other = (
             Policy(model, tokenizer, dtype=BF16, trained=False).score(BATCH)

@@ -10,7 +10,7 @@ from reftune.engines.kv import Kv
 from reftune.errors import ModelError
 from reftune.model.batch import token_batch
 from reftune.model.policy import Policy
-from reftune.recipe import LoraTable
+from reftune.recipe import LoraTable, ModelTable
 from reftune.runs.run import open_run
 from reftune.stages.optimizer import trainable
 from reftune.stages.stage import Progress
@@ -106,14 +106,13 @@ def test_an_adapter_on_a_tied_embedding_is_refused(make_policy, family, module, 
 
 
 def test_an_adapter_on_an_embedding_that_is_not_tied_is_merged(make_policy, tmp_path):
-    from reftune.model.weights import load_pretrained
+    from reftune.model.weights import load_model
 
     table = LoraTable(rank=4, target_modules=["embed_tokens", "lm_head"])
     policy = with_trained_adapters(make_policy("qwen2, untied", lora=table))
     policy.save(tmp_path)
-    assert_close(
-        logprobs(Policy(*load_pretrained(tmp_path)).eval()), logprobs(policy), atol=2e-5, rtol=0
-    )
+    loaded = Policy(*load_model(ModelTable(path=str(tmp_path)))).eval()
+    assert_close(logprobs(loaded), logprobs(policy), atol=2e-5, rtol=0)
 
 
 def test_an_engine_samples_with_the_adapters_on(make_policy):

@@ -12,13 +12,7 @@ import pytest
 import torch
 
 from reftune.errors import ModelError
-from reftune.model.weights import (
-    load_model,
-    load_pretrained,
-    load_tokenizer,
-    make_scratch,
-    word_tokenizer,
-)
+from reftune.model.weights import load_model, load_tokenizer, make_scratch, word_tokenizer
 from reftune.recipe import ModelTable, Recipe, ScratchTable
 from reftune.runs import models
 from reftune.runs.run import run_recipe
@@ -151,6 +145,10 @@ def saved(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
+def read(path: Path | str, **settings: Any) -> tuple[Any, Any]:
+    return load_model(ModelTable(path=str(path), **settings))
+
+
 def one_line(error: pytest.ExceptionInfo[ModelError]) -> str:
     assert "\n" not in str(error.value)
     return str(error.value)
@@ -162,7 +160,7 @@ def test_an_eos_that_only_the_configuration_names_is_the_tokenizer_s(saved):
         if (saved / name).is_file():
             keys = json.loads((saved / name).read_text())
             (saved / name).write_text(json.dumps({**keys, "eos_token": None}))
-    model, tokenizer = load_pretrained(saved)
+    model, tokenizer = read(saved)
     assert model.config.eos_token_id is not None
     assert tokenizer.eos_token_id == model.config.eos_token_id
     alone = load_tokenizer(ModelTable(path=str(saved)))
@@ -170,7 +168,7 @@ def test_an_eos_that_only_the_configuration_names_is_the_tokenizer_s(saved):
 
 
 def test_a_saved_model_comes_back_with_its_tokenizer(saved):
-    model, tokenizer = load_pretrained(saved)
+    model, tokenizer = read(saved)
     original, _ = make_scratch(SMALL, [TEXT], seed=0)
     assert all(
         torch.equal(value, original.state_dict()[name])
@@ -181,20 +179,20 @@ def test_a_saved_model_comes_back_with_its_tokenizer(saved):
 
 def test_a_folder_without_a_config_is_no_model_folder(tmp_path):
     with pytest.raises(ModelError) as error:
-        load_pretrained(tmp_path)
+        read(tmp_path)
     assert one_line(error) == f"{tmp_path}: not a model folder: no config.json in it"
 
 
 def test_a_folder_that_is_not_there_is_refused_in_one_line(tmp_path):
     with pytest.raises(ModelError) as error:
-        load_pretrained(tmp_path / "absent")
+        read(tmp_path / "absent")
     assert one_line(error).startswith(f"{tmp_path / 'absent'}: ")
 
 
 def test_an_unknown_hub_id_without_a_network_is_refused_in_one_line(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ModelError) as error:
-        load_pretrained("no-such-owner/no-such-model")
+        read("no-such-owner/no-such-model")
     assert one_line(error).startswith(
         "no-such-owner/no-such-model: cannot be loaded as a causal language model: "
     )
@@ -207,7 +205,7 @@ def test_a_torn_file_is_refused_in_one_line(saved, name):
     content = (saved / name).read_bytes()
     (saved / name).write_bytes(content[: len(content) // 2])
     with pytest.raises(ModelError) as error:
-        load_pretrained(saved)
+        read(saved)
     assert one_line(error).startswith(f"{saved}: cannot be loaded as a causal language model: ")
 
 
@@ -215,7 +213,7 @@ def test_a_torn_file_is_refused_in_one_line(saved, name):
 def test_a_missing_file_is_refused_in_one_line(saved, name):
     (saved / name).unlink()
     with pytest.raises(ModelError) as error:
-        load_pretrained(saved)
+        read(saved)
     one_line(error)
 
 
@@ -226,16 +224,16 @@ def test_weights_of_another_model_are_refused_in_one_line(saved, key, value):
     config = json.loads((saved / "config.json").read_text())
     (saved / "config.json").write_text(json.dumps({**config, key: value}))
     with pytest.raises(ModelError) as error:
-        load_pretrained(saved)
+        read(saved)
     one_line(error)
 
 
 def test_pickled_weights_are_not_read(saved):
-    model, _ = load_pretrained(saved)
+    model, _ = read(saved)
     torch.save(model.state_dict(), saved / "pytorch_model.bin")
     (saved / "model.safetensors").unlink()
     with pytest.raises(ModelError):
-        load_pretrained(saved)
+        read(saved)
 
 
 @pytest.mark.parametrize("rationales", [True, False])
@@ -272,7 +270,7 @@ def test_a_model_s_own_code_runs_only_if_it_is_trusted(saved, tmp_path, monkeypa
     own = {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}
     (saved / "config.json").write_text(json.dumps({**config, **own}))
     with pytest.raises(ModelError) as error:  # either way, no causal LM belongs to this config
-        load_pretrained(saved, trust_remote_code=trusted)
+        read(saved, trust_remote_code=trusted)
     one_line(error)
     assert proof.exists() == trusted
 
@@ -332,7 +330,7 @@ def test_smollm2_is_unpacked_once_also_for_a_model_without_weights(monkeypatch, 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     gguf = tmp_path / "tiny.gguf"
     write_gguf(gguf)
-    monkeypatch.setattr("reftune.model.weights._wheel_file", lambda *names: gguf)
+    monkeypatch.setattr("reftune.model.weights._wheel_file", lambda: gguf)
     table = ModelTable(path="smollm2-135m", dtype="float32")
     outlines = [outline_of(table, (), device="cpu") for _ in range(2)]
     # embeddings 4·32, tied; 4 + 3 matrices of 32·32; three norms of 32
@@ -348,7 +346,7 @@ def test_a_missing_reader_of_smollm2_s_file_is_named_in_one_line(monkeypatch, tm
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     gguf = tmp_path / "tiny.gguf"
     write_gguf(gguf)
-    monkeypatch.setattr("reftune.model.weights._wheel_file", lambda *names: gguf)
+    monkeypatch.setattr("reftune.model.weights._wheel_file", lambda: gguf)
     reader = "transformers.modeling_gguf_pytorch_utils.is_gguf_available"
     monkeypatch.setattr(reader, lambda: False)
     with pytest.raises(ModelError, match="load a GGUF checkpoint") as error:
@@ -418,15 +416,11 @@ def test_a_run_reads_the_base_model_once_and_each_chosen_model_once(
 ):
     read: list[str] = []
 
-    def counting(original):
-        def load(source, **options):
-            read.append(Path(str(source)).name if isinstance(source, str | Path) else "base")
-            return original(source, **options)
+    def load(table, **options):
+        read.append("base" if table.path is None else Path(table.path).name)
+        return load_model(table, **options)
 
-        return load
-
-    for name in ("load_model", "load_pretrained"):
-        monkeypatch.setattr(models, name, counting(getattr(models, name)))
+    monkeypatch.setattr(models, "load_model", load)
     recipe = make_recipe(evaluate={"samples": 0, "stages": None}, **changes)
     run_recipe(recipe, progress=Progress())
     # SFT from the base model leaves warmup and sft; PPO starts from warmup, which stays loaded, and

@@ -13,7 +13,8 @@ from reftune.errors import ModelError
 from reftune.model.batch import TokenBatch, token_batch
 from reftune.model.encoder import Encoder
 from reftune.model.policy import Policy
-from reftune.model.weights import load_pretrained
+from reftune.model.weights import load_model
+from reftune.recipe import ModelTable
 
 PROMPTS, RESPONSES = [[3, 4, 5, 6], [7, 8], [9]], [[10, 1], [11, 12, 13, 1], [14]]
 
@@ -179,7 +180,7 @@ def test_a_saved_policy_comes_back_with_its_value_head(make_policy, batch, tmp_p
     assert [path.name for path in (tmp_path / "model").glob("*.safetensors")] == [
         "model.safetensors"
     ]  # vLLM loads all of them
-    loaded = Policy(*load_pretrained(tmp_path / "model"))
+    loaded = Policy(*load_model(ModelTable(path=str(tmp_path / "model"))))
     loaded.load_value_head(tmp_path / "model")
     expected, found = policy.score(batch), loaded.score(batch)
     assert torch.equal(found.logprobs, expected.logprobs)

@@ -18,7 +18,7 @@ from reftune.errors import ModelError, RecipeError
 from reftune.model.encoder import Encoder
 from reftune.model.policy import Policy
 from reftune.model.weights import word_tokenizer
-from reftune.recipe import Recipe
+from reftune.recipe import ModelTable, Recipe
 from reftune.runs.models import check_stage_graph
 from reftune.runs.run import Run, evaluate_methods, open_run, run_stages
 from reftune.stages import reward_model
@@ -293,13 +293,13 @@ def test_the_best_sample_with_an_answer_is_taken(classifier, monkeypatch):
 
 @pytest.mark.parametrize("likelihood", [False, True])
 def test_a_saved_classifier_gives_the_same_scores(classifier, encoder, tmp_path, likelihood: bool):
-    from reftune.model.weights import load_pretrained
+    from reftune.model.weights import load_model
 
     solutions = [(problem("1"), "wc wd"), (problem("1"), "we")]
     if likelihood:
         classifier.add_likelihood(planted(8, seed=0))
     classifier.save(tmp_path)
-    loaded = load_classifier(Policy(*load_pretrained(tmp_path)), encoder, tmp_path)
+    loaded = load_classifier(Policy(*load_model(ModelTable(path=str(tmp_path)))), encoder, tmp_path)
     expected = classifier.scores(solutions)
     assert loaded.scores(solutions) == pytest.approx(expected, abs=1e-6)
 

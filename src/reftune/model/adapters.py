@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -83,15 +82,12 @@ def _base_of(path: str | None) -> str | None:
 
 
 def with_adapters(model: PreTrainedModel, folder: Path, *, base: str | None) -> PreTrainedModel:
-    """The base model `model`, with the adapters in `folder` merged into it.
-
-    Raises: ModelError if `folder` does not contain LoRA adapters of the model named `base`, or if
-    their tensors are not stored as safetensors.
-    """
+    """The base model `model`, with the adapters in `folder` merged into it. Raises: ModelError if
+    `folder` does not contain LoRA adapters of the model named `base`, or if their tensors are not
+    stored as safetensors."""
     from peft import PeftModel
 
-    _, tensors = _read(folder)
-    _require_base(folder, base)
+    _, tensors = _read(folder, base)
     try:
         adapted = PeftModel.from_pretrained(model, str(folder))
         found = {peft_name(name) for name, _ in adapted.named_parameters() if ".lora_" in name}
@@ -104,22 +100,29 @@ def with_adapters(model: PreTrainedModel, folder: Path, *, base: str | None) -> 
     return merged
 
 
-def read_adapters(folder: Path) -> Adapters:
+def read_adapters(folder: Path, *, base: str | None = None) -> Adapters:
     """The LoRA adapters that `folder` contains in PEFT's format. Raises: ModelError if they cannot
-    be read, or if they contain tensors other than LoRA's matrices."""
-    config, tensors = _read(folder)
+    be read, contain tensors other than LoRA's matrices, or belong to a model other than `base`."""
+    config, tensors = _read(folder, base)
     with _readable(folder):
-        return _paired(tensors, partial(_scaling, config))
+        return _paired(tensors, config)
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read(folder: Path, base: str | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The configuration and the tensors of the LoRA adapters in `folder`. Raises: ModelError if
-    they cannot be read."""
+    they cannot be read, or belong to a model other than `base`."""
     with _readable(folder):
         config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         if config.get("peft_type") != "LORA":
             raise ValueError(f"peft_type is {config.get('peft_type')}; expected LORA")
-        return config, load_file(folder / PEFT_ADAPTERS)
+        tensors = load_file(folder / PEFT_ADAPTERS)
+    trained_on = config.get("base_model_name_or_path")
+    if base and trained_on and Path(base).name != Path(trained_on).name:
+        raise ModelError(
+            f"{folder}: adapters of {trained_on}; expected those of model.path {base} (if both"
+            f" are the same model, set base_model_name_or_path in the folder's {ADAPTER_CONFIG})"
+        )
+    return config, tensors
 
 
 @contextmanager
@@ -130,53 +133,38 @@ def _readable(folder: Path) -> Iterator[None]:
         raise ModelError(f"{folder}: adapters cannot be read: {brief(error)}") from None
 
 
-def _scaling(config: Mapping[str, Any], name: str, rank: int) -> float:
-    """The scaling of the adapter whose matrix A is called `name`."""
+def _paired(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Adapter]:
+    """The adapters to which `tensors` belong. `config` is their configuration in PEFT's format.
+    Raises: ValueError for a tensor that is neither a matrix A nor the matrix B of an A; KeyError if
+    a B is missing."""
     from peft.utils.other import get_pattern_key
 
-    module = name.split(".lora_")[0].removeprefix("base_model.model.")
-    alphas = config.get("alpha_pattern") or {}
-    alpha = alphas.get(get_pattern_key([*alphas], module), config["lora_alpha"])
-    return float(alpha / rank ** (0.5 if config.get("use_rslora") else 1))
-
-
-def _paired(
-    tensors: Mapping[str, Tensor], scaling: Callable[[str, int], float]
-) -> dict[str, Adapter]:
-    """The adapters to which `tensors` belong. `scaling(name, r)` returns the scaling of the adapter
-    with rank r whose matrix A is called `name`. Raises: ValueError for a tensor that is neither a
-    matrix A nor the matrix B of an A; KeyError if a B is missing."""
     firsts = [name for name in tensors if _A.search(name)]
     strange = sorted(tensors.keys() - {*firsts, *(_A.sub("_B", name) for name in firsts)})
     if strange:
         raise ValueError(f"{strange[0]} is not a LoRA matrix; expected A and B only")
-    return {
-        name: Adapter(tensors[name], tensors[_A.sub("_B", name)], scaling(name, len(tensors[name])))
-        for name in firsts
-    }
+    alphas = config.get("alpha_pattern") or {}
+    adapters = {}
+    for name in firsts:
+        a, b = tensors[name], tensors[_A.sub("_B", name)]
+        module = name.split(".lora_")[0].removeprefix("base_model.model.")
+        alpha = alphas.get(get_pattern_key([*alphas], module), config["lora_alpha"])
+        scaling = alpha / len(a) ** (0.5 if config.get("use_rslora") else 1)
+        adapters[name] = Adapter(a, b, float(scaling))
+    return adapters
 
 
 def require_continuable(folder: Path, table: ModelTable) -> None:
     """Check that a run with the model settings `table` can continue training the adapters in
     `folder`. Raises: ModelError if the adapters cannot be read, or if their base model or scaling
     differs from the run's."""
-    found = sorted({adapter.scaling for adapter in read_adapters(folder).values()})
-    _require_base(folder, table.path)
+    adapters = read_adapters(folder, base=table.path).values()
+    found = sorted({adapter.scaling for adapter in adapters})
     wanted = table.lora and table.lora.alpha / table.lora.rank
     if found != [wanted]:
         raise ModelError(
             f"{folder}: adapters with alpha / rank = {', '.join(map(str, found))}; expected"
             f" {wanted}, as in model.lora"
-        )
-
-
-def _require_base(folder: Path, base: str | None) -> None:
-    config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    trained_on = config.get("base_model_name_or_path")
-    if base and trained_on and Path(base).name != Path(trained_on).name:
-        raise ModelError(
-            f"{folder}: adapters of {trained_on}; expected those of model.path {base} (if both"
-            f" are the same model, set base_model_name_or_path in the folder's {ADAPTER_CONFIG})"
         )
 
 
@@ -189,19 +177,17 @@ def side_by_side(chain: Sequence[Adapters]) -> dict[str, Adapter]:
     """
     if len(chain) == 1:
         return dict(chain[0])
-    of_layer: dict[str, list[Adapter]] = {}
-    for adapters in chain:
-        for name, adapter in adapters.items():
-            of_layer.setdefault(name, []).append(adapter)
-    rank = max(sum(len(adapter.a) for adapter in parts) for parts in of_layer.values())
-    return {name: _summed(parts, rank) for name, parts in of_layer.items()}
-
-
-def _summed(parts: Sequence[Adapter], rank: int) -> Adapter:
-    a = torch.cat([part.a for part in parts])
-    b = torch.cat([part.b * part.scaling for part in parts], 1)
-    missing = rank - len(a)
-    return Adapter(pad(a, (0, 0, 0, missing)), pad(b, (0, missing)), 1.0)
+    summed: dict[str, Adapter] = {}
+    for name in dict.fromkeys(name for adapters in chain for name in adapters):
+        parts = [adapters[name] for adapters in chain if name in adapters]
+        a = torch.cat([part.a for part in parts])
+        b = torch.cat([part.b * part.scaling for part in parts], 1)
+        summed[name] = Adapter(a, b, 1.0)
+    rank = max(len(adapter.a) for adapter in summed.values())
+    return {
+        name: Adapter(pad(a, (0, 0, 0, rank - len(a))), pad(b, (0, rank - len(a))), scaling)
+        for name, (a, b, scaling) in summed.items()
+    }
 
 
 def _chain(run: RunFolder, method: str, model: Mapping[str, Any]) -> list[Adapters]:
@@ -224,6 +210,6 @@ def _chain(run: RunFolder, method: str, model: Mapping[str, Any]) -> list[Adapte
         if not path.is_file():
             raise CheckpointError(f"{path}: missing; --adapter expects a run with model.lora")
         tensors = {peft_name(name): tensor for name, tensor in load_file(path).items()}
-        chain.insert(0, _paired(tensors, lambda name, rank: table.alpha / rank))
+        chain.insert(0, _paired(tensors, {"lora_alpha": table.alpha}))
         method = "base" if model.get("quantize") is not None else stage.facts()["init"]
     return chain

@@ -57,8 +57,7 @@ class TokenBatch:
         return rows, self.prompt_lengths[rows] + steps
 
     def predictor_index(self) -> tuple[Tensor, Tensor]:
-        """The row and the column in `tokens` of each response token's predictor, which is the
-        position to the token's left. Both tensors are (N,)."""
+        """As `response_index`, for each response token's predictor: the position to its left."""
         rows, columns = self.response_index()
         return rows, columns - 1
 
@@ -144,9 +143,8 @@ class Packing(NamedTuple):
     """For each group, the number of sequences and the number of slots per sequence."""
     repeats: tuple[Tensor, ...]
     """Pairs of tensors, one pair after another. A pair contains the indices of tokens in shared
-    prompts, and the indices of slots that hold copies of these tokens. For each shared prompt, the
-    first pair is for the copy in the second sequence with this prompt, the next pair is for the
-    copy in the third sequence, and so on."""
+    prompts, and the indices of slots that hold copies of these tokens. The first pair is for the
+    second sequence with each prompt, the next pair for the third sequence, and so on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -193,8 +191,7 @@ def token_batch(
     *,
     device: torch.device | str = "cpu",
 ) -> TokenBatch:
-    """A batch in which each row contains a prompt and its response, padded on the right with id 0.
-    No real token attends to the padding."""
+    """A batch of prompts and their responses, padded on the right with id 0."""
     assert all(prompts), (
         "a prompt must contain at least one token: its last token predicts the first response token"
     )

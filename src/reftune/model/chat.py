@@ -3,9 +3,9 @@ reply."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
 
@@ -26,7 +26,7 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> str
     """The turns as the template writes them, up to where the assistant's reply begins. Raises:
     RecipeError if the tokenizer has no template, or if the template rejects the turns, omits the
     last turn or the system message, or does not accept one of the `template_args`."""
-    text = _render(tokenizer, prompt.turns, prompt.template_args, add_generation_prompt=True)
+    text = _render(tokenizer, prompt)
     if prompt.turns[-1].content.strip() not in text and _omits_last(tokenizer, prompt):
         raise RecipeError(
             "format.style: chat: the tokenizer's chat template omits the question; expected a"
@@ -40,10 +40,9 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> str
 
 @lru_cache(maxsize=4096)
 def opened_thought(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> str:
-    """If the template opens a thought after the last turn and does not close it, the result is the
-    end of the prompt's text, from the thought's opening tag onwards. With DeepSeek-R1's template,
-    this is "<think>\\n". If there is no such thought, the result is an empty string. Raises:
-    RecipeError as `prompt_text` does."""
+    """The end of the prompt's text, from the opening tag of a thought that the template opens after
+    the last turn and does not close. With DeepSeek-R1's template, this is "<think>\\n". Empty if
+    there is no such thought. Raises: RecipeError as `prompt_text` does."""
     return _opened(prompt_text(tokenizer, prompt), prompt)
 
 
@@ -62,7 +61,7 @@ def reply_text(tokenizer: PreTrainedTokenizerBase, prompt: Conversation, said: s
     end = _ending(tokenizer, after)[0]
     if opened := _opened(begun, prompt):
         return _continue_thought(opened, said) + end
-    whole = _render(tokenizer, _answered(prompt, said), prompt.template_args)
+    whole = _render(tokenizer, prompt, said)
     fits = whole.startswith(begun) and whole.endswith(after)
     body = whole[len(begun) : len(whole) - len(after)] if fits else ""
     if "".join(said.split()) not in "".join(body.split()):
@@ -87,34 +86,27 @@ def end_of_turn(
     return None
 
 
-def _answered(prompt: Conversation, said: str) -> tuple[Message, ...]:
-    return (*prompt.turns, Message(role="assistant", content=said))
-
-
 def _around(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> tuple[str, str]:
     """The text before and the text after the assistant's words in a rendered conversation. If the
     template omits these words, both are empty."""
-    text = _render(tokenizer, _answered(prompt, PROBE), prompt.template_args)
-    before, found, after = text.rpartition(PROBE)
+    before, found, after = _render(tokenizer, prompt, PROBE).rpartition(PROBE)
     return (before, after) if found else ("", "")
 
 
 def _omits_last(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> bool:
     """Whether the template omits the last turn, rather than changing its text."""
-    turns = (*prompt.turns[:-1], Message(role=prompt.turns[-1].role, content=PROBE))
-    return PROBE not in _render(tokenizer, turns, prompt.template_args, add_generation_prompt=True)
+    turns = (*prompt.turns[:-1], replace(prompt.turns[-1], content=PROBE))
+    return PROBE not in _render(tokenizer, replace(prompt, turns=turns))
 
 
 def _begin(begun: str, before: str, said: str, *, asked: str) -> str:
     """`said`, preceded by the text that the template inserts between the prompt `begun` and a
     reply. `before` is the text before the reply in the rendered conversation. The inserted text is
-    what `before` has in addition to `begun` after the last question, `asked`.
-    """
-    if not asked or asked not in begun or asked not in before:
-        return said
-    ours, theirs = begun.rpartition(asked)[2], before.rpartition(asked)[2]
-    if theirs.startswith(ours):  # Mistral's template moves the system message to the last turn
-        return theirs.removeprefix(ours) + said
+    what `before` has in addition to `begun` after the last question, `asked`."""
+    if asked and asked in begun and asked in before:
+        ours, theirs = begun.rpartition(asked)[2], before.rpartition(asked)[2]
+        if theirs.startswith(ours):  # Mistral's template moves the system message to the last turn
+            return theirs.removeprefix(ours) + said
     return said
 
 
@@ -140,8 +132,7 @@ def _continue_thought(opened: str, said: str) -> str:
 def _ending(tokenizer: PreTrainedTokenizerBase, after: str) -> tuple[str, str | None]:
     """The part of `after` up to and including the token that ends the turn, and this token. The
     turn ends at the first special token or, if there is none, at the first added token. If there is
-    neither, the result is an empty string and None.
-    """
+    neither, the result is an empty string and None."""
     added = sorted(tokenizer.added_tokens_decoder.values(), key=lambda token: len(str(token)))
     for tokens in ([token for token in added if token.special], added):
         found = {after.index(str(token)): str(token) for token in tokens if str(token) in after}
@@ -152,39 +143,38 @@ def _ending(tokenizer: PreTrainedTokenizerBase, after: str) -> tuple[str, str | 
 
 
 def _render(
-    tokenizer: PreTrainedTokenizerBase,
-    turns: Sequence[Message],
-    template_args: Mapping[str, Any],
-    *,
-    add_generation_prompt: bool = False,
+    tokenizer: PreTrainedTokenizerBase, prompt: Conversation, said: str | None = None
 ) -> str:
+    """The prompt, followed by a turn in which the assistant says `said` or, without `said`, by what
+    the template writes before a reply."""
     if not tokenizer.chat_template:
         raise RecipeError(
             "format.style: chat: the tokenizer has no chat template; expected an instruct model"
             " or style: plain"
         )
-    for name in template_args:
+    for name in prompt.template_args:
         if name in OURS or name not in tokenizer.get_chat_template():
             raise RecipeError(
                 f"format.template_args.{name}: the chat template has no such variable to set"
             )
-    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+    messages = [{"role": turn.role, "content": turn.content} for turn in prompt.turns]
+    if said is not None:
+        messages.append({"role": "assistant", "content": said})
     try:
         text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt, **template_args
+            messages, tokenize=False, add_generation_prompt=said is None, **prompt.template_args
         )
     except (TemplateError, TypeError, ValueError) as error:
         reason = brief(error)
-        others = [turn for turn in turns if turn.role != "system"]
-        if len(others) < len(turns):
-            _render(  # if this fails too, the system message is not the cause
-                tokenizer, others, template_args, add_generation_prompt=add_generation_prompt
-            )
-            system = next(turn for turn in turns if turn.role == "system")
-            raise RecipeError(_no_system(system, f"it reports: {reason}")) from None
+        systems = [turn for turn in prompt.turns if turn.role == "system"]
+        if systems:
+            others = tuple(turn for turn in prompt.turns if turn.role != "system")
+            # if this fails too, the system message is not the cause
+            _render(tokenizer, replace(prompt, turns=others), said)
+            raise RecipeError(_no_system(systems[0], f"it reports: {reason}")) from None
         raise RecipeError(
             f"format.style: chat: the tokenizer's chat template rejects the turns"
-            f" {', '.join(turn.role for turn in turns)}: {reason}"
+            f" {', '.join(message['role'] for message in messages)}: {reason}"
         ) from None
     return str(text)
 

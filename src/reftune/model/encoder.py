@@ -6,6 +6,7 @@ and the export use the same rule for where a completion ends.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -73,11 +74,10 @@ class Encoder:
         thought, the text is preceded by the end of the prompt, from the thought's opening tag
         onwards."""
         distinct = {problem.id: problem for problem in problems}
-        prompts = {id_: self.format.prompt(problem) for id_, problem in distinct.items()}
         opened = {
             id_: opened_thought(self.tokenizer, prompt)
-            for id_, prompt in prompts.items()
-            if isinstance(prompt, Conversation)
+            for id_, problem in distinct.items()
+            if isinstance(prompt := self.format.prompt(problem), Conversation)
         }
         return [opened.get(p.id, "") + text for p, text in zip(problems, texts, strict=True)]
 
@@ -176,14 +176,11 @@ class StopRule:
         end = next((place for place, token in enumerate(token_ids, 1) if token in self.ids), None)
         if not self.texts or self.text_end(decode(token_ids[:end])) is None:
             return end
-        low, high = 1, len(token_ids[:end])  # a stop string, once complete, stays in the text
-        while low < high:
-            middle = (low + high) // 2
-            if self.text_end(decode(token_ids[:middle])) is None:
-                low = middle + 1
-            else:
-                high = middle
-        return low
+        # a stop string, once complete, stays in the text
+        counts = range(1, len(token_ids[:end]))
+        return 1 + bisect_left(
+            counts, True, key=lambda n: self.text_end(decode(token_ids[:n])) is not None
+        )
 
     def text_end(self, text: str) -> int | None:
         """Index at which the first stop string in `text` begins; None if `text` contains none."""

@@ -42,24 +42,21 @@ def narrowable(
     model: nn.Module, dtype: torch.dtype, *, embeddings: Embeddings
 ) -> dict[int, nn.Parameter]:
     """The matrices that `narrow` casts to `dtype` if they are frozen, keyed by `id`."""
+    from transformers.pytorch_utils import Conv1D
+
     looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    found = {}
-    for weight in (m.weight for m in model.modules() if _is_matrix(m)):
-        assert isinstance(weight, nn.Parameter)
-        if not weight.is_floating_point():  # in 4 bits
+    found: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        if not isinstance(module, nn.Linear | Conv1D) and type(module) is not nn.Embedding:
             continue
+        weight = module.weight
+        assert isinstance(weight, nn.Parameter)
         is_cast = id(weight) not in looked_up or embeddings == "all"
         if not is_cast and embeddings == "exact":
             is_cast = torch.equal(weight.to(dtype).to(weight.dtype), weight)
-        if is_cast:
+        if is_cast and weight.is_floating_point():  # not in 4 bits
             found[id(weight)] = weight
     return found
-
-
-def _is_matrix(module: nn.Module) -> bool:
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, nn.Linear | Conv1D) or type(module) is nn.Embedding
 
 
 def _widen(module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
@@ -224,8 +221,7 @@ def recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def recompute(block: nn.Module) -> None:
-    """Use gradient checkpointing (arXiv:1604.06174) in `block`. The block then keeps only its
-    input, and recomputes its activations in the backward pass. Copies of the block that are made
-    later do the same."""
+    """Use gradient checkpointing (arXiv:1604.06174) in `block` and in later copies of it. A block
+    then keeps only its input for the backward pass."""
     # a partial rather than a closure, so that a deep copy of the block calls its own `forward`
     block.forward = partial(recomputed, block.forward)

@@ -29,22 +29,17 @@ def token_logprobs(
     head: nn.Module, hidden: Tensor, tokens: Tensor, temperature: float = 1.0
 ) -> Tensor:
     """The log-probability (N,) of each token under the softmax of `head(hidden)` / `temperature`,
-    in fp32 and with gradients.
-
-    `hidden` is (N, H), and `tokens` (N,) contains ids.
-    """
+    in fp32 and with gradients. `hidden` is (N, H), and `tokens` (N,) contains ids."""
     if type(head) is nn.Linear:
         logprobs: Tensor = _LinearLogprobs.apply(
             hidden, head.weight, head.bias, tokens, temperature
         )  # type: ignore[no-untyped-call]
         return logprobs
     # any other head, such as an output embedding with an adapter
-    rows = _rows_at_once(head)
-    chunks = zip(hidden.split(rows), tokens.split(rows), strict=True)
     return torch.cat(
         [
             checkpoint(_plain_logprobs, head, h, t, temperature, use_reentrant=False)
-            for h, t in chunks
+            for h, t in _chunks(head, hidden, tokens)
         ]
     )
 
@@ -61,18 +56,15 @@ def logprobs_and_entropy(
             softmax.picked - softmax.largest - softmax.log_totals,
             softmax.log_totals - softmax.means,
         )
-    logprobs = hidden.new_empty(len(hidden), dtype=torch.float32)
-    entropy = torch.empty_like(logprobs)
-    rows = _rows_at_once(head)
-    for start in range(0, len(hidden), rows):
-        chunk = slice(start, start + rows)
-        logits = head(hidden[chunk]).float()
+    logprobs, entropies = [], []
+    for some, their_tokens in _chunks(head, hidden, tokens):
+        logits = head(some).float()
         logits.div_(temperature).sub_(logits.amax(1, keepdim=True))
-        picked, exponentials = logits.gather(1, tokens[chunk, None]).squeeze(1), logits.exp()
+        picked, exponentials = logits.gather(1, their_tokens[:, None]).squeeze(1), logits.exp()
         total = exponentials.sum(1)
-        logprobs[chunk] = picked - total.log()
-        entropy[chunk] = total.log() - exponentials.mul_(logits).sum(1) / total
-    return logprobs, entropy
+        logprobs.append(picked - total.log())
+        entropies.append(total.log() - exponentials.mul_(logits).sum(1) / total)
+    return torch.cat(logprobs), torch.cat(entropies)
 
 
 class _LinearLogprobs(torch.autograd.Function):
@@ -222,8 +214,9 @@ def _tiles(
             yield _Tile(rows, columns, logits, part, local, inside)
 
 
-def _rows_at_once(head: Any) -> int:
-    return max(1, LOGIT_ELEMENTS // int(head.out_features))
+def _chunks(head: Any, hidden: Tensor, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    rows = max(1, LOGIT_ELEMENTS // int(head.out_features))
+    return zip(hidden.split(rows), tokens.split(rows), strict=True)
 
 
 def _plain_logprobs(head: nn.Module, hidden: Tensor, tokens: Tensor, temperature: float) -> Tensor:

@@ -47,8 +47,7 @@ PEFT_ADAPTERS = "adapter_model.safetensors"
 class TokenScores(NamedTuple):
     """The policy's scores for the response tokens of a batch. Each tensor is (B, R) and in fp32. It
     is 0 outside the responses. This class is a tuple because older versions of FSDP2 do not find
-    tensors in dataclasses.
-    """
+    tensors in dataclasses."""
 
     logprobs: Tensor
     values: Tensor
@@ -156,14 +155,13 @@ class Policy(nn.Module):
         is_ended = bool(tokens) and tokens[-1] in self.stop.ids
         text = self.decode(tokens[:-1] if is_ended else tokens)
         cut = self.stop.text_end(text)
-        reason: Literal["eos", "stop", "length"] = "length" if end is None else "eos"
         return Completion(
             token_ids=tokens,
             text=text[:cut],
             logprobs=tuple(logprobs[:end]),
             values=tuple(values[:end]),
             entropies=tuple(entropies[:end]),
-            finish_reason=reason if cut is None else "stop",
+            finish_reason="stop" if cut is not None else "length" if end is None else "eos",
         )
 
     def reset_value_head(self, seed: int) -> None:
@@ -173,11 +171,8 @@ class Policy(nn.Module):
         draw = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in (self.value_head.weight, self.value_head.bias):
-                parameter.copy_(
-                    torch.empty(parameter.shape, device="cpu").uniform_(
-                        -bound, bound, generator=draw
-                    )
-                )
+                drawn = torch.empty(parameter.shape, device="cpu")
+                parameter.copy_(drawn.uniform_(-bound, bound, generator=draw))
 
     def separate_value_model(self) -> None:
         """Give the value head its own copy of the policy's transformer. `save` omits the copy.
@@ -199,10 +194,8 @@ class Policy(nn.Module):
 
     def compile_blocks(self) -> None:
         """Compile the transformer blocks, which fuses their small operations. Decoding with a
-        cache does not use the compiled blocks. A later copy of a block is not compiled.
-
-        Raises: ModelError if there is no C++ compiler.
-        """
+        cache does not use the compiled blocks. A later copy of a block is not compiled. Raises:
+        ModelError if there is no C++ compiler."""
         compiler = os.environ.get("CXX", "g++")
         if shutil.which(compiler) is None:
             raise ModelError(
@@ -213,15 +206,12 @@ class Policy(nn.Module):
         for block in transformer_blocks(self):
             block.compile(dynamic=True)
 
-    @contextlib.contextmanager
-    def arithmetic(self) -> Iterator[None]:
+    def arithmetic(self) -> contextlib.AbstractContextManager[None]:
         """Inside the `with` block, run forward passes in the compute dtype. The weights keep their
         own dtype."""
         if self.compute_dtype == torch.float32:
-            yield
-        else:
-            with torch.autocast(self.device.type, dtype=self.compute_dtype):
-                yield
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.compute_dtype)
 
     @contextlib.contextmanager
     def inference(self) -> Iterator[None]:
@@ -242,23 +232,15 @@ class Policy(nn.Module):
         with self.inference(), torch.compiler.set_stance("force_eager"):
             yield
 
-    def hidden_states(self, batch: TokenBatch) -> Tensor:
-        """(N, H) The final hidden states that predict the response tokens, in row-major order."""
-        return self._predictors(self.base.base_model, batch)
-
-    def _predictors(self, backbone: Any, batch: TokenBatch) -> Tensor:
-        hidden: Tensor
-        if not self.packs:
-            hidden = backbone(input_ids=batch.tokens, use_cache=False).last_hidden_state[
-                batch.predictor_index()
-            ]
-            return hidden
-        return self.read(backbone, self.pack(batch))
-
-    def pack(self, batch: TokenBatch) -> PackedTokens:
-        """The packed batch. If the compute dtype is not fp32, the batch is filled up to a multiple
-        of `MULTIPLE` tokens."""
-        return (batch if self.compute_dtype == torch.float32 else batch.filled_up()).packed()
+    def hidden_states(self, batch: TokenBatch, backbone: Any = None) -> Tensor:
+        """(N, H) The final hidden states that predict the response tokens, in row-major order. They
+        are those of `backbone`, by default the policy's own transformer."""
+        backbone = self.base.base_model if backbone is None else backbone
+        if self.packs:
+            full = batch if self.compute_dtype == torch.float32 else batch.filled_up()
+            return self.read(backbone, full.packed())
+        states: Tensor = backbone(input_ids=batch.tokens, use_cache=False).last_hidden_state
+        return states[batch.predictor_index()]
 
     def read(self, backbone: Any, packed: PackedTokens) -> Tensor:
         """(N, H) The `hidden_states` of a packed batch."""
@@ -280,19 +262,14 @@ class Policy(nn.Module):
         computed too."""
         with self.arithmetic():
             hidden = self.hidden_states(batch)
-            predicted = (
-                self.base.get_output_embeddings(),
-                hidden,
-                batch.response_tokens(),
-                temperature,
-            )
+            head, tokens = self.base.get_output_embeddings(), batch.response_tokens()
             entropy = None
             if torch.is_grad_enabled():
-                logprobs = token_logprobs(*predicted)
+                logprobs = token_logprobs(head, hidden, tokens, temperature)
             else:
-                logprobs, entropy = logprobs_and_entropy(*predicted)
+                logprobs, entropy = logprobs_and_entropy(head, hidden, tokens, temperature)
             if self.value_backbone is not None:
-                hidden = self._predictors(self.value_backbone, batch)
+                hidden = self.hidden_states(batch, self.value_backbone)
             values = self.values(hidden)
         return TokenScores(
             logprobs=batch.unflatten(logprobs),
@@ -308,24 +285,22 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def score(self, batch: TokenBatch, *, temperature: float = 1.0) -> TokenScores:
-        """Log-probabilities, values and entropies, without gradients or dropout.
-
-        Each process scores a part of the rows, and every process gets all scores.
-        """
+        """Log-probabilities, values and entropies, without gradients or dropout. Each process
+        scores a part of the rows, and every process gets all scores."""
         shape = batch.response_mask.shape
         found = [torch.zeros(shape, device=self.device) for _ in TokenScores._fields]
         with self.inference():
-            for index, counts in self._micro_batches(batch):
+            for index in self._micro_batches(batch):
                 scores = self.forward(batch.rows(index), temperature=temperature)
                 for whole, values in zip(found, scores, strict=True):
-                    if counts:
-                        assert values is not None
-                        whole[index, : values.shape[1]] = values
+                    assert values is not None
+                    whole[index, : values.shape[1]] = values
         world.add_up(*found)  # the rows of other processes are 0
         return TokenScores(*found)
 
-    def _micro_batches(self, batch: TokenBatch) -> Iterator[tuple[Tensor, bool]]:
-        return own_micro_batches(batch, max_tokens=self.max_tokens, packed=self.packs)
+    def _micro_batches(self, batch: TokenBatch) -> list[Tensor]:
+        parts = own_micro_batches(batch, max_tokens=self.max_tokens, packed=self.packs)
+        return [index for index, counts in parts if counts]
 
     @torch.no_grad()
     def features(self, batch: TokenBatch) -> Tensor:
@@ -334,21 +309,16 @@ class Policy(nn.Module):
         row_of, _ = batch.response_index()
         features = torch.zeros(len(row_of), self.value_head.in_features, device=self.device)
         with self.inference():
-            for index, counts in self._micro_batches(batch):
-                found = self._predictors(
-                    self.value_backbone or self.base.base_model, batch.rows(index)
-                )
-                if counts:
-                    places = torch.cat([(row_of == row).nonzero().squeeze(1) for row in index])
-                    features[places] = found.float()
+            for index in self._micro_batches(batch):
+                found = self.hidden_states(batch.rows(index), self.value_backbone)
+                places = torch.cat([(row_of == row).nonzero().squeeze(1) for row in index])
+                features[places] = found.float()
         world.add_up(features)
         return features
 
     def verify_head(self) -> None:
         """Check that the model's logits are just its last hidden state times its output embedding.
-
-        Raises: ModelError if they are not, for example because the model caps or scales them.
-        """
+        Raises: ModelError if they are not, for example because the model caps or scales them."""
         tokens = torch.arange(8, device=self.device).unsqueeze(0) % self.model.config.vocab_size
         training = self.training
         self.eval()
@@ -397,14 +367,14 @@ class Policy(nn.Module):
             with self.model.disable_adapter():
                 yield
             return
-        own = self._adapters()
+        own = [(name, p, p.data) for name, p in self._adapters().items()]
         try:
-            for name, parameter in own.items():
-                parameter.data, adapters[name] = adapters[name], parameter.data
+            for name, parameter, _ in own:
+                parameter.data = adapters[name]
             yield
         finally:
-            for name, parameter in own.items():
-                parameter.data, adapters[name] = adapters[name], parameter.data
+            for _, parameter, data in own:
+                parameter.data = data
 
     def save(self, folder: Path) -> None:
         """Write the model and the tokenizer so that plain `from_pretrained` can load them. LoRA is
@@ -414,25 +384,23 @@ class Policy(nn.Module):
 
         logging.disable_progress_bar()  # the run shows its own progress bar
         with sharding.current.whole(self):
-            if world.is_main():
-                self._save(folder)
-
-    def _save(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        model = self.base
-        own, model.generation_config = model.generation_config, self._generation_config()
-        model.save_pretrained(folder, state_dict=layers.plain_state(self.model, self.saved_dtype))
-        config = copy.deepcopy(model.config)
-        config.dtype = self.saved_dtype
-        config.eos_token_id = model.generation_config.eos_token_id
-        config.save_pretrained(folder)
-        model.generation_config = own
-        if self.is_lora:
-            _save_apart(self._adapters(), folder / ADAPTERS)
-        self.tokenizer.save_pretrained(folder)
-        if self.value_backbone is None:  # a separate value model's head does not fit the policy
-            head = self.value_head.state_dict()
-            _save_apart({f"value_head.{name}": p for name, p in head.items()}, folder / VALUE_HEAD)
+            if not world.is_main():
+                return
+            folder.mkdir(parents=True, exist_ok=True)
+            model, state = self.base, layers.plain_state(self.model, self.saved_dtype)
+            own, model.generation_config = model.generation_config, self._generation_config()
+            model.save_pretrained(folder, state_dict=state)
+            config = copy.deepcopy(model.config)
+            config.dtype = self.saved_dtype
+            config.eos_token_id = model.generation_config.eos_token_id
+            config.save_pretrained(folder)
+            model.generation_config = own
+            if self.is_lora:
+                _save_apart(self._adapters(), folder / ADAPTERS)
+            self.tokenizer.save_pretrained(folder)
+            if self.value_backbone is None:  # a separate value model's head does not fit the policy
+                head = dict(self.value_head.named_parameters("value_head"))
+                _save_apart(head, folder / VALUE_HEAD)
 
     def _generation_config(self) -> GenerationConfig:
         """A greedy generation config that lists all end tokens, beginning with the tokenizer's
@@ -453,10 +421,8 @@ class Policy(nn.Module):
         they are missing or do not fit."""
         path = folder / ADAPTERS if (folder / ADAPTERS).is_file() else folder / PEFT_ADAPTERS
         try:
-            saved, own = (
-                {peft_name(name): value for name, value in tensors.items()}
-                for tensors in (load_file(path), self._adapters())
-            )
+            saved = {peft_name(name): tensor for name, tensor in load_file(path).items()}
+            own = {peft_name(name): parameter for name, parameter in self._adapters().items()}
             strange = sorted(saved.keys() ^ own.keys())
             if strange:
                 raise KeyError(f"{strange[0]} is only in the file or only in the model")

@@ -40,7 +40,7 @@ def fit_value_head(head: nn.Linear, rollouts: Iterable[tuple[Tensor, Tensor]]) -
             )
         if last is not None:
             sums.add(*last)
-        last = (features.double(), returns.double())
+        last = (features.double().cpu(), returns.double().cpu())
     if last is None:
         return 0.0
     penalty, explained = PENALTIES[2], 0.0
@@ -64,7 +64,6 @@ class _Moments:
         self.xy = torch.zeros(num_features, dtype=torch.float64, device="cpu")
 
     def add(self, features: Tensor, returns: Tensor) -> None:
-        features, returns = features.cpu(), returns.cpu()
         self.count += len(returns)
         self.x += features.sum(0)
         self.y += returns.sum()
@@ -85,5 +84,5 @@ class _Moments:
 
 def _explained(solution: tuple[Tensor, Tensor], features: Tensor, returns: Tensor) -> float:
     weight, bias = solution
-    errors = returns.cpu() - (features.cpu() @ weight + bias)
+    errors = returns - (features @ weight + bias)
     return float(1 - errors.var(correction=0) / returns.var(correction=0).clamp(min=1e-8))

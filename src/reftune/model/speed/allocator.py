@@ -1,5 +1,4 @@
-"""Lets this process keep the host memory that PyTorch frees, so that later steps need not request
-it from the operating system again."""
+"""Lets this process keep the host memory that PyTorch frees."""
 
 from __future__ import annotations
 
@@ -19,11 +18,7 @@ def keep_freed_memory() -> None:
     is not glibc, or if environment variables (`MALLOC_…`) configure its allocator."""
     if any(name.startswith("MALLOC_") for name in os.environ):
         return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        for option, value in (
-            (M_ARENA_MAX, 1),
-            (M_MMAP_THRESHOLD, LARGEST_KEPT),
-            (M_TRIM_THRESHOLD, 2**31 - 1),
-        ):
-            mallopt(option, value)
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(M_ARENA_MAX, 1)
+        mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

@@ -56,19 +56,18 @@ def attend_our_way(model: PreTrainedModel) -> None:
 
 def takes_packing(model: PreTrainedModel) -> bool:
     """Whether `read_packed` supports this causal LM. Call `attend_our_way` on it first."""
-    kind = type(model)
-    return (
-        kind.__module__.startswith("transformers.models.")
-        and kind.__name__ in FAMILIES
-        and (model.config._attn_implementation == ATTENTION or kind.__name__.startswith("CodeGen"))
-        and not has_window(model.config)
-    )
+    is_codegen = type(model).__name__ == "CodeGenForCausalLM"
+    uses_ours = is_codegen or model.config._attn_implementation == ATTENTION
+    return uses_ours and belongs_to(FAMILIES, model)
 
 
-def has_window(config: Any) -> bool:
-    """Whether any layer has a sliding window."""
-    window = getattr(config, "sliding_window", None)
-    return window is not None and getattr(config, "use_sliding_window", True)
+def belongs_to(families: Sequence[str], model: Any) -> bool:
+    """Whether `model` is an instance of one of these classes in transformers, and none of its
+    layers has a sliding window."""
+    kind, window = type(model), getattr(model.config, "sliding_window", None)
+    if window is not None and getattr(model.config, "use_sliding_window", True):
+        return False
+    return kind.__module__.startswith("transformers.models.") and kind.__name__ in families
 
 
 def read_packed(backbone: Any, packed: PackedTokens) -> Tensor:
@@ -134,7 +133,8 @@ def _attend(
         if packing is None:
             output, _ = sdpa_attention_forward(module, query, key, value, mask, **options)
         else:
-            padded = [_pad(part[0].transpose(0, 1), packing) for part in (query, key, value)]
+            heads = [part[0].transpose(0, 1) for part in (query, key, value)]
+            padded = [_Pad.apply(part, packing) for part in heads]  # type: ignore[no-untyped-call]
             output = unpad(attend_in_groups(module, padded, packing, **options), packing)[None]
     return output.to(wanted), None
 
@@ -152,11 +152,6 @@ def _attend_codegen(
     options = {"dropout": dropout, "scaling": module.scale_attn**-1, "is_causal": True}
     output, _ = _attend(module, query, key, value, None, packing=packing, **options)
     return output.transpose(1, 2), None
-
-
-def _pad(tokens: Tensor, packing: Packing) -> Tensor:
-    padded: Tensor = _Pad.apply(tokens, packing)  # type: ignore[no-untyped-call]
-    return padded
 
 
 def sum_slots(slots: Tensor, packing: Packing) -> Tensor:

@@ -34,7 +34,7 @@ from torch.nn import functional
 
 from reftune.model.batch import PackedTokens, Packing
 from reftune.model.layers import recomputed
-from reftune.model.speed.attention import attend_in_groups, has_window, sum_slots, unpad
+from reftune.model.speed.attention import attend_in_groups, belongs_to, sum_slots, unpad
 
 FAMILIES = (
     "LlamaForCausalLM",
@@ -55,15 +55,11 @@ Product = Callable[[Tensor], Tensor]
 
 
 def is_written_out(model: Any) -> bool:
-    """Whether this file can run `model`, a causal LM.
-
-    The model must belong to `FAMILIES` and use SiLU. It must not have adapters, quantized layers,
-    sliding windows, or rotary positions on only a part of each head.
-    """
-    kind, config = type(model), model.config
-    if not kind.__module__.startswith("transformers.models.") or kind.__name__ not in FAMILIES:
-        return False
-    if has_window(config) or config.hidden_act != "silu":
+    """Whether this file can run `model`, a causal LM. The model must belong to `FAMILIES` and use
+    SiLU. It must not have adapters, quantized layers, sliding windows, or rotary positions on only
+    a part of each head."""
+    config = model.config
+    if not belongs_to(FAMILIES, model) or config.hidden_act != "silu":
         return False
     if config.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
         return False
@@ -108,20 +104,16 @@ def read_packed(backbone: Any, packed: PackedTokens, *, recompute: bool = False)
 def _read_block(block: Any, hidden: Tensor, cos: Tensor, sin: Tensor, packing: Packing) -> Tensor:
     states = _norm(hidden, block.input_layernorm)
     states = _attention(block.self_attn, states, cos, sin, packing)
-    hidden = hidden + _dropped(block, "resid_attn_dropout", states)
+    hidden = hidden + getattr(block, "resid_attn_dropout", _unchanged)(states)
     states = _norm(hidden, block.post_attention_layernorm)
     parts = [layer(states) for layer in gate_up(block.mlp)]
     gate, up = parts if len(parts) == 2 else parts[0].chunk(2, -1)
     states = block.mlp.down_proj(_GatedSilu.apply(gate, up))  # type: ignore[no-untyped-call]
-    return hidden + _dropped(block, "resid_mlp_dropout", states)
+    return hidden + getattr(block, "resid_mlp_dropout", _unchanged)(states)
 
 
-def _dropped(block: nn.Module, name: str, states: Tensor) -> Tensor:
-    """`states` after the block's dropout layer `name`, or unchanged if the block has no such
-    layer."""
-    dropout = getattr(block, name, None)
-    dropped: Tensor = states if dropout is None else dropout(states)
-    return dropped
+def _unchanged(states: Tensor) -> Tensor:
+    return states
 
 
 def _norm(hidden: Tensor, norm: Any) -> Tensor:
@@ -254,7 +246,9 @@ class Decoder:
         with torch.autocast(tokens.device.type, enabled=False):
             rows, length = tokens.shape
             positions = (mask.cumsum(1) - 1).clamp_(min=0)[:, -length:].flatten()
-            layout = _Layout(rows, length, self._places(mask[:, -length:]))
+            reads_padding = length == 1 or not self.pack
+            places = None if reads_padding else mask[:, -length:].flatten().nonzero().squeeze(1)
+            layout = _Layout(rows, length, places)
             tokens, positions = layout.pick(tokens.flatten()), layout.pick(positions)
             hidden = functional.embedding(tokens, self.embedding).float()
             cos, sin = (part[0].unsqueeze(1) for part in self.rotary(hidden, positions[None]))
@@ -269,13 +263,6 @@ class Decoder:
         """Final hidden states (B, H) → fp32 logits (B, V)."""
         return self.head(hidden).float()
 
-    def _places(self, mask: Tensor) -> Tensor | None:
-        """(N,) Indices of the tokens in the flattened `mask` (B, S); None if padding is read
-        too."""
-        if mask.shape[1] == 1 or not self.pack:
-            return None
-        return mask.flatten().nonzero().squeeze(1)
-
 
 class _Layout(NamedTuple):
     """The layout of N tokens in B rows of S places. Rows are padded for attention only."""
@@ -283,7 +270,7 @@ class _Layout(NamedTuple):
     rows: int
     length: int
     places: Tensor | None
-    """(N,) Indices of the tokens among all places; None if every place is read."""
+    """(N,) Indices of the tokens among all places; None if padding is read too."""
 
     def pick(self, flat: Tensor) -> Tensor:
         """(B · S, …) places → (N, …) tokens."""
@@ -331,10 +318,8 @@ class _Block:
         turned, value = heads.split([self.queries + self.keys, self.keys], 1)
         turned = turned.float()
         if self.head_norms:
-            parts = turned.split([self.queries, self.keys], 1)
-            turned = torch.cat(
-                [norm(part) for norm, part in zip(self.head_norms, parts, strict=True)], 1
-            )
+            parts = zip(self.head_norms, turned.split([self.queries, self.keys], 1), strict=True)
+            turned = torch.cat([norm(part) for norm, part in parts], 1)
         turned = layout.lay_out(_turn(turned, cos, sin).to(self.dtype))
         query, key = turned.transpose(1, 2).split([self.queries, self.keys], 1)
         value = layout.lay_out(value).transpose(1, 2)
@@ -374,12 +359,9 @@ def _visible(mask: Tensor, length: int) -> Tensor:
 @contextmanager
 def packed_linears(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Inside the `with` block, compute linear layers with a read-only copy of their weights in
-    `dtype`, in oneDNN's layout.
-
-    The layers' products then take between half and two thirds of the time that they take with the
-    original weights. Copying 134 million weights takes 0.1 s. Layers that `_can_be_packed` rejects,
-    such as small layers in fp32 and all layers on devices other than the CPU, stay unchanged.
-    """
+    `dtype`, in oneDNN's layout. Their products then take between half and two thirds of the time.
+    Copying 134 million weights takes 0.1 s. Layers that `_can_be_packed` rejects, such as small
+    layers in fp32 and all layers on devices other than the CPU, stay unchanged."""
     layers = [
         module
         for module in model.modules()
@@ -396,11 +378,8 @@ def packed_linears(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 def product(layers: Sequence[nn.Linear], dtype: torch.dtype, *, pack: bool = True) -> Product:
     """A single product in `dtype` that computes the outputs of all `layers` for the same input
-    rows. The outputs are side by side.
-
-    If oneDNN's layout would be faster than the ordinary one, the product uses a copy of the weights
-    in oneDNN's layout. Without `pack`, it uses a copy in the ordinary layout instead.
-    """
+    rows, side by side. If oneDNN's layout would be faster than the ordinary one, the product uses a
+    copy of the weights in oneDNN's layout or, without `pack`, a copy in the ordinary layout."""
     weight = _joined([layer.weight for layer in layers], dtype)
     bias = None if layers[0].bias is None else _joined([layer.bias for layer in layers], dtype)
     if not _can_be_packed(weight, dtype):
