@@ -1,5 +1,5 @@
-"""The package keeps its shape: few names at the top, imports in one direction, no cycle. Ruff
-checks its width. `make house` prints the figures."""
+"""The package keeps its shape: few names at the top, imports in one direction, no cycle, and a
+short way through the smallest run. Ruff checks its width. `make house` prints the figures."""
 
 from __future__ import annotations
 
@@ -40,6 +40,12 @@ def test_rooms_import_only_from_rooms_above_them(house) -> None:
 
 def test_no_modules_import_each_other(house) -> None:
     assert house.cycles(house.import_graph()) == []
+
+
+def test_the_smallest_run_enters_few_files_and_its_step_crosses_few(house) -> None:
+    watch = house.watched_run()
+    assert 30 < len(watch.files) <= 45
+    assert 50 < len(watch.pairs) <= 110
 
 
 def test_cycles_are_found(house) -> None:

@@ -16,7 +16,7 @@ from reftune.model.encoder import stop_texts
 from reftune.model.policy import Policy
 from reftune.model.weights import is_adapter_folder, load_model, saved_dtype, scratch_texts
 from reftune.processes import sharding
-from reftune.recipe import ModelTable, Recipe
+from reftune.recipe import Recipe
 from reftune.runs.auto import choose_device
 from reftune.seeds import derive_seed
 from reftune.stages.reward_model import WEIGHTS
@@ -105,11 +105,11 @@ class Models:
             texts = scratch_texts(self.recipe.format, self.splits) if is_scratch else ()
             seed = derive_seed(self.recipe.seed, "base")
             return load_model(table, texts=texts, seed=seed, as_stored=as_stored)
-        folder, trust = stage_folder(self.recipe, name).path, table.trust_remote_code
+        folder = stage_folder(self.recipe, name).path
         if is_adapter_folder(folder):
             model, tokenizer = self._read("base", as_stored=as_stored)
             return with_adapters(model, folder, base=table.path), tokenizer
-        table = ModelTable(path=str(folder), trust_remote_code=trust)
+        table = table.model_copy(update={"path": str(folder), "revision": None, "scratch": None})
         return load_model(table, as_stored=as_stored)
 
 

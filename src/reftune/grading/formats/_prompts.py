@@ -106,8 +106,10 @@ def question_text(problem: Problem) -> str:
 
 def with_options(question: str, problem: Problem) -> str:
     """A question, followed by a line with the problem's options unless it already contains them."""
-    question, choices = question.strip(), unlettered(problem.choices)
-    lettered = zip(ascii_lowercase, choices, strict=False)
+    question = question.strip()
+    if not problem.choices:
+        return question
+    lettered = zip(ascii_lowercase, unlettered(problem.choices), strict=False)
     options = " , ".join(f"{letter} ) {choice}" for letter, choice in lettered)
     return question if _squeezed(options) in _squeezed(question) else f"{question}\n{options}"
 
