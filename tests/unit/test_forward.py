@@ -45,7 +45,7 @@ def by_transformers(model: Any, steps: list[Tensor], mask: Tensor) -> list[Tenso
 
 def written_out(model: Any, steps: list[Tensor], mask: Tensor, dtype: torch.dtype) -> list[Tensor]:
     decoder, cache, found = (
-        Decoder(model, dtype, pack=True),
+        Decoder(model, dtype, copies="reordered"),
         Cache(layer_class_to_replicate=_RoomyLayer),
         [],
     )

@@ -19,6 +19,7 @@ from reftune.advice.measured import available_bytes
 from reftune.engines.vllm import Vllm
 from reftune.model.batch import token_batch
 from reftune.model.logprobs import token_logprobs
+from reftune.model.speed import llama
 from reftune.processes import world
 from reftune.recipe import LoraTable, ModelTable
 from reftune.runs.auto import total_bytes
@@ -36,11 +37,11 @@ def rl(**changes: Any) -> Cost:
 
 @pytest.fixture(scope="module")
 def outline(make_model):
-    def make(family: str = "llama", **table: Any) -> Outline:
+    def make(family: str = "llama", device: str = "cpu", **table: Any) -> Outline:
         return Outline(
             lambda: make_model(family),
             ModelTable(path="unread", **{"dtype": "float32", **table}),
-            device="cpu",
+            device=device,
         )
 
     return make
@@ -270,7 +271,7 @@ def test_a_sampler_is_whole_on_every_device_with_the_copies_that_decoding_makes(
         torch.no_grad(),
         sampler.inference(),
         _LiveBytes(sampler) as live,
-        reader(sampler, pack=False) as reads,
+        reader(sampler, copies="ordinary") as reads,
     ):
         reads.head(reads.forward(tokens, torch.ones_like(tokens), past))
         states = [states for layer in past.layers for states in (layer.keys, layer.values)]
@@ -412,6 +413,16 @@ def test_sampling_keeps_a_copy_of_the_weights_in_the_arithmetic(outline, make_mo
     )
     assert narrow.casts == pytest.approx(2 * matrices, rel=0.02)
     assert narrow.momentary < narrow.casts / 2, "the copies are not counted a second time"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_plan_for_a_gpu_does_not_depend_on_the_cpu_that_makes_it(dtype, outline, monkeypatch):
+    def copies(device: str, *, packs: bool) -> float:
+        monkeypatch.setattr(llama, "_can_be_packed", lambda weight, dtype: packs)
+        return outline(dtype=dtype, device=device).gathered_copies
+
+    assert copies("cuda", packs=True) == copies("cuda", packs=False)
+    assert copies("cpu", packs=True) > copies("cpu", packs=False)
 
 
 def test_sampling_keeps_casts_of_other_models_too(outline, make_model):

@@ -81,12 +81,12 @@ class Kv(Component):
 
 
 @contextmanager
-def reader(policy: Policy, *, pack: bool = True) -> Iterator[Reader]:
+def reader(policy: Policy, *, copies: llama.Copies = "reordered") -> Iterator[Reader]:
     """A `Reader` for `policy`. It uses `model.speed.llama` if that module supports the model, and
-    transformers otherwise. `pack` allows speed-ups that do not work with fake tensors: reordered
-    weights and, in `model.speed.llama`, prefilling without padding."""
+    transformers otherwise. `reordered` copies, and prefilling without padding, which
+    `model.speed.llama` then does too, do not work with fake tensors."""
     if llama.is_written_out(policy.model):
-        decoder = llama.Decoder(policy.model, policy.compute_dtype, pack=pack)
+        decoder = llama.Decoder(policy.model, policy.compute_dtype, copies=copies)
         yield Reader(decoder, decoder.logits)
         return
 
@@ -102,7 +102,8 @@ def reader(policy: Policy, *, pack: bool = True) -> Iterator[Reader]:
         hidden: Tensor = output.last_hidden_state[:, -1]
         return hidden
 
-    packed = llama.packed_linears(policy.model, policy.compute_dtype) if pack else nullcontext()
+    reorders = copies == "reordered"
+    packed = llama.packed_linears(policy.model, policy.compute_dtype) if reorders else nullcontext()
     with policy.decoding(), packed:
         yield Reader(forward, lambda hidden: policy.base.get_output_embeddings()(hidden).float())
 

@@ -195,7 +195,7 @@ class Outline:
             self.mode,
             policy.inference(),
             _LiveBytes(policy) as live,
-            reader(policy, pack=False) as reads,
+            reader(policy, copies="ordinary" if self.device == "cpu" else "none") as reads,
         ):
             past: Any = Cache(layer_class_to_replicate=_RoomyLayer)
             tokens = torch.zeros(rows, prompt, dtype=torch.long)

@@ -26,7 +26,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,10 @@ LARGE = 2**18
 """In fp32, oneDNN computes products whose weight has at least this many elements. If there are few
 input rows, oneDNN is faster than MKL, which hardly divides such products among threads."""
 Product = Callable[[Tensor], Tensor]
+Copies = Literal["reordered", "ordinary", "none"]
+"""Which copies to make of weights whose products would be faster in oneDNN's layout: `reordered`
+copies in this layout, `ordinary` ones, which take as much memory and may be fake tensors, or
+`none`, as on devices other than the CPU."""
 """Multiplies rows (…, I) in any dtype by a weight, giving (…, O) in the weight's dtype."""
 
 
@@ -233,12 +237,12 @@ class Decoder:
     """A causal LM prepared for decoding; see `engines.kv`. A `Decoder` is valid only until the LM's
     weights change."""
 
-    def __init__(self, model: Any, dtype: torch.dtype, *, pack: bool) -> None:
+    def __init__(self, model: Any, dtype: torch.dtype, *, copies: Copies) -> None:
         self.embedding = model.get_input_embeddings().weight.detach()
-        self.rotary, self.dtype, self.pack = model.model.rotary_emb, dtype, pack
-        self.blocks = [_Block(block, dtype, pack) for block in model.model.layers]
+        self.rotary, self.dtype, self.copies = model.model.rotary_emb, dtype, copies
+        self.blocks = [_Block(block, dtype, copies) for block in model.model.layers]
         self.norm = _plain_norm(model.model.norm)
-        self.head = product([model.get_output_embeddings()], dtype, pack=pack)
+        self.head = product([model.get_output_embeddings()], dtype, copies=copies)
 
     def __call__(self, tokens: Tensor, mask: Tensor, cache: Any) -> Tensor:
         """The final hidden state of each row's last token, (B, H). `tokens` (B, S) are the new
@@ -246,7 +250,7 @@ class Decoder:
         with torch.autocast(tokens.device.type, enabled=False):
             rows, length = tokens.shape
             positions = (mask.cumsum(1) - 1).clamp_(min=0)[:, -length:].flatten()
-            reads_padding = length == 1 or not self.pack
+            reads_padding = length == 1 or self.copies != "reordered"
             places = None if reads_padding else mask[:, -length:].flatten().nonzero().squeeze(1)
             layout = _Layout(rows, length, places)
             tokens, positions = layout.pick(tokens.flatten()), layout.pick(positions)
@@ -288,7 +292,7 @@ class _Block:
     """A block of the transformer. The attributes of its modules are looked up only once, when the
     `_Block` is created, because PyTorch is slow at looking them up."""
 
-    def __init__(self, block: Any, dtype: torch.dtype, pack: bool) -> None:
+    def __init__(self, block: Any, dtype: torch.dtype, copies: Copies) -> None:
         attention, mlp = block.self_attn, block.mlp
         self.index, self.dtype = attention.layer_idx, dtype
         self.head_size, self.scaling = attention.head_dim, attention.scaling
@@ -297,10 +301,10 @@ class _Block:
         self.mlp_norm = _plain_norm(block.post_attention_layernorm)
         head_norms = (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else ()
         self.head_norms = [_plain_norm(norm) for norm in head_norms]
-        self.query_key_value = product(query_key_value(attention), dtype, pack=pack)
-        self.output = product([attention.o_proj], dtype, pack=pack)
-        self.gate_up = product(gate_up(mlp), dtype, pack=pack)
-        self.down = product([mlp.down_proj], dtype, pack=pack)
+        self.query_key_value = product(query_key_value(attention), dtype, copies=copies)
+        self.output = product([attention.o_proj], dtype, copies=copies)
+        self.gate_up = product(gate_up(mlp), dtype, copies=copies)
+        self.down = product([mlp.down_proj], dtype, copies=copies)
 
     def __call__(
         self, hidden: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, cache: Any, layout: _Layout
@@ -376,15 +380,16 @@ def packed_linears(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
             del layer.forward
 
 
-def product(layers: Sequence[nn.Linear], dtype: torch.dtype, *, pack: bool = True) -> Product:
+def product(
+    layers: Sequence[nn.Linear], dtype: torch.dtype, *, copies: Copies = "reordered"
+) -> Product:
     """A single product in `dtype` that computes the outputs of all `layers` for the same input
-    rows, side by side. If oneDNN's layout would be faster than the ordinary one, the product uses a
-    copy of the weights in oneDNN's layout or, without `pack`, a copy in the ordinary layout."""
+    rows, side by side."""
     weight = _joined([layer.weight for layer in layers], dtype)
     bias = None if layers[0].bias is None else _joined([layer.bias for layer in layers], dtype)
-    if not _can_be_packed(weight, dtype):
+    if copies == "none" or not _can_be_packed(weight, dtype):
         return lambda rows: functional.linear(rows.to(dtype), weight, bias)
-    if not pack:
+    if copies == "ordinary":
         copied = weight.clone()
         return lambda rows: functional.linear(rows.to(dtype), copied, bias)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, FEW_ROWS)
