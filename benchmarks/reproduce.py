@@ -113,13 +113,14 @@ OPEN = [
     "generated questions. On questions that need one arithmetic step (three seeds), GRPO gains 9.9 "
     "points [3.6, 16.2] over a short warm-up, but further SFT with as many gradient passes is 12.1 "
     "points [5.7, 18.5] better than GRPO (not paired). From a longer warm-up, GRPO gains 1.7 "
-    "points [−4.8, 8.1], n.s. On questions that need two steps (five seeds), where half of the "
-    "training solutions omit the working, GRPO after a longer SFT stage is 14.6 points "
+    "points [−4.8, 8.1] over it, n.s. On questions that need two steps (five seeds), where half of "
+    "the training solutions omit the working, GRPO after a longer SFT stage is 14.6 points "
     "[9.4, 19.8] better than further SFT from the same model "
     "([log](experiments/smollm2-instruct.md)).",
     "**On real data** (SVAMP programs, SmolLM2-135M, one seed), ReFT shows no gain: after a "
-    "finished warm-up, ReFT − SFT is −1.3 points [−3.8, +1.2], n.s. ReFT had little to learn from, "
-    "because 90% of the warm-up's samples for training questions were already correct "
+    "[finished](handover.md) warm-up, ReFT − SFT is −1.3 points [−3.8, +1.2], n.s. ReFT had little "
+    "to learn from, because 90% of the warm-up's samples for training questions were already "
+    "correct "
     "([log](experiments/smollm2-svamp.md)).",
     "**With solutions of 66 tokens on average**, the value head explains hardly any of the "
     "reward's variance. Over five seeds, after finished warm-ups, no method differs significantly "

@@ -73,7 +73,7 @@ def grade(
 ) -> Graded:
     """Grade a completion as in training and evaluation. `answer` is the gold answer: a number,
     text, the letter of a choice, or an answer of the kind that `answer_kind` names
-    (docs/datasets.md). `choices` are the texts of multiple-choice options, option a first.
+    (docs/datasets.md). `choices` are the texts of the multiple-choice options, in order.
     `question` is needed only by a `format` of your own.
 
         >>> grade("so 3 · 7 = 21. The answer is 21", 21).verdict

@@ -124,8 +124,8 @@ _NOT_WHOLE = re.compile(
 
 
 def stated_gold(raw: object, reading: Reading = DEFAULT) -> object:
-    """The answer after the last marker in a cell that announces one. Without a marker, the answer
-    is the whole cell or the text after its `</think>`.
+    """The last answer that a marker in a cell announces. Without a marker, the answer is the whole
+    cell or the text after its `</think>`.
 
     Raises: DataError if different answers stand side by side, as in "\\boxed{3} or \\boxed{4}", or
     if there are markers but none announces an answer.
@@ -276,8 +276,8 @@ def worded_gold(text: str, reading: Reading = DEFAULT) -> Answer:
 
 def _several(raw: object, kind: Literal["any_of", "list", "set"], reading: Reading) -> Answer:
     """A gold answer with parts: accepted spellings (`any_of`), an ordered `list` or a `set`. The
-    cell may be a list, text that spells one ("[1, 2]"), text that marks each part or, for a `list`
-    or `set`, text such as "1, 2" that `split_items` splits."""
+    cell may be a list, text that spells one ("[1, 2]"), or text that marks each part. For a `list`
+    or `set`, it may also be text such as "1, 2" that `split_items` splits."""
     values = list(_values(raw, kind, reading))
     parts = tuple(dict.fromkeys(values) if kind in ("any_of", "set") else values)
     if not parts or not all(part.strip() for part in parts):

@@ -94,8 +94,9 @@ def looks_like_math(text: str) -> bool:
 
 
 def expression_in(text: str) -> str:
-    """The expression in `text`, with symbols such as π in LaTeX and no final punctuation: the text
-    between the only pair of math delimiters or, without one, before any aside, such as a reason."""
+    """The expression in `text`. If `text` has exactly one pair of math delimiters, the expression
+    is the text between them. Otherwise, it is the text before the first aside, such as a reason.
+    Symbols such as π become LaTeX commands, and final punctuation is removed."""
     text = "".join(_SIGNS.get(char, char) for char in text.strip()[: 2 * MAX_EXPRESSION_CHARS])
     parts: list[str] = [next(filter(None, each.groups())) for each in _DELIMITED.finditer(text)]
     if len(parts) == 1:

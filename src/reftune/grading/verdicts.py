@@ -49,9 +49,9 @@ NO_MARKER = 'no marker: expected "the answer is", "answer:", "####" or \\boxed{â
 
 
 def grade_completion(completion: str, problem: Problem, reading: Reading = DEFAULT) -> Graded:
-    """Grade a worked solution by the answer after its last marker, such as "the answer is", that
-    announces one ("Note on the answer: â€¦" does not). If the last two markers announce alternative
-    answers, both must be right."""
+    """Grade a worked solution by the last answer that a marker, such as "the answer is", announces.
+    Markers that no answer follows are skipped. If the solution gives an alternative, as in
+    "3 or 4", both answers must be right."""
     found = statements(completion, reading)
     if not found:
         return no_answer(NO_MARKER)
@@ -133,8 +133,8 @@ def grade_sentence(text: str, problem: Problem) -> Graded:
 
 
 def value_text(value: Any) -> str | None:
-    """A program's value as text. None unless the value is a string, a finite float or decimal, or
-    an integer that is not too long."""
+    """A program's value as text. None unless the value is a string, a finite float or `Decimal`,
+    or an integer that is not too long."""
     if isinstance(value, bool):
         return None
     if isinstance(value, int):

@@ -185,8 +185,8 @@ def read_groups(run_dirs: Sequence[Path | str], *, finished: bool = True) -> lis
 
 def comparable_groups(runs: Sequence[RunResults]) -> list[Group]:
     """The groups that `group_runs` makes. Raises: DataError if the methods of a run answered
-    different problems or, if there are several groups, if two runs answered different problems or
-    the groups have different numbers of seeds."""
+    different problems. With several groups, it is also raised if two runs answered different
+    problems, or if the groups have different numbers of seeds."""
     for run in runs:
         if not _same_problems(run.evals.values()):
             raise DataError(

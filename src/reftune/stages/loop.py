@@ -471,9 +471,9 @@ class Loop:
 
 def _is_candidate(context: StageContext) -> bool:
     """Whether the initial model is evaluated on dev too, so that the stage may choose it. An
-    untrained model is not evaluated. A pretrained `base` is evaluated only if it is the one model
-    whose samples the stage learns from. Before supervised training, it usually does not know the
-    form of an answer yet."""
+    untrained model is not evaluated. Before supervised training, a pretrained `base` usually does
+    not know the form of an answer. It is therefore evaluated only if the stage learns from samples
+    and reads no other model."""
     stage, is_pretrained = context.stage, context.recipe.model.path is not None
     learns_from_itself = stage.reads_questions and set(stage.needs) == {"base"}
     return stage.init != "base" or (is_pretrained and learns_from_itself)

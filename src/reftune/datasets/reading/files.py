@@ -308,8 +308,9 @@ def _as_written(value: Any, kind: Any) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """The plain form of a value: line breaks become Unix line breaks, decimals become ordinary
-    numbers, dates and times become text such as `2021-03-05`, and NaN becomes null."""
+    """The plain form of a value: line breaks become Unix line breaks, a `Decimal` becomes an int if
+    it is whole and a float otherwise, dates and times become text such as `2021-03-05`, and NaN
+    becomes null."""
     if isinstance(value, dict):
         return {name: plain(each) for name, each in value.items()}
     if isinstance(value, list):

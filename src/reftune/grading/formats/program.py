@@ -226,8 +226,8 @@ def programs_in(completion: str) -> tuple[str, ...]:
 def scripts_in(completion: str) -> tuple[Script, ...]:
     """The programs to try, one after the other; none if the completion defines `solution`. Indented
     text without fenced blocks is the body of `solution`. Otherwise, the program is the last fenced
-    block, or else the whole text, if it prints or assigns to `result` or one of `ANSWER_NAMES` at
-    the left margin."""
+    block, or failing that the whole text, that contains a `print(…)`, or an assignment at the left
+    margin to `result` or one of `ANSWER_NAMES`."""
     text, blocks = _text_and_blocks(completion)
     if any(map(_SOLUTION.search, (*blocks, text))):
         return ()
@@ -378,12 +378,12 @@ def _paper_header(problem: Problem) -> str:
 
 
 def _paper_source(problem: Problem, completion: str) -> str:
-    """The program that the authors run: the header and the completion, cut off at the first blank
-    line, with `sys.exit` replaced by `print`. The only global name is `math`, so that `solution`
-    cannot see anything else that the program defines.
+    """The program to run, built as in the authors' code: the header and the completion, both cut
+    off at the first blank line, with `sys.exit` replaced by `print`. The only global name is
+    `math`: inside `solution`, names that the program itself defines or imports are unknown.
 
-    Differs: a completion that begins with `def solution` gets no header, unused imports are
-    removed, and the default sandbox lacks sympy.
+    Source: the code of ReFT's authors. Differs: a completion that begins with `def solution` gets
+    no header, unused imports are removed, and the default sandbox lacks sympy.
     """
     response = paper_response(
         completion if completion.startswith("def solution") else _paper_header(problem) + completion

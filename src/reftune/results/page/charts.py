@@ -188,7 +188,7 @@ def _thinned(series: Series) -> Series:
 
 def dev_chart(groups: Sequence[Group]) -> Chart | None:
     """A chart of the dev accuracy of every stage that trains a method, against the number of
-    sequences trained on since the base model. None if there is no dev evaluation yet."""
+    sequences trained on, from the base model on. None if there is no dev evaluation yet."""
     # a reward model's dev accuracy is the accuracy of reranking
     solvers = [entry for entry in entries(groups) if entry.stages[0].is_method]
     series = tuple(filter(None, map(_dev_series, solvers)))
@@ -199,7 +199,7 @@ def dev_chart(groups: Sequence[Group]) -> Chart | None:
     metric = Metric(
         "dev/accuracy",
         "Accuracy on dev problems, by training effort",
-        "Greedy accuracy by the number of sequences trained on since the base model. The band"
+        "Greedy accuracy by the number of sequences trained on, from the base model on. The band"
         f" {band}.",
         unit="percent",
         axis="sequences",
@@ -238,8 +238,9 @@ def _accuracy(look: MetricRow) -> tuple[float, float, float]:
 
 
 def _dev_curve(run: RunResults, method: str) -> list[tuple[float, MetricRow]]:
-    """The stage's dev evaluations, each after the number of sequences trained on since the base
-    model. If the stage's initial model was evaluated, that evaluation comes first."""
+    """The method's dev evaluations as pairs (x, evaluation): x is the number of sequences trained
+    on so far, counted from the base model. If the stage's initial model was evaluated, that
+    evaluation comes first."""
     stage, before = run.stages[method], _passes_before(run, method)
     looks, start = _looks(stage), _chosen(run, stage.init)
     curve = [(before + look.passes, look) for look in looks]
