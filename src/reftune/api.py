@@ -210,7 +210,8 @@ def _policy(model: str | Path, recipe: Mapping[str, Any]) -> Policy:
     device = choose_device("auto")
     dtype = (recipe.get("model") or {}).get("dtype", "auto")
     dtype = getattr(torch, fastest_dtype(device) if dtype == "auto" else dtype)
-    loaded = load_model(ModelTable(path=str(model)), as_stored=True)
+    path = str(model.absolute() if isinstance(model, Path) else model)
+    loaded = load_model(ModelTable(path=path), as_stored=True)
     return Policy(*loaded, dtype=dtype, trained=False).to(device)
 
 

@@ -44,7 +44,8 @@ class OnlineSt(Algorithm):
         return [*correct, *(solution for solution in gold if solution.completion.token_ids)]
 
     def _gold(self, sampled: Solution, encoder: Encoder) -> Solution:
-        """The gold solution to the problem of `sampled`, truncated to `gold_max_tokens`."""
+        """The gold solution to the problem of `sampled`, truncated so that prompt and solution
+        together have at most `gold_max_tokens` tokens."""
         kept = whole = encoder.target(sampled.problem)
         if self.gold_max_tokens is not None:
             kept = whole[: max(0, self.gold_max_tokens - len(sampled.prompt_ids))]

@@ -392,5 +392,6 @@ def _stack(cache: Any, joining: Any, length: int) -> None:
 
 
 def _pad_left(values: Tensor, length: int, *, dim: int = -1) -> Tensor:
+    """`values`, padded with zeros to `length` in the dimension `dim`, which counts from the end."""
     missing = length - values.shape[dim]
     return functional.pad(values, (0, 0) * (-1 - dim) + (missing, 0)) if missing else values

@@ -148,8 +148,9 @@ class Vllm(Component):
         it has lost the base model too."""
         if before is None or before[0]() is not policy:
             return False
-        had = [server.unload_adapter(before[1]) for server in self.servers]
-        return all(had)
+        with ThreadPoolExecutor(len(self.servers)) as pool:
+            had = pool.map(Server.unload_adapter, self.servers, itertools.repeat(before[1]))
+        return all(list(had))
 
     def _send(
         self,
@@ -238,8 +239,9 @@ class Colocated:
             os.environ.setdefault(name, value)
         with torch.random.fork_rng([]):
             told = f"did not start with max_model_len {longest} (lengths.max_prompt can lower it)"
-            with _engine_errors(told):
+            with _engine_errors("cannot be imported"):
                 vllm = importlib.import_module("vllm")
+            with _engine_errors(told):
                 self.settings_of = vllm.SamplingParams
                 self.engine: Any = vllm.LLM(
                     model=str(folder),

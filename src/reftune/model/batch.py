@@ -191,7 +191,8 @@ def token_batch(
     *,
     device: torch.device | str = "cpu",
 ) -> TokenBatch:
-    """A batch of prompts and their responses, padded on the right with id 0."""
+    """A batch of prompts and their responses, padded on the right with id 0, so that no real token
+    attends to the padding."""
     assert all(prompts), (
         "a prompt must contain at least one token: its last token predicts the first response token"
     )

@@ -6,7 +6,6 @@ and the export use the same rule for where a completion ends.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -176,11 +175,14 @@ class StopRule:
         end = next((place for place, token in enumerate(token_ids, 1) if token in self.ids), None)
         if not self.texts or self.text_end(decode(token_ids[:end])) is None:
             return end
-        # a stop string, once complete, stays in the text
-        counts = range(1, len(token_ids[:end]))
-        return 1 + bisect_left(
-            counts, True, key=lambda n: self.text_end(decode(token_ids[:n])) is not None
-        )
+        low, high = 1, len(token_ids[:end])  # a stop string, once complete, stays in the text
+        while low < high:
+            middle = (low + high) // 2
+            if self.text_end(decode(token_ids[:middle])) is None:
+                low = middle + 1
+            else:
+                high = middle
+        return low
 
     def text_end(self, text: str) -> int | None:
         """Index at which the first stop string in `text` begins; None if `text` contains none."""

@@ -222,6 +222,6 @@ def recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 def recompute(block: nn.Module) -> None:
     """Use gradient checkpointing (arXiv:1604.06174) in `block` and in later copies of it. A block
-    then keeps only its input for the backward pass."""
+    then keeps only its input, and recomputes its activations in the backward pass."""
     # a partial rather than a closure, so that a deep copy of the block calls its own `forward`
     block.forward = partial(recomputed, block.forward)

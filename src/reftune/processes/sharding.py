@@ -41,7 +41,8 @@ class Sharding:
         """Whether each process currently holds only a part of `model`. If so, all processes must
         run the same number of forward and backward passes, because each pass exchanges weights or
         gradients with other processes."""
-        return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+        parameters = model.parameters() if world.world_size() > 1 else ()
+        return any(hasattr(parameter, "full_tensor") for parameter in parameters)
 
     @contextmanager
     def whole(self, model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:

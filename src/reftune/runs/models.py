@@ -109,7 +109,8 @@ class Models:
         if is_adapter_folder(folder):
             model, tokenizer = self._read("base", as_stored=as_stored)
             return with_adapters(model, folder, base=table.path), tokenizer
-        table = table.model_copy(update={"path": str(folder), "revision": None, "scratch": None})
+        path = str(folder.absolute())  # ./smollm2-135m is not the packaged model
+        table = table.model_copy(update={"path": path, "revision": None, "scratch": None})
         return load_model(table, as_stored=as_stored)
 
 

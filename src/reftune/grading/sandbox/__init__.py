@@ -78,7 +78,7 @@ class Sandbox:
             return []
         if self.backend != "subprocess":
             refuse_after_fork()
-        num_threads = self.workers or _num_cores()
+        num_threads = _num_cores() if self.workers is None else self.workers
         backend = self._started = self._started or self._start(num_threads)
 
         def execute(program: str) -> ExecutionResult:

@@ -114,8 +114,9 @@ class MontyBackend:
 
 
 def _told(error: BaseException) -> str:
-    """An error's message or, if it has none, its type. monty's messages include the type."""
-    return str(error).partition("\n")[0][:200] or type(error).__name__
+    """The first line of an error's message. If there is no message, the error's type, which monty's
+    messages include."""
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def _status(error: str) -> ExecutionStatus:

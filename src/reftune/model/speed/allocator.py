@@ -1,4 +1,5 @@
-"""Lets this process keep the host memory that PyTorch frees."""
+"""Lets this process keep the host memory that PyTorch frees, so that later steps need not request
+it from the operating system again."""
 
 from __future__ import annotations
 
