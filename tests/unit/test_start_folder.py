@@ -46,6 +46,21 @@ def test_a_stage_starts_from_the_folder_of_an_earlier_run_value_head_and_all(mak
         assert run.is_trained("reft")
 
 
+def test_a_folder_with_the_name_of_the_packaged_model_is_that_folder(
+    make_recipe, tmp_path, monkeypatch
+):
+    with open_run(make_recipe(run_dir=str(tmp_path / "first")), Progress()) as run:
+        run.train("sft")
+        left = run.models.load("sft")
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree("first/stages/sft", "smollm2-135m")
+    stages = {"sft": None, "reft": {"init": "./smollm2-135m", "value_prefit": 0}}
+    second = make_recipe(run_dir="second", stages=stages, evaluate={"stages": ["reft"]})
+    with open_run(second, Progress()) as run:
+        start = run.models.load("./smollm2-135m")
+    assert torch.equal(start.base.lm_head.weight, left.base.lm_head.weight)
+
+
 def test_a_folder_without_a_model_is_not_a_start(make_recipe, tmp_path):
     recipe = make_recipe(stages={"reft": {"init": str(tmp_path)}})
     with pytest.raises(RecipeError, match=r"stages.reft.init: .* is not an earlier method"):

@@ -1,12 +1,12 @@
 """Runs programs for the subprocess sandbox. Each program runs in a process of its own, forked from
 this process. This file runs as a script in a prepared environment and imports nothing from reftune.
 
-This process imports common modules, and slow packages if programs need them, so that a program
-need not import them again. After that, it only forks processes, waits for them and kills them. It
-never reads a program. Each message on the socket
-at descriptor 0 asks it to run a program. The message names the program's working folder and carries
-three file descriptors: the program's source, a pipe for its result, and a socket for its exit
-status. When the other end of the status socket closes, the program is killed.
+This process imports common modules, and slow packages if programs need them, so that a program need
+not import them again. After that, it only forks processes, waits for them and kills them. It never
+reads a program. Each message on the socket at descriptor 0 asks it to run a program. The message
+names the program's working folder and carries three file descriptors: the program's source, a pipe
+for its result, and a socket for its exit status. When the other end of the status socket closes,
+the program is killed.
 
 The result consists of lines. The first letter of each line indicates the line's kind. Each refused
 access adds an `F` line. If the program is not killed, more lines follow: a `P` line with the end of
