@@ -29,8 +29,9 @@ __all__ = [
 
 def report_command(run_dirs: Sequence[Path | str], out: Path | str | None = None) -> Path:
     """Write the HTML page of `reftune report RUN…` to `out` or, by default, to `report.html` in the
-    first run's folder. Runs may be unfinished. Returns: the page's path. Raises: the errors of
-    `read_groups` and `write_report`."""
+    first run's folder. Runs may be unfinished. Returns: the page's path. Raises: DataError if a run
+    is missing or damaged, or if runs are not comparable; CheckpointError if the page cannot be
+    written."""
     path = Path(out or RunFolder(Path(run_dirs[0])).report)
     write_report(read_groups(run_dirs, finished=False), path)
     return path
@@ -49,8 +50,10 @@ def table_command(
 
     In the layout `methods`, one table compares all methods on the same problems. The layout `paper`
     follows the paper's tables. `auto` chooses `paper` if the runs differ in task or kind of
-    rationale, and `methods` if not. `score_table` explains `k`. Raises: the errors of `read_groups`
-    and `score_table`; DataError if `fmt` is unknown.
+    rationale, and `methods` if not. Votes use the first `k` samples of each problem, or all samples
+    if `k` is None. Raises: DataError if a run is missing or damaged, if a run is unfinished and
+    `finished` is True, if runs are not comparable, if there are fewer than `k` samples per problem,
+    or if `fmt` is unknown.
     """
     runs = read_runs(run_dirs, finished=finished)
     if layout == "paper" or (layout == "auto" and paper.is_several_tasks(runs)):

@@ -208,8 +208,10 @@ def _text(score: Mapping[str, Any] | None) -> str:
     if score is None:
         return "–"
     low, high = score["ci95"]
-    is_significant = score["is_baseline"] or score["significant_against_baseline"]
-    doubt = {True: "", False: f" {NOT_SIGNIFICANT}", None: f" {NOT_COMPARED}"}[is_significant]
+    doubt = ""
+    if not score["is_baseline"] and not score["significant_against_baseline"]:
+        is_compared = score["significant_against_baseline"] is not None
+        doubt = f" {NOT_SIGNIFICANT if is_compared else NOT_COMPARED}"
     paper = "" if score["paper"] is None else f" [{score['paper']:g}]"
     return f"{100 * score['accuracy']:.1f} ± {50 * (high - low):.1f}{doubt}{paper}"
 

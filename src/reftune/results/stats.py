@@ -104,7 +104,9 @@ def compare(a: str, correct_a: ArrayLike, b: str, correct_b: ArrayLike) -> Compa
     """Compare methods `a` and `b`. `correct_a` states for each problem whether `a` solved it.
     `correct_b` states the same for `b`, with the problems in the same order."""
     right_a, right_b = np.asarray(correct_a, dtype=bool), np.asarray(correct_b, dtype=bool)
-    assert right_a.shape == right_b.shape and right_a.size, "needs pairs of outcomes"
+    assert right_a.shape == right_b.shape and right_a.size, (
+        "paired outcomes must have the same length, which must not be zero"
+    )
     return Comparison(
         a=a,
         b=b,
@@ -126,7 +128,10 @@ def mcnemar_exact(only_a: int, only_b: int) -> float:
     Source: McNemar (1947), in the exact binomial form.
     """
     m = only_a + only_b
-    tail = sum(math.comb(m, i) for i in range(min(only_a, only_b) + 1))
+    term = tail = 1
+    for i in range(1, min(only_a, only_b) + 1):
+        term = term * (m - i + 1) // i
+        tail += term
     return float(min(Fraction(1), Fraction(2 * tail, 2**m)))
 
 

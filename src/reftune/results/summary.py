@@ -416,8 +416,10 @@ class Handover:
     stage: str
     init: str
     rise: Rise
+    """The rise over the last `LOOKS` dev evaluations in the initial model's training; for a
+    snapshot, the last ones up to its step."""
     accuracy: float
-    """Dev accuracy after the rise; see `last_rise`."""
+    """Dev accuracy after the rise."""
 
     @property
     def is_ready(self) -> bool:
@@ -473,11 +475,11 @@ def _samples(stage: StageResults) -> bool:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reranker:
     """How often a reward model chooses a correct sample of a dev problem, compared with a random
-    choice."""
+    choice. Neither chooses samples without an answer."""
 
     stage: str
     num_samples: int
-    """Number of samples per problem. Those without an answer are never chosen."""
+    """Number of samples per problem."""
     accuracy: float
     """Share of problems whose highest-scoring sample is correct."""
     chance: float

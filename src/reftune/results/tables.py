@@ -180,8 +180,9 @@ def same_models(run: RunResults) -> list[str]:
         if stage.chosen_step == 0:
             lines.append(f"{name} never beat {stage.init} on dev, so they are the same model")
         if whole := run.whole_of(stage):
-            same = "they are the same model"
-            lines.append(f"{whole.name} was best on dev when {name} was saved: {same}")
+            lines.append(
+                f"{whole.name} was best on dev when {name} was saved: they are the same model"
+            )
     return lines
 
 

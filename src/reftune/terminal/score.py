@@ -93,8 +93,8 @@ def score_lines(
     "verdict", "value", "reward", "reason"}` for each line.
 
     `where` is the file's name. `golds` reads the choices and gold answers; a line's `answer_kind`
-    replaces `golds.kind`. Raises: DataError, before anything is graded, if a line cannot be read.
-    The error names the file and the line.
+    replaces `golds.kind`. Raises, before the first result: DataError if a line cannot be read. The
+    error names the file and the line.
     """
     rows = [_row(row, place, golds) for place, row in json_lines(where, lines)]
     if not rows:

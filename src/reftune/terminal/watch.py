@@ -102,8 +102,10 @@ class Tail:
 def _stages(folder: Path) -> dict[str, dict[str, Any]]:
     try:
         recipe = yaml.safe_load(RunFolder(folder).recipe.read_text(encoding="utf-8"))
-        return dict(recipe["stages"])
-    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError):
+        return {
+            name: spec if isinstance(spec, dict) else {} for name, spec in recipe["stages"].items()
+        }
+    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError, AttributeError):
         raise DataError(f"{folder}: not a run folder: it has no recipe.yaml with stages") from None
 
 

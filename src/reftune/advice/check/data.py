@@ -254,15 +254,18 @@ def check_reward_errors(subject: Subject) -> Finding:
         return ok("no gold solution has a variant that is certainly right or certainly wrong")
     gold = fmean(_rewards(subject, [(row.problem, row.target) for row in rows]))
     nothing = fmean(_rewards(subject, [(row.problem, "") for row in rows]))
+    rewards = {
+        kind: _rewards(subject, [(problem, x.text) for problem, x in cases])
+        for kind, cases in changed.items()
+    }
     if gold <= nothing:
         return ok("not measured: gold solutions earn no more than empty completions")
     rates, listed = [], []
     errors: dict[str, Counter[str]] = {}
     for kind, cases in changed.items():
-        rewards = _rewards(subject, [(problem, x.text) for problem, x in cases])
         errors[kind] = Counter(
             x.kind
-            for (_, x), reward in zip(cases, rewards, strict=True)
+            for (_, x), reward in zip(cases, rewards[kind], strict=True)
             if (reward > (gold + nothing) / 2) == (kind == "positive")
         )
         totals = Counter(x.kind for _, x in cases)

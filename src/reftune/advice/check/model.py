@@ -39,7 +39,8 @@ LONG_RUN_S = 24 * 3600
 """Before a run longer than this, the check recommends a trial."""
 MEASURED_ROWS = 64
 """Speed is measured on the rows of the largest step of any stage, or of the engine's batch if that
-is smaller. This is the number of either that is unknown."""
+is smaller. This number stands in for the step if no stage states its cost, and for the batch if the
+engine sets no limit."""
 MAX_SLOWDOWN = 8.0
 """The check fails if matmuls in the recipe's dtype take more than this many times as long as in the
 other dtype."""

@@ -106,7 +106,9 @@ def _order(pool: Iterable[TrainingSample]) -> list[int]:
         for place in sorted(places, key=lambda place: -costs[place][kind])[:EXTREMES]
         if costs[place][kind]
     }
-    return sorted(places, key=lambda x: (x not in extreme, -(x & -x or len(places))))
+    return sorted(
+        places, key=lambda place: (place not in extreme, -(place & -place or len(places)))
+    )
 
 
 def _asked(row: EvalRow | TrainingSample) -> Json:
