@@ -22,8 +22,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    **dict.fromkeys(("Evaluation", "evaluate", "grade", "run"), "api"),
-    **dict.fromkeys(("Graded", "Problem", "Verdict"), "types"),
+    "evaluate": "api",
+    "grade": "api",
+    "run": "api",
+    "Evaluation": "api",
+    "Graded": "types",
+    "Problem": "types",
+    "Verdict": "types",
 }
 """Public name → its module. A module is imported only on first use, so `import reftune` is fast."""
 

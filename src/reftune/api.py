@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -210,7 +211,9 @@ def _policy(model: str | Path, recipe: Mapping[str, Any]) -> Policy:
     device = choose_device("auto")
     dtype = (recipe.get("model") or {}).get("dtype", "auto")
     dtype = getattr(torch, fastest_dtype(device) if dtype == "auto" else dtype)
-    path = str(model.absolute() if isinstance(model, Path) else model)
+    path = os.fspath(model)
+    if isinstance(model, Path) and model.exists():
+        path = str(model.absolute())  # ./smollm2-135m is not the packaged model
     loaded = load_model(ModelTable(path=path), as_stored=True)
     return Policy(*loaded, dtype=dtype, trained=False).to(device)
 

@@ -3,15 +3,18 @@ and what was expected."""
 
 
 class ReftuneError(Exception):
-    """The base class of these errors. The command line prints the message on one line."""
+    """The base class of the errors in this module. The command line prints an error's message on
+    one line."""
 
 
 class RecipeError(ReftuneError):
-    """An unusable recipe or launcher setting, such as an unknown key or a value out of range."""
+    """A recipe or launcher setting that cannot be used, such as an unknown key or a value out of
+    range."""
 
 
 class DataError(ReftuneError):
-    """Data that cannot be read or trained on. The message starts with `file:line` if known."""
+    """Data that cannot be read or trained on. The message starts with `file:line` if both are
+    known."""
 
 
 class ModelError(ReftuneError):
@@ -36,4 +39,5 @@ class ProcessError(ReftuneError):
 
 
 class NonFiniteError(ReftuneError):
-    """A loss, gradient or the like that is not finite. It has not changed any weights yet."""
+    """A loss, gradient or other training quantity that is not finite. The error is raised before
+    the quantity changes any weights."""

@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 
 class Verdict(enum.Enum):
-    """The judgement on a completion. It has no truth value; compare it with a member."""
+    """The judgement on a completion. A verdict has no truth value; compare it with a member such as
+    `CORRECT`."""
 
     CORRECT = "correct"
     WRONG = "wrong"
@@ -43,7 +44,8 @@ class Answer:
     percent: bool = False
     """Whether the answer is a number written with a percent sign."""
     items: tuple[str, ...] = ()
-    """For `any_of`, the accepted spellings; for `list` and `set`, the parts; otherwise empty."""
+    """For `any_of`, the accepted spellings of the answer. For `list` and `set`, its parts. Empty
+    for other kinds."""
 
     def __str__(self) -> str:
         if isinstance(self.value, Fraction):
@@ -52,7 +54,8 @@ class Answer:
 
 
 def spell(value: Fraction) -> str:
-    """The canonical spelling of a number, such as `18`, `0.5` or `1/3`: one for equal numbers."""
+    """The canonical spelling of a number, such as `18`, `0.5` or `1/3`. Equal numbers have the same
+    spelling."""
     if value.denominator == 1:
         return str(value.numerator)
     try:
@@ -63,7 +66,8 @@ def spell(value: Fraction) -> str:
 
 
 def spell_decimal(value: Fraction) -> str:
-    """Like `spell`, but `float()` accepts the result: `1/3` is rounded to a decimal."""
+    """Like `spell`, but a fraction such as `1/3` is rounded to a decimal, so that `float()` accepts
+    the result."""
     text = spell(value)
     return repr(float(value)) if "/" in text else text
 
@@ -90,7 +94,8 @@ class Conversation:
 
 
 ANY_ANSWER = Answer(kind="text", value="(any answer that the scorer accepts)")
-"""The gold answer of a problem whose data has none; the problem's scorer then judges answers."""
+"""Takes the place of a problem's gold answer if the data has none. The problem's scorer then judges
+the answers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,7 +108,8 @@ class Problem:
     rationale: str | None = None
     """A worked solution as text, or a program that defines `solution()`."""
     choices: tuple[str, ...] = ()
-    """The texts of a multiple-choice question's options, option a first; otherwise empty."""
+    """The texts of a multiple-choice question's options, in order; empty for other
+    questions."""
     decimal: Literal[".", ","] = "."
     """Decimal separator in `choices`. Gold answers have decimal points, except for texts,
     expressions and patterns, which are kept as in the data."""
@@ -205,7 +211,8 @@ class Attempt:
         return self.graded.verdict is Verdict.CORRECT
 
     def to_row(self) -> dict[str, Any]:
-        """The attempt as a JSON object. Unset fields are omitted, except `value` (then null)."""
+        """The attempt as a JSON object. Unset fields are omitted, except `value`, which becomes
+        null."""
         seconds = self.graded.program_s
         optional = {
             "reason": self.graded.reason or None,
@@ -244,7 +251,8 @@ class Attempt:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Solution:
-    """A graded and rewarded solution to a problem, sampled from the policy or gold."""
+    """A graded and rewarded solution to a problem. It was sampled from the policy or is the gold
+    solution."""
 
     problem: Problem
     prompt_ids: tuple[int, ...]

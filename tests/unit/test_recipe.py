@@ -209,7 +209,7 @@ def test_a_missing_key_is_named(folder: Path):
     [
         ("", "broken.yaml: expected a mapping of recipe keys, got NoneType"),
         ("- 1", "broken.yaml: expected a mapping of recipe keys, got list"),
-        ("1: 2", "broken.yaml: 1: unknown key; known keys: name, "),
+        ("1: 2", "broken.yaml: expected keys that are text, got 1"),
         ("[1]: 2", "broken.yaml:1: not valid YAML: found unhashable key"),
         ("name: x\nmodel: {", "broken.yaml:2: not valid YAML: "),
         ("seed: 1\nname: x\nseed: 2", "broken.yaml:3: not valid YAML: the key seed occurs twice"),

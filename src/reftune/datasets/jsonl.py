@@ -188,7 +188,7 @@ class _Read:
     gold: str
     """The gold answer as `GoldReader.spelled` writes it."""
     labels: tuple[str, ...]
-    """As in `Options`."""
+    """The labels of the options; see `Options`."""
     where: str
 
     @property

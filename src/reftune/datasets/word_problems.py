@@ -342,6 +342,17 @@ def _write_program(story: _Story, style: int) -> str:
     return "\n    ".join(["def solution():", *lines, ending.format(result)])
 
 
+def _people(story: _Story) -> dict[_Quantity, str]:
+    """Quantities are named after their owners: `ben = 12`, `ben = ben - 4`, `ann = ben * 3`,
+    `return ann`."""
+    return {quantity: quantity.owner.lower() for quantity in story.quantities}
+
+
+def _nothing(story: _Story) -> dict[_Quantity, str]:
+    """No quantity has a name: `return (12 - 4) * 3`."""
+    return {}
+
+
 def _steps(story: _Story, letters: str) -> dict[_Quantity, str]:
     """Each quantity is named by a letter: `a = 12`, `b = a - 4`, `c = b * 3`, `return c`."""
     return dict(zip(story.quantities, letters, strict=False))
@@ -356,10 +367,9 @@ def _told_numbers(story: _Story, letters: str) -> dict[_Quantity, str]:
 
 _FIRST_LETTERS, _LATER_LETTERS = string.ascii_lowercase[:15], string.ascii_lowercase[15:]
 _NAMINGS: tuple[Callable[[_Story], dict[_Quantity, str]], ...] = (
-    # named after their owners: `ben = 12`, `ben = ben - 4`, `ann = ben * 3`, `return ann`
-    lambda story: {quantity: quantity.owner.lower() for quantity in story.quantities},
+    _people,
     partial(_steps, letters=_FIRST_LETTERS),
-    lambda story: {},  # `return (12 - 4) * 3`
+    _nothing,
     partial(_told_numbers, letters=_FIRST_LETTERS),
     partial(_steps, letters=_LATER_LETTERS),
     partial(_told_numbers, letters=_LATER_LETTERS),

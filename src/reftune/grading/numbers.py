@@ -8,8 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
-from itertools import count
-from math import inf
+from math import gcd, inf
 
 from reftune.grading.plain_text import MAX_SEGMENT_CHARS, plain
 from reftune.grading.words import ONE_TO_TWELVE
@@ -242,6 +241,10 @@ def number_of(answer: Answer) -> Number:
 
 def num_decimals(value: Fraction) -> float:
     """Number of decimals that `value` needs; inf if they never end."""
-    if 10 ** (MAX_EXPONENT + MAX_DIGITS) % value.denominator:
-        return inf
-    return next(n for n in count() if 10**n % value.denominator == 0)
+    rest, count = value.denominator, 0
+    while rest > 1 and count < MAX_EXPONENT + MAX_DIGITS:
+        shared = gcd(rest, 10)
+        if shared == 1:
+            return inf
+        rest, count = rest // shared, count + 1
+    return count

@@ -114,7 +114,8 @@ def _says_something(statement: Statement, problem: Problem) -> bool:
 def grade_value(value: Any, problem: Problem) -> Graded:
     """Grade the value that a program returned. A float that is not whole is rounded to 12
     significant digits. None, nan and inf do not count as answers; a boolean only if the gold answer
-    is yes, no, true or false; a list or date only if it is neither a number nor a choice."""
+    is yes, no, true or false; a list or date only if the gold answer is neither a number nor a
+    choice."""
     text = value_text(value)
     if isinstance(value, float | Decimal) and text is not None and value != value // 1:
         text = f"{value:.{FLOAT_DIGITS}g}"

@@ -138,8 +138,9 @@ def component_class(kind: str, *, group: str) -> Any:
         listed = f"known: {', '.join(kinds)}, or your own file.py:Name"
         hint = did_you_mean(kind, kinds) or listed
         raise refusal("unknown_kind", f"{kind}: unknown kind; {hint}")
-    (cls,) = _built_in(kind, group)
-    return cls
+    classes = _built_in(kind, group)
+    assert len(classes) == 1, f"{group}/{kind} must define one public Component, found {classes}"
+    return classes[0]
 
 
 def shipped_recipes() -> Path:

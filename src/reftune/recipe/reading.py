@@ -30,7 +30,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def parse_recipe(data: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
-    """The recipe that `data` describes. Raises: RecipeError, beginning with `where`, if invalid."""
+    """The recipe that `data` describes. Raises: RecipeError if `data` is not valid; the message
+    begins with `where`."""
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
@@ -42,7 +43,8 @@ def parse_recipe(data: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """A YAML loader that rejects a key that occurs twice in a mapping, as YAML demands."""
+    """A YAML loader that rejects a mapping if it contains a key twice. YAML forbids such mappings,
+    but PyYAML accepts them."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -76,6 +78,9 @@ def read_yaml(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         ) from None
     if not isinstance(data, dict):
         raise RecipeError(f"{path}: expected a mapping of recipe keys, got {type(data).__name__}")
+    for key in data:
+        if not isinstance(key, str):
+            raise RecipeError(f"{path}: expected keys that are text, got {key!r}")
     bases = data.pop("extends", [])
     merged: dict[str, Any] = {}
     for base in bases if isinstance(bases, list) else [bases]:

@@ -249,7 +249,8 @@ def _require_same_problems(splits: Splits) -> None:
 
 @contextmanager
 def threads_of(recipe: Recipe) -> Iterator[None]:
-    """Inside the block, PyTorch uses the recipe's number of CPU threads."""
+    """Inside the block, PyTorch uses the recipe's number of CPU threads. Afterwards, the previous
+    number is restored."""
     before = torch.get_num_threads()
     # setting the number, even to the same value, makes decoding a quarter slower
     if recipe.threads in (None, before):

@@ -211,9 +211,10 @@ class Loop:
         self.state.step, self.state.is_open, self._is_saved = n, True, False
         self.spend(metrics)
         table = self.table.optimizer
-        rate = {"optim/lr": table.learning_rate * self._share(n)}
-        skipped = {"optim/skipped": self.state.skipped} if table.on_nonfinite == "skip" else {}
-        self._record({**metrics, **rate, **self.state.totals, **skipped})
+        metrics |= {"optim/lr": table.learning_rate * self._share(n), **self.state.totals}
+        if table.on_nonfinite == "skip":
+            metrics["optim/skipped"] = self.state.skipped
+        self._record(metrics)
 
     def _close(self) -> None:
         """Evaluate on dev and save snapshots, if they are due at this step."""

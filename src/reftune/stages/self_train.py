@@ -174,7 +174,8 @@ class SelfTrain(Sampled):
             prompt, texts = encoder.prompt(problem), [*distinct(correct, same), *gold]
             rows = {text: Example(prompt, encoder.continuation(problem, text)) for text in texts}
             fitting = {t for t, row in rows.items() if collector.fits(prompt, row.target, policy)}
-            correct, gold = ([t for t in each if t in fitting] for each in (correct, gold))
+            correct = [text for text in correct if text in fitting]
+            gold = [text for text in gold if text in fitting]
             kept += [rows[text] for text in join(correct, gold, self.keep, same)]
         if not kept:
             raise DataError(

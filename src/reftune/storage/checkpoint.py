@@ -29,9 +29,9 @@ from reftune.text import brief
 if TYPE_CHECKING:
     import torch
 
-MANIFEST = "manifest.json"
-"""Contains the checksums of `FILES`."""
-FILES = TENSORS, STATE = "tensors.safetensors", "state.json"
+MANIFEST, TENSORS, STATE = "manifest.json", "tensors.safetensors", "state.json"
+FILES = (TENSORS, STATE)
+"""The files whose checksums are in the manifest."""
 _STEP = re.compile(r"step-(\d{6,})")
 
 

@@ -1,7 +1,7 @@
 """Writes files that survive if the process is killed. Text files and folders are complete before a
 rename puts them in place. JSON Lines files can be cut back to the length that they had at a
-checkpoint. If there are several processes, only the main process writes. A disk error is raised as
-a CheckpointError, unless a function says otherwise."""
+checkpoint. If there are several processes, only the main process writes. A disk error in
+writing is raised as a CheckpointError, unless a function says otherwise."""
 
 from __future__ import annotations
 

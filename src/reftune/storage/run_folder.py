@@ -111,9 +111,10 @@ class StageFolder:
 # --- ownership ------------------------------------------------------------------------------------
 
 
+_FIRST = RunFolder(Path())
 BEFORE_CLAIM = frozenset(
-    [".lock", "env.json", "data.json"]
-    + [f".{name}.partial" for name in ("env.json", "data.json", "recipe.yaml")]
+    [_FIRST.lock.name, _FIRST.environment.name, _FIRST.data.name]
+    + [f".{path.name}.partial" for path in (_FIRST.environment, _FIRST.data, _FIRST.recipe)]
 )
 """Names of files that may remain from a run that was killed before it wrote `recipe.yaml`."""
 ENVIRONMENT = ("reftune", "torch", "transformers", "accelerate", "peft", "pydantic-monty", "numpy")
@@ -176,7 +177,8 @@ def claimed(folder: RunFolder, recipe: Recipe, splits: Splits) -> Iterator[list[
 
 
 def _lock(file: IO[str], *, attempts: int = 5) -> bool:
-    """Lock a file. Returns: whether this works here. Raises: BlockingIOError if it is locked."""
+    """Lock a file. Returns: whether its file system has locks. Raises: BlockingIOError if another
+    process holds the lock."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -410,8 +412,8 @@ def _own_and_wanted(folder: RunFolder, recipe: Recipe) -> tuple[dict[str, Any], 
     if not isinstance(own, dict):
         raise CheckpointError(f"{folder.recipe}: not the recipe of a run; choose another run_dir")
     with suppress(RecipeError):  # adds the defaults of keys that are newer than the stored recipe
-        own = parse_recipe(own).model_dump(mode="json")
-    return own, recipe.model_dump(mode="json")
+        own = yaml.safe_load(dump_recipe(parse_recipe(own)))
+    return own, yaml.safe_load(dump_recipe(recipe))
 
 
 def first_difference(old: Any, new: Any, where: str = "") -> str | None:

@@ -154,7 +154,7 @@ def json_lines(name: object, lines: Iterable[str]) -> Records:
             continue
         where = f"{name}:{number}"
         try:
-            value = JSON.decode(line)
+            value = json.loads(line, parse_constant=JSON.parse_constant)  # names a BOM
         except (ValueError, RecursionError) as error:
             reason = getattr(error, "msg", error)
             raise DataError(

@@ -101,5 +101,6 @@ class Nl(Prompted):
 
 
 def _decimal(answer: Answer) -> str:
-    """The answer as text. `float()` can read a number: a decimal without a percent sign."""
+    """The answer as text. A number is written as a decimal without a percent sign, so that
+    `float()` can read it."""
     return spell_decimal(answer.value) if isinstance(answer.value, Fraction) else answer.value

@@ -312,7 +312,8 @@ def _chunks(program: str) -> list[str]:
 
 
 def _indented(body: str) -> str:
-    """The body, indented as in a function, even if its first line or all of it was not."""
+    """The body, indented as in a function. The indent may be missing in its first line or in all
+    lines."""
     lines = re.sub(r"\A\s*\n", "", body).rstrip().split("\n")
     lines[0] = " " * _first_indent(lines) + lines[0].lstrip()
     if _indent(lines[0]) > 0:

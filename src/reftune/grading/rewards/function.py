@@ -81,7 +81,7 @@ class FunctionReward(Component):
             raise
         except (Exception, SystemExit) as error:  # the user's code may raise anything
             raise blame(self.kind, self._call, samples, error) from error
-        return list(map(self._value, rewards, samples))
+        return [self._value(each, sample) for each, sample in zip(rewards, samples, strict=True)]
 
     def _call(self, samples: Sequence[Sample]) -> Sequence[Any]:
         arguments = self._arguments(samples)
@@ -138,8 +138,8 @@ class FunctionReward(Component):
 
     def _number(self, reward: Any, sample: Sample) -> float:
         with suppress(TypeError, ValueError, OverflowError):
-            if not isinstance(reward, str | bytes) and math.isfinite(float(reward)):
-                return float(reward)
+            if not isinstance(reward, str | bytes) and math.isfinite(number := float(reward)):
+                return number
         line = repr(reward).partition("\n")[0][:100]
         where = f"reward {self.kind}: sample {sample[0].id}"
         raise RewardError(f"{where}: expected a finite number or None, got {line}")
