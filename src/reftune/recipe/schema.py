@@ -205,7 +205,8 @@ class Recipe(Table):
 
     @property
     def methods_to_evaluate(self) -> list[str]:
-        """The names of the methods to evaluate: `base`, if wanted, then in training order."""
+        """The names of the methods to evaluate, in training order. `base` comes first, if it is to
+        be evaluated."""
         wanted = self.evaluate.stages
         if wanted is None:
             return self.methods

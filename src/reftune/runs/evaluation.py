@@ -103,7 +103,8 @@ class FinalEvaluation:
         return [{**row, "samples": samples[i * num : (i + 1) * num]} for i, row in enumerate(rows)]
 
     def _probe_choices(self, method: str, answers: Sequence[Attempt]) -> None:
-        """Check a method's greedy answers, as `stages.probes.choices` describes, unless done."""
+        """Check a method's greedy answers for reward hacking, as `stages.probes.choices` describes,
+        unless this was done before."""
         path = self.folder.choices(method)
         if len(world.from_main(JsonLines(path).rows)) == len(self.problems):
             return

@@ -71,8 +71,8 @@ class RunFolder:
 
 
 class StageFolder:
-    """The folder `stages/NAME`. It contains a model in Hugging Face format (of a stage, the one
-    chosen on dev; of a snapshot, that of its step) and the files below."""
+    """The folder `stages/NAME`. It contains a model in Hugging Face format, and the files below. A
+    stage's model is the one chosen on dev; a snapshot's model is the one at its step."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -340,7 +340,8 @@ def _stretched_rates(recipe: dict[str, Any], longer: Collection[str]) -> Iterato
 
 
 def _changed_environment(folder: RunFolder) -> Iterator[str]:
-    """Notes if the run began on a GPU and there is none, or with another torch or transformers."""
+    """Notes if the GPU that the run began on is gone, or if it began with other versions of torch
+    or transformers."""
     try:
         old = dict(json.loads(folder.environment.read_text(encoding="utf-8")))
     except (ValueError, TypeError):
