@@ -96,9 +96,10 @@ class Jsonl(FileDataset):
         return self.answer_kind == "choice" or self.positions_from is not None
 
     def _columns(self, rows: Sequence[Row], *, is_train: bool) -> Columns:
-        """The columns that the user named and, for the other fields, those recognised by their
-        names. Raises: DataError if the training rows lack a named column, if dev or test lack one
-        of the question or the options, or if no question or answer is recognised."""
+        """The columns that the user named. The columns of all other fields are recognised by their
+        names. Raises: DataError if no question or answer is recognised, or if a named column is
+        missing. In dev and test, only the first column of the question and the columns of options
+        are required."""
         named = {} if self.columns is None else self.columns.model_dump()
         for field, value in named.items():
             names = [value] if isinstance(value, str) else value or []
@@ -123,8 +124,8 @@ class Jsonl(FileDataset):
         return options
 
     def _hint(self, row: Row, columns: Columns) -> str:
-        """The remedy if columns such as `a` and `b` were recognised as options but are not. Empty
-        if the user's settings say that there are options."""
+        """Text for the end of an error's message: what to set if columns such as `a` and `b` were
+        wrongly recognised as options. Empty if the user's settings say that there are options."""
         if self._names("choices") or self._says_options:
             return ""
         which, shows = f"column {columns.choices}", ""

@@ -83,8 +83,8 @@ class Kv(Component):
 @contextmanager
 def reader(policy: Policy, *, copies: llama.Copies = "reordered") -> Iterator[Reader]:
     """A `Reader` for `policy`. It uses `model.speed.llama` if that module supports the model, and
-    transformers otherwise. `reordered` copies, and prefilling without padding, which
-    `model.speed.llama` then does too, do not work with fake tensors."""
+    transformers otherwise. With `reordered` copies, `model.speed.llama` also prefills without
+    padding. Neither these copies nor prefilling without padding works with fake tensors."""
     if llama.is_written_out(policy.model):
         decoder = llama.Decoder(policy.model, policy.compute_dtype, copies=copies)
         yield Reader(decoder, decoder.logits)

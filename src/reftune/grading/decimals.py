@@ -22,10 +22,11 @@ _KEPT: tuple[AnswerKind, ...] = ("text", "latex", "regex")
 
 
 def with_points(cell: object, decimal: str, kind: AnswerKind | None = None) -> str:
-    """A cell, or an answer of this kind, as text whose numbers have decimal points instead of the
-    separator `decimal`. "3,5" becomes "3.5", and "1.250,75" becomes "1,250.75". A point that cannot
-    group thousands stays a decimal point. Pairs such as "(1,2)" stay unchanged unless the answer is
-    a number. A cell that is not a string needs no conversion."""
+    """The text of `cell`, with the separator `decimal` in its numbers replaced by decimal points.
+    If `cell` is an answer, `kind` is its kind. "3,5" becomes "3.5", and "1.250,75" becomes
+    "1,250.75". A point that cannot group thousands stays a decimal point. Pairs such as "(1,2)"
+    stay unchanged unless the answer is a number. A cell that is not a string needs no
+    conversion."""
     if not isinstance(cell, str) or decimal == "." or kind in _KEPT:
         return str(cell)
     parts = [cell] if kind == "number" else _PAIR.split(cell)
@@ -43,8 +44,8 @@ def _with_point(match: re.Match[str]) -> str:
 
 
 def with_separator(text: str, decimal: str, kind: AnswerKind | None = None) -> str:
-    """A text, or an answer of this kind, whose numbers have the separator `decimal` instead of
-    decimal points. With a comma, "1,250.75" becomes "1.250,75"."""
+    """`text`, with the decimal points in its numbers replaced by the separator `decimal`. If `text`
+    is an answer, `kind` is its kind. With a comma, "1,250.75" becomes "1.250,75"."""
     if decimal == "." or kind in _KEPT:
         return text
     return _DIGITS.sub(

@@ -167,8 +167,9 @@ would read the lone backslash and the letter f as a form feed."""
 
 
 def _stated(text: str, reading: Reading) -> list[str]:
-    """The last marked answer, any marked answers side by side with it (hardly anything between them
-    except a marker, symbols, "or" or "and"), and an unmarked number after "or", in order."""
+    """The last marked answer, together with any marked answers beside it and an unmarked number
+    after "or", in the order of the text. Two marked answers are beside each other if there is
+    hardly anything between them except a marker, symbols, "or" or "and"."""
     found = [each for each in statements(text, reading) if each.text is not None]
     following = [each.start for each in found[1:]] + [len(text)] * bool(found)
     pairs = zip(found, following, strict=True)
@@ -321,9 +322,9 @@ def _pattern(raw: object) -> Answer:
 
 def split_items(text: str, words: str = "and") -> tuple[str, ...]:
     """The items of a written list, with or without brackets. Commas, semicolons, line breaks and
-    `words` (a pattern) separate items, except inside inner brackets. If a space follows some
-    commas, the others separate nothing. If none, but there are other separators, commas that may
-    group thousands separate nothing."""
+    `words` (a pattern) separate items, except inside inner brackets. If a space follows at least
+    one comma, commas without a space separate nothing. If no comma is followed by a space, but
+    there are other separators, commas that may group thousands separate nothing."""
     text = re.sub(r"\\(?:left|right)\b|\\(?=[{}])", "", text.strip().strip("$")).strip()
     if _BRACKETED.fullmatch(text):
         text = text.rstrip(".")[1:-1]
@@ -356,8 +357,9 @@ _LETTER = re.compile(
 
 
 def _letter(stated: object, choices: Sequence[str], reading: Reading) -> str:
-    """The letter of the option that a gold answer names by this letter, by the letter and the text,
-    or by a text or number that only this option has. Without `choices`, any letter is accepted."""
+    """The letter of the option that a gold answer names. The gold answer may be this letter, the
+    letter and the option's text, or a text or number that only this option has. Without `choices`,
+    any letter is accepted."""
     text = with_points(stated, reading.decimal)
     choices = [with_points(choice, reading.decimal) for choice in choices]
     match = _LETTER.fullmatch(" ".join(plain(text).split()))

@@ -44,7 +44,8 @@ class Statement:
     end of the text that counts (see `statements`)."""
 
     def up_to(self, end: int) -> Statement:
-        """The statement, cut off at the index `end` unless it is closed or has no text."""
+        """The statement, cut off at the index `end`. A statement that is closed or has no text
+        stays unchanged."""
         if self.text is None or self.is_closed:
             return self
         return replace(self, text=self.text[: end - self.end], end=end)
@@ -96,9 +97,10 @@ def statements(completion: str, reading: Reading = DEFAULT) -> list[Statement]:
 
 
 def _is_remark(completion: str, before: Statement, statement: Statement) -> bool:
-    """Whether a statement only says that the statement before it is right. Because "right" may also
-    be a direction, its marker must begin with "our" or "my", or the text before it must be closed
-    or begin with a number. A doubt, as in "check whether the answer is right", is not a remark."""
+    """Whether `statement` only says that the statement `before` is right. Because "right" may also
+    be a direction, one of three conditions must hold: the marker of `statement` begins with "our"
+    or "my", `before` is closed, or the text of `before` begins with a number. A doubt, as in "check
+    whether the answer is right", is not a remark."""
     text = statement.text or ""
     phrase = completion[statement.start : statement.end - len(text)]
     if statement.is_closed or not _SAYS_IS.search(phrase) or not _REMARK.match(text):
@@ -163,7 +165,8 @@ def answer_text(completion: str, reading: Reading = DEFAULT) -> str | None:
 
 
 def open_thought(text: str) -> str:
-    """The part of a text from its last `<think>` on; empty if there is none or it is closed."""
+    """The part of a text from its last `<think>` on. Empty if the text has no `<think>`, or if the
+    last thought is closed."""
     last = UP_TO_LAST_TAG.match(text)
     return "" if last is None or last["closes"] else text[last.start("tag") :]
 

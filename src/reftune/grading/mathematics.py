@@ -125,9 +125,10 @@ def same_expression(gold: str, answer: str) -> Comparison:
 
 
 def _in_order(expression: str, other: str) -> str:
-    """The values of an expression such as "y = 2, x = 3", as a tuple in the alphabetical order of
-    the variables: "(3, 2)". The expression stays unchanged unless it is of this kind, and `other`
-    has values for the same variables or is a tuple and the variables are consecutive letters."""
+    """An expression that assigns to several variables, such as "y = 2, x = 3", becomes the tuple of
+    the values in the alphabetical order of the variables: "(3, 2)". It does so only if `other`
+    assigns to the same variables, or if `other` is a tuple and the variables are consecutive
+    letters. Otherwise, the expression is returned unchanged."""
     values, others = _assigned(expression), _assigned(other)
     names = sorted(values)
     is_same = names == sorted(others)
@@ -179,8 +180,8 @@ def _verified(gold: str, answer: str) -> Comparison:
 
 
 def _words_in(expression: str) -> bool:
-    """Whether an expression contains a word: a common one of two letters, or three or more letters
-    in a row that neither name a function nor belong to LaTeX."""
+    """Whether an expression contains a word. A word is either a common word of two letters, such as
+    "is", or three or more letters in a row that neither name a function nor belong to LaTeX."""
     bare = _COMMAND.sub(" ", _TEXT.sub(" ", _ENVIRONMENT.sub(" ", expression)))
     words = [word.lower() for word in re.findall(r"[^\W\d_]{2,}", bare)]
     return any(word in _SHORT_WORDS or (len(word) > 2 and word not in FUNCTIONS) for word in words)

@@ -45,8 +45,8 @@ class Number:
 def numeral_at(line: str, start: int) -> tuple[Number, int] | None:
     """The number at index `start` of a line of plain text, and the index after it; None if there is
     no number. A sign, a currency, a percent sign and a word such as "million" are part of the
-    number. Whether the text after it makes it part of something larger is for the caller to check.
-    """
+    number. The caller must check whether the number is itself only a part of something larger, such
+    as a range."""
     match = _NUMBER.match(line, start)
     number = None if match is None else _number(match)
     if match is None or number is None:
@@ -178,9 +178,10 @@ _BASES = dict(zip(ONE_TO_TWELVE.split("|"), range(1, 13), strict=True)) | {"sixt
 
 
 def same_number(predicted: Number, gold: Number) -> bool:
-    """Whether two numbers are equal according to `numbers_equal`, or only one has a percent sign
-    and the other is a hundredth of it. This does not apply if the other is whole and its absolute
-    value is above 1: 25% equals both 25 and 0.25, but 2500% does not equal 25."""
+    """Whether two numbers are equal according to `numbers_equal`. If only one of them has a percent
+    sign, the number without the sign may also be a hundredth of the percentage: 25% equals both 25
+    and 0.25. Such a hundredth is not accepted if it is whole and above 1 in absolute value: 2500%
+    does not equal 25."""
     if numbers_equal(predicted, gold):
         return True
     if predicted.percent == gold.percent:
@@ -204,8 +205,9 @@ FLOAT_DIGITS, PRINTED_FLOAT_DIGITS = 12, 15
 
 
 def numbers_equal(predicted: Number, gold: Number) -> bool:
-    """Whether `predicted` (p) equals `gold` (g), at the precision to which they are written. A
-    whole `gold` must be equalled exactly. For any other, both must hold in exact arithmetic:
+    """Whether `predicted` (p) equals `gold` (g), at the precision to which they are written. If
+    `gold` is whole, the two must be exactly equal. Otherwise, two conditions must hold in exact
+    arithmetic:
 
         |p − g| < 10^−d   and   |p − g| ≤ 0.01·|g|
 

@@ -59,10 +59,10 @@ def stated_number(line: str) -> Number | None:
 
 
 def _after_equals(line: str) -> str:
-    """The part of a line that states the value, usually the text after the last `=` in the first
-    sentence; the whole line if there is no `=` or only one in an aside after a number ("18, because
-    2 + 2 = 4", "12 when n = 3"); empty if the line states different values ("x = 3 or x = 4") or
-    only a multiple of an unknown ("2x = 6")."""
+    """The part of a line that states the value. This is usually the text after the last `=` in the
+    first sentence. It is the whole line if there is no `=`, or if the only `=` is in an aside after
+    a number ("18, because 2 + 2 = 4", "12 when n = 3"). It is empty if the line states different
+    values ("x = 3 or x = 4") or only a multiple of an unknown ("2x = 6")."""
     line = _LEADING_CONDITION.sub("", line)
     sentence = _SENTENCE_END.split(line, maxsplit=1)[0]
     equals = list(_EQUALS.finditer(sentence))

@@ -113,9 +113,9 @@ def _says_something(statement: Statement, problem: Problem) -> bool:
 
 def grade_value(value: Any, problem: Problem) -> Graded:
     """Grade the value that a program returned. A float that is not whole is rounded to 12
-    significant digits. None, nan and inf do not count as answers; a boolean only if the gold answer
-    is yes, no, true or false; a list or date only if the gold answer is neither a number nor a
-    choice."""
+    significant digits. None, nan and inf do not count as answers. A boolean counts only if the gold
+    answer is yes, no, true or false. A list or date counts only if the gold answer is neither a
+    number nor a choice."""
     text = value_text(value)
     if isinstance(value, float | Decimal) and text is not None and value != value // 1:
         text = f"{value:.{FLOAT_DIGITS}g}"
@@ -356,8 +356,8 @@ def _whole_list(
 
 
 def _listed_in(text: str, num_parts: int) -> str:
-    """The first line of `text`, without any words after the list; the whole text if the gold answer
-    has several parts but the first line only one."""
+    """The first line of `text`, without any words after the list. If the gold answer has several
+    parts but the first line has only one, the result is the whole text."""
     text = text.strip()[:MAX_SEGMENT_CHARS]
     lines = text.splitlines()
     first = _AFTER_LIST.split(lines[0], maxsplit=1)[0] if lines else ""

@@ -40,14 +40,16 @@ def has_letter(graded: Graded) -> bool:
 
 
 def voters(grading: str | None, *, is_choice: bool) -> Callable[[Graded], bool]:
-    """The function that decides whether a sample may vote: `has_letter` for multiple choice under
-    the paper's rules, otherwise `has_value`. `grading` is the format's key."""
+    """The function that decides whether a sample may vote. Under the paper's rules, it is
+    `has_letter` for multiple choice. In all other cases, it is `has_value`. `grading` is the value
+    of the format's key `grading`."""
     return has_letter if grading == "paper" and is_choice else has_value
 
 
 def same_answer(first: str, second: str) -> bool:
-    """Whether two values that the grader read are the same answer: equal numbers, the same words or
-    the same spelling of an expression, which the grader usually gives to equal expressions.
+    """Whether two values that the grader read are the same answer. They are if they are equal
+    numbers, the same words, or expressions with the same spelling. The grader usually gives equal
+    expressions the same spelling.
 
     Numbers are equal if each is right when the other is the gold answer. If neither is whole, as in
     1/3 and 0.33, it is enough that one is right when the other is the gold answer.
@@ -110,9 +112,10 @@ def rerank_curve(
     *,
     valid: Callable[[Graded], bool] = has_value,
 ) -> list[Graded | None]:
-    """For each k up to the number of samples, the winner among the first k samples: the `valid` one
-    with the highest score, the earlier one in a tie; None if none is `valid`. Repeats of an earlier
-    completion are ignored, but they still count towards k."""
+    """For each k up to the number of samples, the winner among the first k samples. This is the
+    `valid` sample with the highest score; in a tie, the earlier sample wins. If none of the k
+    samples is `valid`, the winner is None. Repeats of an earlier completion are ignored, but they
+    still count towards k."""
     best: tuple[float, Graded] | None = None
     seen: set[str] = set()
     curve: list[Graded | None] = []

@@ -40,9 +40,10 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> str
 
 @lru_cache(maxsize=4096)
 def opened_thought(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> str:
-    """The end of the prompt's text, from the opening tag of a thought that the template opens after
-    the last turn and does not close. With DeepSeek-R1's template, this is "<think>\\n". Empty if
-    there is no such thought. Raises: RecipeError as `prompt_text` does."""
+    """The end of the prompt's text, from the opening tag of an unclosed thought on. The template
+    opens such a thought after the last turn. With DeepSeek-R1's template, the result is
+    "<think>\\n". It is empty if the template opens no thought. Raises: RecipeError as `prompt_text`
+    does."""
     return _opened(prompt_text(tokenizer, prompt), prompt)
 
 
@@ -101,8 +102,9 @@ def _omits_last(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> boo
 
 def _begin(begun: str, before: str, said: str, *, asked: str) -> str:
     """`said`, preceded by the text that the template inserts between the prompt `begun` and a
-    reply. `before` is the text before the reply in the rendered conversation. The inserted text is
-    what `before` has in addition to `begun` after the last question, `asked`."""
+    reply. `before` is the text before the reply in the rendered conversation. Only the texts after
+    the last question, `asked`, are compared. There, the inserted text is what `before` has in
+    addition to `begun`."""
     if asked and asked in begun and asked in before:
         ours, theirs = begun.rpartition(asked)[2], before.rpartition(asked)[2]
         if theirs.startswith(ours):  # Mistral's template moves the system message to the last turn
@@ -131,8 +133,8 @@ def _continue_thought(opened: str, said: str) -> str:
 
 def _ending(tokenizer: PreTrainedTokenizerBase, after: str) -> tuple[str, str | None]:
     """The part of `after` up to and including the token that ends the turn, and this token. The
-    turn ends at the first special token or, if there is none, at the first added token. If there is
-    neither, the result is an empty string and None."""
+    turn ends at the first special token. If there is no special token, it ends at the first added
+    token. If there is no added token either, the result is an empty string and None."""
     added = sorted(tokenizer.added_tokens_decoder.values(), key=lambda token: len(str(token)))
     for tokens in ([token for token in added if token.special], added):
         found = {after.index(str(token)): str(token) for token in tokens if str(token) in after}
@@ -145,8 +147,8 @@ def _ending(tokenizer: PreTrainedTokenizerBase, after: str) -> tuple[str, str | 
 def _render(
     tokenizer: PreTrainedTokenizerBase, prompt: Conversation, said: str | None = None
 ) -> str:
-    """The prompt, followed by a turn in which the assistant says `said` or, without `said`, by what
-    the template writes before a reply."""
+    """The text of the prompt and of a turn in which the assistant says `said`. Without `said`, the
+    prompt is followed by the text that the template writes before a reply."""
     if not tokenizer.chat_template:
         raise RecipeError(
             "format.style: chat: the tokenizer has no chat template; expected an instruct model"

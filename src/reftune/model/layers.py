@@ -54,7 +54,7 @@ def narrowable(
         is_cast = id(weight) not in looked_up or embeddings == "all"
         if not is_cast and embeddings == "exact":
             is_cast = torch.equal(weight.to(dtype).to(weight.dtype), weight)
-        if is_cast and weight.is_floating_point():  # not in 4 bits
+        if is_cast and weight.is_floating_point():  # false for weights in 4 bits
             found[id(weight)] = weight
     return found
 

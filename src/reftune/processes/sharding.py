@@ -171,8 +171,8 @@ def whole_tensor(tensor: Tensor) -> Tensor:
 
 
 def whole_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """In the main process, which saves the tensors: all of them, whole, and on the CPU if they were
-    split. In the other processes: an empty dict."""
+    """The main process, which saves the tensors, gets all of them, each whole; those that were
+    split are on the CPU. The other processes get an empty dict."""
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         value = whole_tensor(tensor).detach()

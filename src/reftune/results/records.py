@@ -66,7 +66,8 @@ class MetricRow:
 
     @property
     def passes(self) -> float:
-        """Number of sequences that the stage has trained on, or of steps if this was not logged."""
+        """Number of sequences that the stage has trained on. If that number was not logged, the
+        result is the number of steps."""
         return self.values.get("compute/sequence_passes", float(self.step))
 
 
@@ -253,10 +254,11 @@ def _with_snapshots(
 def _whole(
     evals: Mapping[str, tuple[EvalRow, ...]], recipe: Mapping[str, Any], sizes: Mapping[str, int]
 ) -> dict[str, tuple[EvalRow, ...]]:
-    """The evaluations that are complete. An evaluation is incomplete if it has fewer problems than
-    `sizes`, the split sizes in data.json, and the recipe's limit imply, or contains only the first
-    part of the longest evaluation's problems. Evaluations of different problems all count as
-    complete, so that the caller can report the difference."""
+    """The evaluations that are complete. An evaluation is incomplete if it contains only the first
+    part of the longest evaluation's problems, or if it has fewer problems than `sizes` (the split
+    sizes in data.json) and the recipe's limit imply. An evaluation whose problems are not the first
+    problems of the longest evaluation always counts as complete, so that the caller can report the
+    difference."""
     ids = {name: [row.id for row in rows] for name, rows in evals.items()}
     longest = max(ids.values(), key=len, default=[])
     size = sizes.get(evaluated_split(recipe), 0)

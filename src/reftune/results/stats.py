@@ -162,14 +162,15 @@ def seeds_interval(
     same_problems: bool,
 ) -> Interval:
     """95% interval of the average of the seeds' means, for new seeds and new problems. `values` has
-    one array per seed. `over_problems` returns the interval of one array's mean, for new problems;
-    for a single seed, this is the result.
+    one array per seed. `over_problems` returns the interval of one array's mean for new problems.
+    With a single seed, this interval is the result.
 
-    If each seed has its own problems, the spread of the seeds' means also contains the chance that
-    lies in the problems. The interval is Student's t interval of the means, but not narrower than
-    the interval of all problems together. If all seeds have the same problems, this chance is
-    common to all means. The margins of two intervals are then added as squares: Student's, and that
-    of the problems' averages over the seeds. Source: Student (1908); Zou and Donner (2008).
+    If each seed has its own problems, the spread of the seeds' means also reflects the choice of
+    problems. The result is Student's t interval of the means, widened where necessary to contain
+    the interval of all problems together. If all seeds have the same problems, the choice of
+    problems affects all means alike, so two margins are added as squares: that of Student's
+    interval, and that of the interval for the problems' averages over the seeds. Source: Student
+    (1908); Zou and Donner (2008).
     """
     seeds = [np.asarray(each, dtype=float) for each in values]
     if len(seeds) == 1:

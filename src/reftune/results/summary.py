@@ -450,9 +450,9 @@ def handovers(run: RunResults) -> list[Handover]:
 
 def last_rise(run: RunResults, method: str) -> tuple[Rise, float] | None:
     """The last rise in dev accuracy that was measured in a supervised method's training, and the
-    accuracy reached. For a snapshot, this is the last rise up to its step; for a stage, up to the
-    end, because evaluations after the chosen model show that dev accuracy no longer rose. None if
-    the method is unknown, not supervised or not finished, or had too few evaluations."""
+    accuracy reached. For a snapshot, only evaluations up to its step count. For a stage, all
+    evaluations count, because those after the chosen model show that dev accuracy no longer rose.
+    None if the method is unknown, not supervised or not finished, or had too few evaluations."""
     found = run.stages.get(method)
     if found is None or "chosen_step" not in found.info:
         return None

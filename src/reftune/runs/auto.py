@@ -1,5 +1,6 @@
-"""Chooses values for the keys that a recipe sets to `auto`: the device whenever a run starts or
-resumes (CUDA if available, otherwise the CPU), and the other values once, when it first starts."""
+"""Chooses values for the keys that a recipe sets to `auto`. The device is chosen whenever a run
+starts or resumes: CUDA if available, otherwise the CPU. The other values are chosen once, when the
+run first starts."""
 
 from __future__ import annotations
 
@@ -43,8 +44,9 @@ VOCABULARY = 4096
 
 
 def settled(recipe: Recipe) -> Recipe:
-    """A copy of `recipe` in which each key in `KEYS` that was `auto` has a value: the run folder's
-    or, if it has none, one chosen for this machine. All processes use the main process's values."""
+    """A copy of `recipe` in which each key in `KEYS` that was `auto` has a value. The value comes
+    from the run folder's recipe. If that recipe has none, the value is chosen for this machine. All
+    processes use the main process's values."""
     if not _open_keys(recipe):
         return recipe
     return _with(recipe, world.from_main(lambda: _choices(recipe)))
@@ -149,8 +151,9 @@ def total_bytes(device: torch.device) -> float:
 
 @cache
 def fastest_dtype(device: torch.device) -> Dtype:
-    """The dtype that `auto` chooses for a device: bfloat16 if a CUDA GPU supports it natively or,
-    on any other device, if matrix products are at least as fast as in fp32; if not, float32."""
+    """The dtype that `auto` chooses for a device. A CUDA GPU gets bfloat16 if it supports bfloat16
+    natively. Any other device gets bfloat16 if its matrix products are then at least as fast as in
+    fp32. Otherwise, the dtype is float32."""
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return "bfloat16" if native else "float32"

@@ -140,7 +140,8 @@ class FinalEvaluation:
             )
 
     def _reranker(self, name: str) -> Classifier:
-        """The reward model of the stage `name` or, if there is none, in the folder `name`."""
+        """The reward model of the stage `name`. If there is no such stage, the result is the reward
+        model in the folder `name`."""
         policy = self.models.load(name)
         encoder = collector_of(self.recipe, policy).encoder
         return load_classifier(policy, encoder, stage_folder(self.recipe, name).path)

@@ -170,8 +170,9 @@ MADE_UP = Problem(
 
 
 def _serving(table: dict[str, Any], stage: Path) -> Serving | None:
-    """The settings of a stage's model, from the recipe `table` and the stage's files. If one of
-    them can no longer be read: None and a warning; the exported files are then the stage's."""
+    """The settings of a stage's model, from the recipe `table` and the stage's files. If a setting
+    can no longer be read, a warning is logged and the result is None. The export then leaves the
+    tokenizer and the generation config as they are."""
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     model = table.get("model") or {}

@@ -65,7 +65,8 @@ class Models:
     def _restored(self, name: str, *, trained: bool) -> Policy:
         """The model `name` as a policy, with its value head and the recipe's settings, on the
         recipe's device. A policy to train on a 4-bit base is restored from the model's adapters.
-        Any other is restored from the model's weights; if trained with adapters, these are new."""
+        Any other policy is restored from the model's weights. If such a policy is to be trained
+        with adapters, the adapters are new."""
         table = self.recipe.model
         require_trained(self.recipe, [name])
         continues = trained and table.quantize is not None

@@ -72,10 +72,10 @@ def run_stages(recipe: Recipe, *, kind: str, progress: Progress) -> dict[str, di
 def evaluate_methods(
     recipe: Recipe, methods: Collection[str], *, progress: Progress
 ) -> dict[str, Any]:
-    """Evaluate `methods` or, if there are none, all methods that the recipe evaluates. Returns: the
-    summary of all methods evaluated so far. Raises: RecipeError if a method is not in the recipe or
-    in its `evaluate.stages`, or if a method or the reranking reward model is not trained yet; the
-    errors of `run_recipe`."""
+    """Evaluate `methods`. If `methods` is empty, evaluate all methods that the recipe evaluates.
+    Returns: the summary of all methods evaluated so far. Raises: RecipeError if a method is not in
+    the recipe or in its `evaluate.stages`, or if a method or the reranking reward model is not
+    trained yet; the errors of `run_recipe`."""
     check_stage_graph(recipe)
     for method in methods:
         if method not in recipe.methods_to_evaluate:

@@ -306,11 +306,10 @@ def accumulate_loss(
 
 def dev_metrics(classifier: Classifier, drawn: Sequence[Samples]) -> dict[str, float]:
     """How well the classifier chooses one of the solutions to each problem. Solutions without an
-    answer cannot be chosen; a problem with no other solutions counts as wrong. `dev/accuracy` is
-    the share of problems whose highest-scoring solution is correct. `dev/chance` is the expected
-    share if the solution is chosen at random.
-    `dev/chance_margin` is half the width of the 95% interval of the difference between these
-    shares, paired by problem."""
+    answer cannot be chosen. If no solution to a problem has an answer, the problem counts as wrong.
+    `dev/accuracy` is the share of problems whose highest-scoring solution is correct. `dev/chance`
+    is the expected share if the solution is chosen at random. `dev/chance_margin` is half the width
+    of the 95% interval of the difference between these shares, paired by problem."""
     solutions = [(s.problem, attempt.completion) for s in drawn for attempt in s.attempts]
     scores = iter(classifier.scores(solutions))
     grading = getattr(classifier.encoder.format, "grading", None)

@@ -252,8 +252,8 @@ class Trainer:
 
     def update(self, batch: RolloutBatch, n: int) -> dict[str, float]:
         """Make `updates` passes over the rollout, with `minibatches` optimizer steps each, and
-        return metrics. The first step whose loss or gradient is not finite ends all passes. Raises:
-        NonFiniteError unless the recipe allows skipping the step."""
+        return metrics. The first step whose loss or gradient is not finite ends all passes, even if
+        the recipe allows skipping it. Raises: NonFiniteError if the recipe does not allow this."""
         started = time.perf_counter()
         self.policy.train(self.algorithm.trains_with_dropout)
         steps: list[dict[str, float]] = []
@@ -466,9 +466,10 @@ def batch_rows(batch: RolloutBatch, policy: Policy) -> list[dict[str, Any]]:
 
 
 def worth_showing(solutions: Sequence[Solution], followed: Collection[str]) -> list[Solution]:
-    """The solutions to store. First, up to `SAMPLES_KEPT` solutions are chosen, to different
-    problems if possible, starting with the problems in `followed`. Then the longest solution and
-    one whose program reached its time limit are added, unless they are already included."""
+    """The solutions to store. First, up to `SAMPLES_KEPT` solutions are chosen, each for a
+    different problem if possible, starting with the problems in `followed`. Then the longest
+    solution and one whose program reached its time limit are added, unless they are already
+    included."""
     ids = [solution.problem.id for solution in solutions]
     first = {id_: place for place, id_ in reversed(list(enumerate(ids)))}
     places = sorted(

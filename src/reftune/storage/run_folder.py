@@ -1,6 +1,6 @@
-"""Defines the names and places of a run's files, except the files of a model or a checkpoint, and
-how a run claims and locks its folder. A run rejects a folder that contains the recipe of a
-different run, or files but no recipe."""
+"""Defines the names and places of a run's files, except the files of a model or a checkpoint. Also
+defines how a run claims and locks its folder. A run rejects a folder that contains the recipe of a
+different run, and a folder that contains files but no recipe."""
 
 from __future__ import annotations
 
@@ -71,8 +71,9 @@ class RunFolder:
 
 
 class StageFolder:
-    """The folder `stages/NAME`. It contains a model in Hugging Face format, and the files below. A
-    stage's model is the one chosen on dev; a snapshot's model is the one at its step."""
+    """The folder `stages/NAME`. It contains a model in Hugging Face format, and the files below.
+    The model in a stage's folder was chosen on dev. The model in a snapshot's folder is the model
+    at the snapshot's step."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -305,7 +306,8 @@ def length_table(stage: dict[str, Any]) -> dict[str, Any]:
 
 def without(recipe: Mapping[str, Any], keys: Collection[str], where: str = "") -> dict[str, Any]:
     """A copy of a recipe without the keys and tables in `keys`, such as `engine.server`. `where` is
-    the path of the table `recipe`. `TRAINING_KEYS` describes the name `TRAINING` in paths."""
+    the path of the table `recipe`. In paths, the name `TRAINING` stands for any table that has all
+    `TRAINING_KEYS`."""
     kept = {}
     for name, value in recipe.items():
         place = f"{where}.{name}".lstrip(".")
@@ -356,7 +358,8 @@ def _changed_environment(folder: RunFolder) -> Iterator[str]:
 
 def _set_aside(folder: RunFolder, own: dict[str, Any], wanted: dict[str, Any]) -> Iterator[str]:
     """If the recipe `wanted` evaluates differently from `own`, rename the folder of evaluations,
-    and yield a note. Other methods, or a reranker if there was none, make no difference."""
+    and yield a note. Evaluating other methods does not count as a difference, and neither does
+    adding a reranker where there was none."""
     old, new = (each.get("evaluate") or {} for each in (own, wanted))
     free = {"stages", "rerank"} if old.get("rerank") is None else {"stages"}
     change = first_difference(without(old, free), without(new, free), "evaluate")

@@ -177,8 +177,8 @@ def _lengths(
     splits: Splits, encoder: Encoder, context: int | None, *, is_scratch: bool
 ) -> tuple[int, int | None, bool]:
     """Limits that nearly all prompts and solutions meet. Returns: the maximum number of tokens in a
-    solution, the context in which it fits together with a prompt, and whether some prompts are too
-    long. Raises: ModelError if too many prompts are too long."""
+    solution, the maximum number in a prompt and its solution together (the context), and whether
+    some prompts are too long. Raises: ModelError if too many prompts are too long."""
     prompts = sorted(
         len(encoder.prompt(problem)) for problem in (*splits.train, *splits.dev, *splits.test)
     )

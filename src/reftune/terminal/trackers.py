@@ -28,8 +28,9 @@ PROJECT = "reftune"
 
 def tracked(progress: Progress, recipe: Recipe) -> Progress:
     """A view that forwards events to `progress` and also logs them to the trackers that the recipe
-    names or, by default, to TensorBoard if it is installed. If there are no trackers, the result is
-    `progress` itself. Raises: RecipeError if a named tracker is not installed."""
+    names. If the recipe does not set `trackers`, events are logged to TensorBoard, provided that it
+    is installed. If there are no trackers, the result is `progress` itself. Raises: RecipeError if
+    a named tracker is not installed."""
     names = recipe.trackers
     if names is None:
         names = ["tensorboard"] if find_spec("tensorboard") else []
@@ -171,7 +172,7 @@ def _settings(name: TrackerName, recipe: Recipe) -> dict[str, Any]:
         settings["dir"] = str(Path(recipe.folder).absolute())
         environment = RunFolder(recipe.folder).environment
         if environment.is_file() and "WANDB_RUN_ID" not in os.environ:
-            # an id that is the same if our run is continued: env.json contains when it began
+            # env.json contains when our run began, so a continued run keeps its id
             text = f"{recipe.name} {recipe.seed} {environment.read_text(encoding='utf-8')}"
             run_id = hashlib.sha256(text.encode()).hexdigest()[:16]
             settings |= {"id": run_id, "resume": "allow"}

@@ -144,7 +144,8 @@ def _message(turn: Mapping[str, Any], where: str) -> Message:
 
 
 def _text(content: object) -> str | None:
-    """A turn's text; None if it has no text, or also something else, such as an image."""
+    """A turn's text. None if the turn has no text, or if it also contains something else, such as
+    an image."""
     if isinstance(content, Sequence) and not isinstance(content, str):
         parts = [part.get("text") if isinstance(part, Mapping) else None for part in content]
         content = "\n".join(map(str, parts)) if None not in parts else None

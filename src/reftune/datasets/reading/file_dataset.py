@@ -23,7 +23,8 @@ Split = Literal["train", "dev", "test"]
 
 
 class Unusable(Exception):
-    """Raised by `FileDataset.problem` to leave a row out, which is counted under the message."""
+    """Raised by `FileDataset.problem` to leave a row out. The rows left out are counted by this
+    error's message."""
 
 
 class FileDataset(Component):
@@ -92,7 +93,8 @@ class FileDataset(Component):
         return drop_contradictions(splits)
 
     def file_names(self) -> Mapping[str, Sequence[str]]:
-        """Split → names of its file in a folder that are tried before the usual names."""
+        """Split → file names. In a folder, these names are tried before the usual names of the
+        split's file."""
         return {}
 
     def load(self, *, seed: int) -> Splits:

@@ -25,9 +25,10 @@ LEAST_WORDS = 3
 
 
 def unused_columns(splits: Mapping[Split, Sequence[Problem]], used: Columns) -> tuple[str, ...]:
-    """Notes on the unused columns of train on which questions may depend: one on columns of text,
-    with the setting that would make them part of the question, and one on columns of lists, such as
-    earlier turns, long texts or, if the question has a place for them, images."""
+    """Notes on the unused columns of train on which questions may depend. One note is about columns
+    of text, and contains the setting that would make them part of the question. The other is about
+    columns of lists, such as earlier turns or long texts. It mentions images only if a question has
+    a place for them."""
     train, notes = splits["train"], []
     columns = dict.fromkeys(name for problem in train for name in problem.columns)
     unused = [name for name in columns if name not in used.names]

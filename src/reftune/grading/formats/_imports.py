@@ -30,9 +30,10 @@ _Token = tokenize.TokenInfo
 
 def without_unused_imports(program: str) -> str:
     """`program` without its unused imports. A statement that imports only unused names becomes
-    `pass`. Names count as used in f-strings and in code except after a dot, and in any string if
-    the program uses `eval`, `exec` or `compile`. `import *` is kept and so are imports of forbidden
-    modules, so that the sandbox notices them."""
+    `pass`. A name counts as used if it occurs in an f-string, or in code except after a dot. If the
+    program uses `eval`, `exec` or `compile`, names in any other string count as used too.
+    `import *` is kept, and so are imports of forbidden modules, so that the sandbox notices
+    them."""
     if "import" not in program:
         return program
     try:
@@ -88,8 +89,8 @@ def _used(tokens: Sequence[_Token]) -> set[str]:
 
 
 def _less_unused(statement: Sequence[_Token], used: set[str]) -> str | None:
-    """The statement without its unused names; None if the statement stays unchanged, which it does
-    if it is not well-formed."""
+    """The statement without its unused names. None if the statement stays unchanged, for example
+    because it is not well-formed."""
     match = _STATEMENT.fullmatch(" ".join(token.string for token in statement))
     if match is None:
         return None

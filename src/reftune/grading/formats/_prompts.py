@@ -69,7 +69,8 @@ class Prompted(Component):
 
     @property
     def writes_all(self) -> bool:
-        """Whether the model writes the whole solution. No part is in `chat` and `plain` prompts."""
+        """Whether the model writes the whole solution. In the styles `chat` and `plain`, it does,
+        because the prompt contains no part of the solution."""
         return self.style in READ_BY
 
     def framed(self, problem: Problem) -> str | Conversation:

@@ -51,8 +51,8 @@ class Nl(Prompted):
         return paper_prompt(problem) if self.style == "paper" else f"{question_text(problem)}\n"
 
     def target(self, problem: Problem) -> str:
-        """The gold rationale, followed by a line such as "The answer is 7" unless its last line
-        already states the answer. If the style or grading is `paper`, a line is always added.
+        """The gold rationale, followed by a line such as "The answer is 7". If the rationale's last
+        line already states the answer, no line is added, unless the style or grading is `paper`.
 
         Raises: DataError if there is no rationale, if it is a program, or if no line can be added
         because the gold answer is a `regex`.

@@ -162,8 +162,8 @@ class Program(Prompted):
         return (*scripts_in(completion), *functions) if self.scripts == "read" else functions
 
     def _graded(self, problem: Problem, results: Sequence[ExecutionResult]) -> Graded:
-        """The grade of the first program that does not end in an error or, if all do, of the first
-        program."""
+        """The grade of the first program that does not end in an error. If every program ends in an
+        error, the first program is graded."""
         if not results:
             expected = ", nor does it assign or print an answer" * (self.scripts == "read")
             reason = f"the text defines no solution() and returns nothing{expected}"
@@ -224,10 +224,11 @@ def programs_in(completion: str) -> tuple[str, ...]:
 
 
 def scripts_in(completion: str) -> tuple[Script, ...]:
-    """The programs to try, one after the other; none if the completion defines `solution`. Indented
-    text without fenced blocks is the body of `solution`. Otherwise, the program is the last fenced
-    block, or failing that the whole text, that contains a `print(…)`, or an assignment at the left
-    margin to `result` or one of `ANSWER_NAMES`."""
+    """The programs to try, in order. There are none if the completion defines `solution`. A text
+    that is indented and has no fenced blocks is the body of `solution`. Otherwise, an answer must
+    be stated by a `print(…)`, or by an assignment at the left margin to `result` or one of
+    `ANSWER_NAMES`. The program is the last fenced block that states an answer. If no block does,
+    the program is the whole text if the text states an answer."""
     text, blocks = _text_and_blocks(completion)
     if any(map(_SOLUTION.search, (*blocks, text))):
         return ()
@@ -295,8 +296,8 @@ def _without_prose(program: str) -> str:
 
 
 def _chunks(program: str) -> list[str]:
-    """The lines at the left margin, each with the lines after it that are indented, blank, closing
-    brackets or inside triple quotes."""
+    """The program in parts. Each part is a line at the left margin, with all following lines that
+    are blank or indented, begin with a closing bracket, or are inside triple quotes."""
     chunks: list[list[str]] = []
     in_quotes = False
     for line in program.split("\n"):

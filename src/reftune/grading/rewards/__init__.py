@@ -46,7 +46,8 @@ def blame(
     samples: Sequence[Sample],
     error: BaseException,
 ) -> RewardError:
-    """An error that names the first sample for which `reward` fails alone, or the whole batch."""
+    """An error that names the first sample for which `reward` fails when called with that sample
+    alone. If there is no such sample, the error names the whole batch."""
     for sample in samples if len(samples) > 1 else ():
         try:
             reward([sample])

@@ -146,7 +146,8 @@ class FunctionReward(Component):
 
 
 class _TimeUpError(BaseException):
-    """A call ran out of time. Not an `Exception`, because the user's code might catch these."""
+    """Raised when a call runs out of time. It is not an `Exception`, because the user's code might
+    catch every `Exception`."""
 
 
 @contextmanager

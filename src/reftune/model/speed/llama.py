@@ -51,11 +51,11 @@ LARGE = 2**18
 """In fp32, oneDNN computes products whose weight has at least this many elements. If there are few
 input rows, oneDNN is faster than MKL, which hardly divides such products among threads."""
 Product = Callable[[Tensor], Tensor]
+"""Multiplies rows (…, I) in any dtype by a weight, giving (…, O) in the weight's dtype."""
 Copies = Literal["reordered", "ordinary", "none"]
 """Which copies to make of weights whose products would be faster in oneDNN's layout: `reordered`
 copies in this layout, `ordinary` ones, which take as much memory and may be fake tensors, or
 `none`, as on devices other than the CPU."""
-"""Multiplies rows (…, I) in any dtype by a weight, giving (…, O) in the weight's dtype."""
 
 
 def is_written_out(model: Any) -> bool:

@@ -133,10 +133,10 @@ def without_options(problem: Problem) -> Problem | None:
 def derived_values(
     format: Format, problems: Sequence[Problem], completions: Sequence[str]
 ) -> list[str | None]:
-    """The number that each solution derives before it chooses an option; None if there is none. In
-    a natural-language solution, this is the last number before the answer. In a program, it is the
-    returned value or, if the last `return` only looks up an option, the last value computed before
-    that line."""
+    """The number that each solution derives before it chooses an option, or None for a solution
+    without such a number. In a natural-language solution, this is the last number before the
+    answer. In a program, it is the returned value. If the program's last `return` only looks up an
+    option, it is the last value computed before that line."""
     if not isinstance(format, Program):
         decimal = getattr(format, "decimal", ".")
         return [last_number(with_points(reasoning_text(text), decimal)) for text in completions]
