@@ -1,7 +1,7 @@
-"""Variants of the generated word problems: `Planted` gives the answer away by its place among the
-options, `Terse` omits the working from some solutions, `Long` has long solutions, and
-`FewRationales` has solutions to only some of the training questions. In a recipe:
-`dataset: {kind: demo/variants.py:Planted, planted: 0.6}`."""
+"""Variants of datasets. Of the generated word problems, `Planted` gives the answer away by its
+place among the options, `Terse` omits the working from some solutions, and `Long` has long
+solutions. `FewRationales` (word problems) and `FewSvampRationales` have solutions to only some of
+the training questions. In a recipe: `dataset: {kind: demo/variants.py:Planted, planted: 0.6}`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from reftune.datasets import Splits
+from reftune.datasets.svamp import Svamp
 from reftune.datasets.word_problems import WordProblems, _equation
 from reftune.types import Answer, Problem
 
@@ -59,9 +60,23 @@ class FewRationales(WordProblems):
     """Number of training questions with a rationale."""
 
     def load(self, *, seed: int) -> Splits:
-        splits = super().load(seed=seed)
-        rest = [replace(each, rationale=None) for each in splits.train[self.rationales :]]
-        return replace(splits, train=(*splits.train[: self.rationales], *rest))
+        return _few_rationales(super().load(seed=seed), self.rationales)
+
+
+class FewSvampRationales(Svamp):
+    """SVAMP in which only the first training questions keep their rationales."""
+
+    rationales: int = Field(ge=1)
+    """Number of training questions with a rationale."""
+
+    def load(self, *, seed: int) -> Splits:
+        return _few_rationales(super().load(seed=seed), self.rationales)
+
+
+def _few_rationales(splits: Splits, count: int) -> Splits:
+    """`splits` with rationales for the first `count` training questions only."""
+    rest = [replace(problem, rationale=None) for problem in splits.train[count:]]
+    return replace(splits, train=(*splits.train[:count], *rest))
 
 
 class Long(WordProblems):
