@@ -1,6 +1,7 @@
 """Recipes, which are tables of keys read from YAML, and the plug-ins that they name by kind."""
 
 from reftune.recipe.kinds import Component as Component
+from reftune.recipe.kinds import LocalPath as LocalPath
 from reftune.recipe.kinds import Table as Table
 from reftune.recipe.kinds import component_class as component_class
 from reftune.recipe.kinds import known_kinds as known_kinds

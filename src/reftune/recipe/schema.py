@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 from pydantic import Field, PositiveInt, model_validator
 
-from reftune.recipe.kinds import Table, component_field, refusal
+from reftune.recipe.kinds import LocalPath, Table, component_field, refusal
 from reftune.types import Problem
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ class EvaluateTable(Table):
     temperature: float = Field(1.0, gt=0)
     top_k: int = Field(0, ge=0)
     """Sample only from the `top_k` most likely tokens. With 0, sample from all tokens."""
-    rerank: str | None = None
+    rerank: LocalPath | None = None
     """Reward model that scores the samples: a stage's name, or another run's stage folder."""
     stages: list[str] | None = None
     """Methods to evaluate. May include `base`, the model before training, if it is pretrained.
@@ -152,7 +152,7 @@ class Recipe(Table):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: int = 0
-    run_dir: str | None = None
+    run_dir: LocalPath | None = None
     """The run's folder. Default: `runs/NAME`."""
     threads: int | None = Field(None, gt=0)
     """Number of CPU threads. With 1, results do not depend on the number of cores. Default:

@@ -19,6 +19,7 @@ from reftune.errors import DataError
 from reftune.grading.formats.nl import Nl
 from reftune.grading.markers import marker_pattern
 from reftune.processes.world import from_main
+from reftune.recipe import LocalPath
 from reftune.stages.loop import Progression
 from reftune.stages.rollouts import Solved
 from reftune.stages.sft import Example, Schedule, imitation, schedule_line, train_in_epochs
@@ -128,7 +129,7 @@ def describe(drawn: Sequence[Samples]) -> str:
 
 class SelfTrain(Sampled):
     kind: str = "self_train"
-    init: str = "base"
+    init: LocalPath = "base"
     keep: int = Field(10, gt=0)
     """Maximum number of distinct correct samples kept per problem."""
     gold: Literal["once", "paper"] = "once"
