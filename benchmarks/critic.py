@@ -4,11 +4,11 @@
 
 A prefix consists of a sampled solution's first tokens. Its value is estimated by completing it
 `SAMPLES` times: the estimate is the share of correct completions (VinePPO, arXiv:2410.01679,
-section 4). The spread of these values shows how much of the reward's variance a perfect critic
-would explain at that point. The command compares this with how much the stage's value head explains
-after its last step, and with how much a linear fit explains. The fit predicts the estimates from
-the head's inputs. The numbers go to runs/critic.json, or with --publish to
-docs/results/critic.json.
+section 4). The variance of the estimates over questions shows which share of the reward's variance
+a perfect critic would explain at the end of the prefixes. The command compares this share with two
+others: the share that the stage's value head explains after its last step, and the share that a
+linear fit explains. The fit predicts the estimates from the head's inputs. The numbers go to
+runs/critic.json, or with --publish to docs/results/critic.json.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def cross_predicted(
 
 def ridge(known: Floats, targets: Floats, new: Floats, penalty: float) -> Floats:
     """Predicts the values of `new` inputs by a linear fit of the targets (S, Q) on the `known`
-    inputs (S, Q, H). All shares have the same weights, but each share has its own intercept."""
+    inputs (S, Q, H). All prefix lengths share the weights, but each has its own intercept."""
     centre, scale = known.mean(axis=1, keepdims=True), known.std(axis=(0, 1)) + 1e-9
     mean = targets.mean(axis=1, keepdims=True)
     rows = ((known - centre) / scale).reshape(-1, known.shape[-1])
@@ -164,8 +164,8 @@ def explained(
     estimates: Floats, head: Floats, linear: Floats, rewards: Floats
 ) -> dict[str, list[float]]:
     """For each of `SHARES`: the accuracy of the completions, and the parts of the rewards' variance
-    that a perfect critic, the value head and the linear fit explain. The variance of the true
-    values is the variance of the estimates minus the noise of `SAMPLES` samples."""
+    that a perfect critic, the value head and the linear fit explain. A perfect critic knows the
+    true values. Their variance is that of the estimates minus the noise of `SAMPLES` samples."""
     noise = (estimates * (1 - estimates)).mean(axis=1) / (SAMPLES - 1)
     perfect = (estimates.var(axis=1) - noise) / rewards.var()
 
@@ -181,7 +181,7 @@ def explained(
 
 
 def means(rows: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, list[float]]:
-    """Means over the runs."""
+    """The mean of each number over `rows`, which hold the result of `explained` for each run."""
     return {key: list(np.mean([row[key] for row in rows], axis=0)) for key in rows[0]}
 
 

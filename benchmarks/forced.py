@@ -1,5 +1,5 @@
-"""Forces answers to have given lengths. Contestants of the step benchmark use this if they sample
-with transformers' `generate`."""
+"""Forces answers to have given lengths. In the step benchmark, the programs that sample with
+transformers' `generate` use this."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import LogitsProcessor
 
 
 class ForcedLengths(LogitsProcessor):
-    """Forbids eos before the last token of a row, and forces it as the last token."""
+    """Forbids eos before the last token of each row's answer, and forces eos as that token."""
 
     def __init__(self, lengths: Sequence[int], prompt_length: int, eos_id: int) -> None:
         self.last = torch.tensor(lengths) - 1
@@ -22,8 +22,8 @@ class ForcedLengths(LogitsProcessor):
 
 
 def force_eos(scores: Tensor, ends: Tensor, eos_id: int) -> Tensor:
-    """Change `scores` (B, V) in place: rows in `ends` (B,) can only draw eos, and other rows cannot
-    draw it."""
+    """Change `scores` (B, V) in place: rows for which `ends` (B,) is True can only draw eos, and
+    other rows cannot draw it."""
     ends = ends.to(scores.device)
     scores[ends] = -torch.inf
     scores[:, eos_id] = torch.where(ends, 0.0, -torch.inf)

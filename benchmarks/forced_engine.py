@@ -49,8 +49,8 @@ class ForcedDecoder(kv._Decoder):
 
 
 def program(row: int, seed: int) -> str:
-    """An ordinary program, different for each row and step. It gives the grader real work, because
-    an untrained model writes no programs."""
+    """An ordinary program, different for each row and step. It gives the grader real work; the
+    model itself writes no programs, because it was not trained on this task."""
     return (
         f"\n    apples = {row + 3}\n    boxes = {seed % 97 + 2}\n    total = apples * boxes\n   "
         " return total - 1\n"

@@ -35,19 +35,20 @@ NOTES = """\
 Where the grader and the data disagree:
 
 - **GSM8K, derived programs.** Some annotations skip steps that the prose makes, or do not end in
-  the answer. A program made from these returns another number, or cannot be made. The loader
-  leaves both kinds out (`program_disagrees`, `no_program`).
-- **SVAMP, rationales.** Three state another number: gold 8.9333333333 against "<9>" trucks, 0.165
-  against "<0.17>", 69.4 against "<69.32%>". The loader leaves them out (`rationale_disagrees`).
-- **SVAMP, programs.** Two give the unrounded value of a rounded gold answer: 8.99955 for 9 and
-  0.16665 for 0.165. The loader leaves them out (`program_disagrees`).
+  the answer. Either the program made from them returns a wrong number (`program_disagrees`), or no
+  program can be made (`no_program`). The loader uses neither kind of problem for training.
+- **SVAMP, rationales.** Three do not state the gold answer: "<9>" trucks instead of 8.9333333333,
+  "<0.17>" instead of 0.165, and "<69.32%>" instead of 69.4. The loader leaves them out
+  (`rationale_disagrees`).
+- **SVAMP, programs.** Two give the unrounded value of a rounded gold answer: 8.99955 instead of 9,
+  and 0.16665 instead of 0.165. The loader leaves them out (`program_disagrees`).
 - **SVAMP, equations.** One equation does not give its row's answer. The loader leaves it out.
-- **MathQA, numbers, program.** The loader leaves out 18 programs. They return, for example, 9.00125
-  for 9 or 5 for 1680/337.
+- **MathQA, numbers, program.** The loader leaves out 18 programs. They return wrong numbers, for
+  example 9.00125 instead of 9, or 5 instead of 1680/337.
 - **MathQA, rationales.** Two in five end in "answer c", "ans - b" or a bare letter. None of
   these counts as a marker, because a stray letter must earn nothing. Training appends "The answer
   is c" if the rationale does not end in a marker. A few rationales are forum posts ("should be d
-  not c"); those graded wrong contradict the gold letter.
+  not c"). The rationales that are graded wrong contradict the gold letter.
 - **MathQA, options.** An option's letter always counts, and so does its text, unless another option
   has the same text or the text begins with another letter ("c . 14" as the text of e).
 - **GSM8K, program, paper.** A question that ends in a quotation mark breaks the docstring that the
@@ -72,7 +73,7 @@ def main() -> None:
     parser.add_argument(
         "--data", type=Path, required=True, help="folder with gsm8k/, svamp/ and mathqa/"
     )
-    parser.add_argument("--out", type=Path, default=Path("runs"), help="where the two files go")
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder for the two files")
     arguments = parser.parse_args()
     published = [measured(group) for group in published_groups(arguments.data)]
     trained = [measured(group) for group in trained_groups(arguments.data)]
@@ -88,7 +89,7 @@ def main() -> None:
 
 
 def published_groups(data: Path) -> Iterator[Group]:
-    """The solutions of every row, unchanged from the files."""
+    """The solutions in every row of the files, including rows that the loaders leave out."""
     for split in ("train", "test"):
         rows = [json.loads(line) for line in (data / f"gsm8k/{split}.jsonl").open(encoding="utf-8")]
         problems = [
@@ -242,8 +243,9 @@ def markdown(published: Sequence[dict[str, Any]], trained: Sequence[dict[str, An
         NOTES,
         "## As trained on",
         (
-            "These are the formats' targets for the problems that the loaders keep. The robust"
-            " rules grade `compact`, and the paper's rules grade `paper`."
+            "These are the formats' targets for the problems that the loaders keep. Rows"
+            " named `compact` are graded by the robust rules, and rows named `paper` by the paper's"
+            " rules."
         ),
         table(trained),
         "## First failures of each row",

@@ -4,11 +4,12 @@ TRL is installed, how fast TRL's GRPO is.
     python -m benchmarks.gpu --folder F [--model FOLDER] [--minutes 9]
     python -m benchmarks.gpu --folder F --device cpu --tiny
 
-Sections run one after the other, each in its own process, and write F/SECTION.json. If time runs
-out before all sections are done, call again: a call skips sections that already have a file. FOLDER
-contains SmolLM2-135M or another causal LM in Hugging Face format. By default, the model has random
-weights and the layers of SmolLM2-135M; with --tiny, it is much smaller. Nothing is downloaded. The
-last line of the output is one JSON document.
+The benchmark consists of sections (`SECTIONS`). They run one after the other, each in its own
+process, and write F/SECTION.json. If time runs out before all sections are done, call again: a call
+skips sections that already have a file. FOLDER contains SmolLM2-135M or another causal LM in
+Hugging Face format. Without --model, the model has random weights and as many layers, of the same
+size, as SmolLM2-135M; with --tiny, it is much smaller. Nothing is downloaded. The last line of the
+output is one JSON document.
 """
 
 from __future__ import annotations
@@ -51,9 +52,9 @@ BOUNDS = {
     "float32": {"logprobs_max": 1e-3, "loss": 1e-4, "gradient": 1e-3, "sampling_mean": 1e-4},
     "bfloat16": {"logprobs_mean": 0.05, "loss": 0.05, "gradient": 0.1, "sampling_mean": 0.05},
 }
-"""Dtype → largest accepted differences from fp32 on the CPU. They are in nats, except `gradient`,
-which is a share of the gradient's norm. `sampling_mean` is the difference between sampler and
-scorer."""
+"""Dtype → largest accepted differences. `sampling_mean` compares log-probabilities from sampling
+with recomputed ones; the others compare with fp32 on the CPU. All are in nats, except `gradient`,
+which is a share of the gradient's norm."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,7 +70,7 @@ class Setting:
     """Rows decoded at once when ways to decode are compared."""
     new_tokens: int
     matrix: int
-    """Rows of the square matrices whose product defines the machine's peak."""
+    """Rows of the square matrices whose product measures the machine's peak FLOP/s."""
     micro_batch_tokens: int
 
 
@@ -98,7 +99,8 @@ layers, but its vocabulary contains only the words of the prompts."""
 
 
 def scratch_model(folder: Path, *, tiny: bool) -> Path:
-    """Save a model with random weights in Hugging Face format."""
+    """Save a model with random weights in Hugging Face format, unless `folder` already has a
+    model. Returns `folder`."""
     if not (folder / "config.json").is_file():
         model, tokenizer = make_scratch(SCRATCH[tiny], prompt_texts(200), seed=0)
         model.save_pretrained(folder)
@@ -112,7 +114,7 @@ def wait(device: str) -> None:
 
 
 def seconds(work: Callable[[], Any], device: str, *, repeats: int = 5) -> float:
-    """Median seconds of a call, without the first call."""
+    """Median seconds of `repeats` calls, which follow a first call that does not count."""
     taken = []
     for _ in range(repeats + 1):
         wait(device)
@@ -351,8 +353,9 @@ def gpu_peak(device: str) -> Iterator[list[int]]:
 
 
 def decoding(setting: Setting, way: str) -> dict[str, Any]:
-    """Tokens per second of greedy decoding, for rows of equal length. If `way` is `kv`, reftune's
-    engine decodes. `fixed`, `compile` and `graph` use a cache of fixed size."""
+    """Seconds, and tokens per second, of greedy decoding for rows of equal length. If `way` is
+    `kv`, reftune's engine decodes. If not, a `FixedDecoder` does: `compile` compiles its step,
+    `graph` records the step as a CUDA graph, and `fixed` does neither."""
     if way == "graph" and setting.device != "cuda":
         return {"missing": "CUDA graphs need a GPU"}
     policy = load_policy(setting, setting.device, "bfloat16")
@@ -461,8 +464,8 @@ UNFINISHED = {"missing": "time ran out"}
 
 
 def run_section(name: str, setting: Setting, left_s: float) -> dict[str, Any]:
-    """Run a section in its own process, so that an error, such as a lack of GPU memory, affects no
-    other section."""
+    """Run a section in its own process, for at most `left_s` seconds, and return its results. An
+    error, such as a lack of GPU memory, then affects no other section."""
     path = Path(setting.folder) / f"{name}.json"
     command = [
         sys.executable,
@@ -536,12 +539,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--folder", type=Path, help="where results are kept")
+    parser.add_argument("--folder", type=Path, help="folder for the results")
     parser.add_argument(
         "--model", type=Path, help="folder of a causal LM; default: one with random weights"
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="run a little of every section")
+    parser.add_argument("--tiny", action="store_true", help="run every section on little work")
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument(
         "--only",

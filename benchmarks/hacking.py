@@ -39,7 +39,7 @@ SIGNS = {
 }
 
 Outcomes = dict[str, list[bool]]
-"""Indicator → whether each test question shows it."""
+"""Indicator → one value per test question: whether the answer to it has the indicator."""
 
 
 def signs(recipe: Recipe, method: str) -> Outcomes:

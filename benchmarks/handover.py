@@ -1,14 +1,14 @@
 """Measures how much ReFT and online self-training gain over SFT, depending on when they start.
 
-python benchmarks/handover.py 0 1 2 3 4          # words, then programs; resumes where it stopped
-python benchmarks/handover.py 0 1 2 --only nl    # one task
-python benchmarks/handover.py 0 1 2 --publish    # to docs/, beside the seeds that are there
+python benchmarks/handover.py 0 1 2 3 4          # both tasks; resumes where it stopped
+python benchmarks/handover.py 0 1 2 --only nl    # only the task with solutions in words
+python benchmarks/handover.py 0 1 2 --publish    # adds these seeds to the results in docs/
 python benchmarks/handover.py --page             # only tables and picture, from the committed JSON
 
 A seed is one run of recipes/demo/handover-TASK.yaml. A hand-over is the switch from supervised
-training to RL. After it, SFT takes at least as many gradient passes as cooldown and ReFT together,
-and self-training draws as many rollouts as ReFT. A JSON file holds all finished seeds. Unless
---publish or --page is set, this file and the picture are written to runs/handover.
+training to RL. After it, SFT takes at least as many gradient passes as ReFT with its cooldown, and
+self-training draws as many rollouts as ReFT. A JSON file holds all finished seeds. Unless --publish
+or --page is set, this file and the picture are written to runs/handover.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ PICTURE = ROOT / "docs" / "images" / "handover.svg"
 OWN = Path("runs") / "handover"
 """Folder of results that are not published."""
 TASKS = {"nl": "Solutions in words", "program": "Solutions are programs"}
-"""Suffix of the recipe → heading."""
+"""Suffix of the recipe's name → the task's heading."""
 METHODS = {"reft": "ReFT", "st": "Self-training"}
-"""Prefix of the stage → name. Both methods are compared with `sft`."""
+"""Prefix of a stage's name → the method's name. Both methods are compared with `sft`."""
 LOOKS = 3
 """Number of dev evaluations before a hand-over that show whether dev accuracy still rises."""
 PATIENCES = (2, 3, 4, 5)
-"""The stopping rule is tried with each of these numbers of evaluations without a rise."""
+"""Numbers of evaluations without a rise after which `first_stop` stops; each is tried."""
 NOISE = 5.7
 """Points by which two evaluations of 300 dev problems may differ by chance. This is half the width
 of the paired 95% interval if a quarter of the verdicts change: 1.96 · √(0.25 / 300)."""
@@ -84,7 +84,7 @@ def run_seed(task: str, seed: int, overrides: Sequence[str]) -> RunFolder:
 
 
 def read_seed(folder: RunFolder) -> dict[str, Any]:
-    """What the JSON contains about a finished run folder."""
+    """A seed's entry in the JSON file, read from the folder of its finished run."""
     metrics = JsonLines(folder.metrics).rows()
     epochs = sorted(int(path.stem.split("_")[1]) for path in folder.path.glob("eval/reft_*.jsonl"))
     looks = dev_looks(metrics)
@@ -159,7 +159,7 @@ def stage_json(folder: RunFolder, method: str) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Point:
-    """One hand-over, over all seeds."""
+    """One hand-over, with means and differences over all seeds."""
 
     epoch: int
     accuracy: Mapping[str, float]
@@ -171,7 +171,7 @@ class Point:
 
 
 def points_of(seeds: Mapping[str, Any]) -> list[Point]:
-    """The curve of a task, earliest hand-over first."""
+    """A task's hand-overs, each summarised over its seeds, earliest first."""
     by_epoch: dict[int, list[Mapping[str, Any]]] = {}
     for seed in seeds.values():
         for handover in seed["handovers"]:
@@ -213,9 +213,11 @@ def digits(text: str) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cut:
-    """The threshold on an indicator that best separates winning hand-overs from losing ones."""
+    """The threshold on an indicator that best separates hand-overs after which ReFT beat SFT from
+    the others."""
 
     sign: str
+    """The rule in words, without the threshold."""
     value: float
     """The midpoint between the two neighbouring values that the cut separates."""
     num_wrong: int
@@ -224,8 +226,8 @@ class Cut:
 
 
 def best_cut(sign: str, values: Sequence[float], wins: Sequence[bool], *, high_wins: bool) -> Cut:
-    """The cut with the fewest errors. If `high_wins` is True, hand-overs above the cut should win;
-    if not, hand-overs below it."""
+    """The cut with the fewest errors. With `high_wins`, ReFT should win after the hand-overs above
+    the cut; without it, after those below."""
     seen = sorted(set(values))
     middles = [(low + high) / 2 for low, high in pairwise(seen)]
     cuts = [seen[0] - 1, *middles, seen[-1] + 1]
@@ -245,16 +247,17 @@ def cuts_of(seeds: Mapping[str, Any]) -> list[Cut]:
     slopes = [handover["slope"] for handover in handovers]
     rises = [handover["rise"] for handover in handovers]
     sampled = [100 * handover["sampled"] for handover in handovers]
+    looks = f"over {LOOKS} evaluations, in points"
     return [
-        best_cut(f"slope over {LOOKS} evaluations below, points", slopes, wins, high_wins=False),
-        best_cut(f"rise over {LOOKS} evaluations below, points", rises, wins, high_wins=False),
-        best_cut("right samples above, %", sampled, wins, high_wins=True),
+        best_cut(f"the dev slope {looks} per evaluation, is below", slopes, wins, high_wins=False),
+        best_cut(f"the rise {looks}, is below", rises, wins, high_wins=False),
+        best_cut("the share of correct samples, in %, exceeds", sampled, wins, high_wins=True),
     ]
 
 
 def first_stop(looks: Mapping[str, float], patience: int) -> str:
     """The first epoch at which dev accuracy has reached `NEEDED_ACCURACY` and the last `patience`
-    evaluations show no rise beyond the noise."""
+    evaluations show no rise beyond `NOISE`; a dash if there is none."""
     epochs, seen = list(looks), list(looks.values())
     ends = [n for n in range(patience + 1, len(seen) + 1) if max(seen[:n]) >= NEEDED_ACCURACY]
     return next((epochs[n - 1] for n in ends if rise(seen[:n], patience) <= NOISE), "–")
@@ -272,7 +275,7 @@ def stops_table(seeds: Mapping[str, Any]) -> str:
 
 
 def cuts_table(seeds: Mapping[str, Any]) -> str:
-    head = "| hand over if | threshold | wrong |\n|---|---:|---:|"
+    head = "| hand over if | threshold | errors |\n|---|---:|---:|"
     rows = [
         f"| {cut.sign} | {cut.value:.1f} | {cut.num_wrong} of {cut.n} |" for cut in cuts_of(seeds)
     ]
@@ -283,7 +286,7 @@ def cuts_table(seeds: Mapping[str, Any]) -> str:
 
 
 def curve_table(points: Sequence[Point]) -> str:
-    """The curve as Markdown, one row per hand-over."""
+    """The means over seeds as a Markdown table, one row per hand-over."""
     head = (
         "| hand-over | dev slope | T = 1 | warm-up | SFT | ReFT | self-training "
         "| ReFT − SFT | self-training − SFT |\n|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
@@ -300,7 +303,7 @@ def curve_table(points: Sequence[Point]) -> str:
 
 
 def seeds_table(seeds: Mapping[str, Any]) -> str:
-    """Every seed's differences with paired intervals, one row per seed and hand-over."""
+    """A Markdown table with every seed's differences from SFT, one row per seed and hand-over."""
     head = (
         "| seed | hand-over | dev slope | dev rise | T = 1 | ReFT − SFT | self-training − SFT |\n"
         "|---:|---:|---:|---:|---:|---:|---:|"
@@ -335,7 +338,7 @@ def seeds_text(points: Sequence[Point]) -> str:
 
 
 def seed_count(points: Sequence[Point], method: str) -> str:
-    """The number of seeds that have a method. A run that was stopped early may lack it."""
+    """The number of seeds that have a method, as text: `3–5` if hand-overs differ in it."""
     counts = sorted({len(point.gain[method].by_seed) for point in points})
     return "–".join(str(count) for count in counts)
 
@@ -346,8 +349,8 @@ def gain_text(found: Comparison) -> str:
 
 
 def doubt(found: Comparison) -> str:
-    """A mark if a difference is not significant. The test is McNemar's for one seed, and the
-    interval for several."""
+    """` n.s.` if a difference is not significant, else nothing. For one seed, McNemar's test
+    decides; for several, the interval does."""
     return "" if found.significant else " n.s."
 
 
@@ -442,10 +445,10 @@ def write_page(file: Path, picture: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("seeds", type=int, nargs="*")
-    parser.add_argument("--only", choices=TASKS, help="one task")
-    parser.add_argument("--page", action="store_true", help="only write tables and picture")
+    parser.add_argument("--only", choices=TASKS, help="run only this task")
+    parser.add_argument("--page", action="store_true", help="no training, only tables and picture")
     parser.add_argument("--publish", action="store_true", help="write to docs/, not runs/handover")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="recipe keys")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="override keys")
     options = parser.parse_args(arguments)
     file, picture = (
         (RESULTS, PICTURE)

@@ -44,8 +44,8 @@ HELD_OUT = 300
 LEAST_S = 20.0
 """No command is started if fewer seconds are left."""
 PATIENCE_S = 90.0
-"""Seconds that a run has, once it is told to stop, to finish its step and save a checkpoint. After
-that, the run is killed, and its last checkpoint remains valid."""
+"""Seconds that a run has, once it is told to stop, to finish its step and save a checkpoint. A run
+that takes longer is killed; its last checkpoint remains valid."""
 SHOWN = ("dev_accuracy", "chosen_step", "steps", "wall_seconds")
 """The keys of `stage.json` that a stage's progress shows."""
 LATER = ("voting", "held_out")
@@ -199,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--folder", type=Path, help="where the runs are kept")
+    parser.add_argument("--folder", type=Path, help="folder for the runs")
     parser.add_argument("--minutes", type=float, default=9.0, help="about how long this call works")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--together", type=int, default=1, help="number of seeds to run at once")

@@ -4,9 +4,9 @@ folders at its top), and the files that one run enters.
     python benchmarks/house.py            # or: make house
 
 Lines are physical lines of Python. A run enters a file if it calls one of the file's functions.
-Importing a file, which runs its class bodies, does not count. Calls across files are counted in
-pairs of functions. The two functions are in different files of the package, and one of them calls
-the other in the RL step of the smallest run. A pair counts once, however often this happens.
+Importing a file, which runs its class bodies, does not count. Calls across files are counted as
+pairs of functions: the two are in different files of the package, and one of them calls the other
+in the RL step of the smallest run (`RECIPE`). A pair counts once, even if there are many calls.
 """
 
 from __future__ import annotations
@@ -164,7 +164,8 @@ RECIPE: dict[str, Any] = {
 
 
 class Watch:
-    """A profile function that records which functions of the package call which others."""
+    """A profile function that records the files that a run enters, and the pairs of functions that
+    call each other across files in an RL step."""
 
     def __init__(self) -> None:
         self.files: set[str] = set()

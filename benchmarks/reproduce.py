@@ -57,7 +57,7 @@ excluded, because the recipe's settings were chosen by dev accuracy on these see
 NOTES = {
     "comparison": (
         "Reranking uses the paper's classifier, trained on 20 samples per question from the "
-        "warm-up model. If it chooses from more than 8 samples, its choices get "
+        "warm-up model. If the classifier chooses from more than 8 samples, its choices get "
         "[worse](experiments/reranking.md), because it overrates some wrong solutions that the "
         "model rarely samples. "
         "[Our reward model](algorithms.md#loss) adds the solution's likelihood to the classifier's "
@@ -70,16 +70,16 @@ NOTES = {
         "starts the value head at zero and makes eight more changes, most of which come from later "
         "papers. The [last table](#what-each-part-of-modern-contributes) shows what each of the "
         "eight contributes; [another log](critic.md#what-the-parts-of-modern-contribute) explains "
-        "their names. Two of them, decoupled lambda and positive nll, have since been removed from "
-        "reftune. Both methods sample the same number of solutions."
+        "their names. Two of the eight changes, decoupled lambda and positive nll, have since been "
+        "removed from reftune. *ReFT* and *ReFT modern* sample the same number of solutions."
     ),
     "tuned": (
         "*ReFT* is PPO with the coefficients and value head of the authors' code. *ReFT tuned* "
         "uses smaller rollouts, and makes four passes over each rollout instead of two. It starts "
         "the value head at zero, fits it before PPO starts, gives it less weight in the loss, and "
-        "doubles the KL coefficient. *ReFT tuned, two updates* makes only two passes. The tuned "
-        "settings were chosen on other seeds. All three methods sample the same number of "
-        "solutions."
+        "doubles the KL coefficient. *ReFT tuned, two updates* differs from *ReFT tuned* only in "
+        "making two passes. The tuned settings were chosen on other seeds. All three methods "
+        "sample the same number of solutions."
     ),
     "comparison-nl": (
         "All methods except offline self-training start from the same warm-up: 20 epochs over "
@@ -104,18 +104,19 @@ NOTES = {
 SETTINGS = (
     "In this table, ReFT does not have the authors' settings: it draws four samples per question, "
     "fits the value head before PPO, lets the learning rate fall, and sets `value_coef: 1.0` and "
-    "`kl_coef: 0.02`. With the coefficients and value head of the authors' code, only *ReFT beats "
-    "SFT* was tested, for programs; it [holds too](#our-own-ppo-against-the-authors-settings)."
+    "`kl_coef: 0.02`. With the coefficients and value head of the authors' code, we tested only "
+    "*ReFT beats SFT*, and only for programs. This finding holds with them, too "
+    "([results](#our-own-ppo-against-the-authors-settings))."
 )
 """Text below the table of findings."""
 OPEN = [
     "**Only one pretrained model** finished RL with several seeds: SmolLM2-135M-Instruct, on "
     "generated questions. On questions that need one arithmetic step (three seeds), GRPO gains 9.9 "
     "points [3.6, 16.2] over a short warm-up, but further SFT with as many gradient passes is 12.1 "
-    "points [5.7, 18.5] better than GRPO (not paired). From a longer warm-up, GRPO gains 1.7 "
-    "points [−4.8, 8.1] over it, n.s. On questions that need two steps (five seeds), where half of "
-    "the training solutions omit the working, GRPO after a longer SFT stage is 14.6 points "
-    "[9.4, 19.8] better than further SFT from the same model "
+    "points [5.7, 18.5] better than GRPO (this difference is not paired). After a longer "
+    "warm-up, GRPO gains 1.7 points [−4.8, 8.1] over that warm-up, n.s. On questions that need two "
+    "steps (five seeds), half of the training solutions omit the working. There, GRPO after a "
+    "longer SFT stage is 14.6 points [9.4, 19.8] better than further SFT from the same model "
     "([log](experiments/smollm2-instruct.md)).",
     "**On real data** (SVAMP programs, SmolLM2-135M, one seed), ReFT shows no gain if all training "
     "questions have solutions: after a [finished](handover.md) warm-up, ReFT − SFT is −1.3 points "
@@ -125,10 +126,10 @@ OPEN = [
     "n.s., on held-out questions, also with one seed "
     "([log](experiments/smollm2-svamp.md)).",
     "**With solutions of 66 tokens on average**, the value head explains hardly any of the "
-    "reward's variance. Over five seeds, after finished warm-ups, no method differs significantly "
-    "from another or from further SFT (RLOO − PPO: +1.1 points [−0.1, 2.4]). We tried four changes "
-    "to how PPO fits the value head or computes advantages. We also started samples from prefixes "
-    "of the gold solution. None of this made a significant difference "
+    "reward's variance. Over five seeds, after finished warm-ups, no RL method differs "
+    "significantly from another or from further SFT (RLOO − PPO: +1.1 points [−0.1, 2.4]). We "
+    "tried four changes to how PPO fits the value head or computes advantages. We also started "
+    "samples from prefixes of the gold solution. None of this made a significant difference "
     "([log](experiments/critic.md)).",
     "**PPO with changes from later papers** (`modern`) shows no gain over PPO, either on the "
     "[demo's questions](experiments/modern.md) (three seeds) or with [longer "
@@ -199,8 +200,8 @@ def write(path: Path, text: str) -> None:
 
 
 def page(tables: Mapping[str, Mapping[str, Any]], *, ours: bool) -> str:
-    """The text of the results page. If the results are `ours`, it includes the fixed texts about
-    them; everything else depends only on the tables."""
+    """The text of the results page. With `ours`, it includes the fixed texts, which describe our
+    published results. Everything else depends only on `tables` (recipe → its table)."""
     parts = [
         "# Results\n\n"
         "This page reports which findings of the ReFT paper (arXiv:2401.08967) hold on small "
@@ -210,8 +211,8 @@ def page(tables: Mapping[str, Mapping[str, Any]], *, ours: bool) -> str:
         "of both pages. To write to `runs/reproduce` instead, run "
         "`python benchmarks/reproduce.py 0 1 2 3 4`. "
         "Accuracies are in percent. Differences are in percentage points and paired by problem. "
-        "Brackets contain 95% confidence intervals over seeds and problems, and n.s. means not "
-        "significant. Models are chosen on dev and scored once on test. "
+        "Brackets contain 95% confidence intervals over seeds and problems; *n.s.* and *undecided* "
+        "mean not significant. Models are chosen on dev and scored once on test. "
         "[Metrics](metrics.md#results) defines the columns.",
         "## Which of the paper's findings hold here\n\n" + findings_table(tables),
     ]
@@ -225,8 +226,8 @@ def page(tables: Mapping[str, Mapping[str, Any]], *, ours: bool) -> str:
 
 
 def modern_page(table: Mapping[str, Any], *, ours: bool) -> str:
-    """The text of the page on `modern`. If the results are `ours`, it includes the fixed text about
-    them."""
+    """The text of the page on `modern`. With `ours`, it includes the fixed text, which describes
+    our published results."""
     parts = [
         f"# {TITLES['modern']}",
         "Accuracies are in percent. Differences are in percentage points and paired by problem. "
@@ -241,8 +242,8 @@ def modern_page(table: Mapping[str, Any], *, ours: bool) -> str:
 
 
 def section(recipe: str, table: Mapping[str, Any], *, ours: bool) -> list[str]:
-    """The recipe's text, if it has one and the results are `ours`, then the source of its table,
-    and the table."""
+    """The paragraphs of a recipe's section: with `ours`, its fixed text (if it has one); then a
+    line that names the runs of its table, and the table."""
     measured = (
         f"Over {table['seeds']} seed{'s' * (table['seeds'] != 1)} of"
         f" `recipes/demo/{recipe}.yaml` at commit {table['commit']}:"
@@ -273,7 +274,8 @@ def findings_table(tables: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def difference(table: Mapping[str, Any], a: str, b: str) -> Mapping[str, Any] | None:
-    """The comparison `a` minus `b` from the table, reversed if necessary; None if it is missing."""
+    """The comparison `a` minus `b`. If the table has only `b` minus `a`, this is reversed. None if
+    the table has neither."""
     found: Mapping[str, Any]
     for found in table["comparisons"]:
         pair = found["a"].partition("@")[0], found["b"].partition("@")[0]

@@ -11,7 +11,7 @@ compares answers to the same prompt.
 The contestants run one after the other, each in its own process. The command prints a table, then
 the figures that are worse than the baseline for this kind of CPU and, as its last line, one JSON
 document. PYTHON is an interpreter that has TRL. With the default repeats, the command takes 10
-minutes if bf16 is native and 20 if not. `--growth` times only reftune, for each of the given
+minutes if the CPU has AMX and 20 if not. `--growth` times only reftune, once for each of the given
 numbers of samples.
 """
 
@@ -125,7 +125,8 @@ def run_reftune(
     recompute: bool = False,
 ) -> dict[str, Any]:
     """Time `repeats` steps after a first step. The first step does not count, because in bf16 it
-    compiles blocks. If `repeats` is 0, time the first step."""
+    includes compilation. If `repeats` is 0, time the first step. Returns: the result of
+    `step_seconds`, and the peak memory."""
     run = Path(tempfile.mkdtemp(dir=folder)) / "run"
     described = recipe(workload, samples, repeats + 1, run, dtype=dtype, recompute=recompute)
     path = run.with_suffix(".yaml")
@@ -325,8 +326,8 @@ def processor(dtype: Dtype) -> str:
 def regressions(
     document: Mapping[str, Any], baseline: Mapping[str, Any], targets: Mapping[str, float]
 ) -> list[str]:
-    """A line for every figure that is worse than its baseline by more than the tolerance. If lower
-    is better, a figure that meets its target is never reported."""
+    """A line for every figure that is worse than its baseline by more than the tolerance. A figure
+    that meets its target is never reported if it is one for which lower is better."""
     lines = []
     for key, target in targets.items():
         if key not in document or key not in baseline:
@@ -335,12 +336,13 @@ def regressions(
         most = max(target, before * (1 + TOLERANCE))
         is_worse = now > most if key in LOWER_IS_BETTER else now < before / (1 + TOLERANCE)
         if is_worse:
-            lines.append(f"regression: {key} is {now:.3g}, the baseline {before:.3g}")
+            lines.append(f"regression: {key} is {now:.3g}; the baseline is {before:.3g}")
     return lines
 
 
 def against_baseline(document: Mapping[str, Any], path: Path, *, write: bool) -> list[str]:
-    """Compare with the baseline for this kind of CPU, or write that baseline."""
+    """Compare with the baseline in the file `path` or, with `write`, write that baseline. Returns
+    the lines to print."""
     if write:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
@@ -359,8 +361,8 @@ def growth(sizes: Sequence[int], dtype: Dtype) -> dict[str, Any]:
     """Seconds of a step's phases and its peak memory, by number of samples. In fp32, the first step
     is timed. In bf16, the second step is timed, because the first step compiles.
 
-    Answers are a quarter as long as in the contest, so that the largest number of samples does not
-    take an hour.
+    Answers are a quarter as long as in the comparison with other programs, so that the largest
+    number of samples does not take an hour.
     """
     found = {}
     for samples in sizes:
@@ -372,7 +374,7 @@ def growth(sizes: Sequence[int], dtype: Dtype) -> dict[str, Any]:
         found[samples] = {**ran["steps"][0], "peak_gib": ran["peak_kib"] / 2**20}
         per_sample = found[samples]["step_s"] / samples
         print(
-            f"{samples} samples: {per_sample:.3f} s a sample, peak"
+            f"{samples} samples: {per_sample:.3f} s per sample, peak"
             f" {found[samples]['peak_gib']:.1f} GiB",
             file=sys.stderr,
         )
@@ -394,7 +396,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int)
     parser.add_argument("--trl", help="interpreter that has TRL")
     parser.add_argument(
-        "--only", help="contestants and demo, as in `reftune;plain`; those with TRL need --trl"
+        "--only", help="what to run, as in `reftune;plain;demo`; contestants with TRL need --trl"
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: the fastest")
     parser.add_argument(

@@ -46,7 +46,7 @@ class PlainStep:
         )
 
     def run(self) -> dict[str, float]:
-        """Seconds of each phase."""
+        """Take one step, and return the seconds of its phases."""
         marks = [time.perf_counter()]
         inputs = self.tokenizer(
             self.workload.prompts, return_tensors="pt", padding=True, add_special_tokens=False

@@ -26,7 +26,7 @@ SAMPLES_OF_A_PROMPT = 2  # GRPO compares samples of the same prompt, so it needs
 
 
 class Clock(TrainerCallback):
-    """Records when each optimizer step ends."""
+    """Records when training begins and when each optimizer step ends."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []

@@ -1,5 +1,5 @@
-"""The work of each contestant of the step benchmark (docs/performance.md): prompts, and the lengths
-of their answers.
+"""The work of each program that the step benchmark compares (docs/performance.md): prompts, and the
+lengths of their answers.
 
 The lengths are 16 quantiles of the lengths of SVAMP's compact programs in SmolLM2 tokens. Their
 order is random but fixed, so that short and long solutions share a batch, as in a run.
@@ -28,11 +28,11 @@ class Workload:
     rewards: list[float]
     max_new: int = MAX_NEW
     device: str = "cpu"
-    """Device of all contestants except reftune, whose recipe sets the device."""
+    """Device of all programs except reftune, whose recipe sets the device."""
 
 
 def make_workload(model: Path, questions: list[str], samples: int, *, shorter: int = 1) -> Workload:
-    """`samples` prompts with one answer each. An answer's usual length is divided by `shorter`."""
+    """`samples` prompts with one answer each. The lengths of answers are divided by `shorter`."""
     draw = random.Random(0)
     lengths = [LENGTHS[i % len(LENGTHS)] // shorter for i in range(samples)]
     draw.shuffle(lengths)
@@ -43,7 +43,7 @@ def make_workload(model: Path, questions: list[str], samples: int, *, shorter: i
 
 
 def first(workload: Workload, samples: int) -> Workload:
-    """The first `samples` prompts and answers, to warm up on."""
+    """A workload of the first `samples` prompts and answers, to warm up on."""
     part = slice(samples)
     return replace(
         workload,

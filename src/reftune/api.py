@@ -139,10 +139,10 @@ def evaluate(
     maximum number of tokens per solution.
 
     For a folder `stages/NAME`, mappings are read as in the run's dataset, `format` and `max_new`
-    default to the run's settings, the model computes in the run's dtype, and if the run's
+    default to the run's settings, and the model computes in the run's dtype. If the run's
     `lengths.too_long` is `drop`, a problem whose prompt is too long counts as unanswered. For any
-    other model, mappings are read as in `grade`, `format` defaults to `nl` and `max_new` to 256,
-    and the dtype is chosen as by `model.dtype: auto`.
+    other model, mappings are read as in `grade`, `format` defaults to `nl`, and `max_new` to 256.
+    A `Policy` keeps its dtype; for other models, it is chosen as by `model.dtype: auto`.
 
     Raises: ReftuneError if the model, a problem, the format or `max_new` cannot be used.
     """
@@ -199,8 +199,8 @@ def _asked(row: Mapping[str, Any], where: str, golds: GoldReader) -> Problem:
 
 
 def _policy(model: str | Path, recipe: Mapping[str, Any]) -> Policy:
-    """The model as a policy that cannot be trained, in the dtype of the run's `recipe` or, for any
-    other model, in the dtype that `auto` chooses."""
+    """The model as a policy that cannot be trained. Its dtype is that of `recipe`, the recipe of
+    the model's run. If `recipe` is empty, `auto` chooses the dtype."""
     import torch
 
     from reftune.model.policy import Policy
@@ -227,7 +227,7 @@ def _recipe_of(model: str | Path | Policy) -> Mapping[str, Any]:
 
 
 def _dataset(recipe: Mapping[str, Any]) -> Any:
-    """The dataset of a run's recipe; None if there is none or it cannot be loaded."""
+    """The dataset that a recipe names. None if it names none, or one that cannot be loaded."""
     try:
         return _component(recipe.get("dataset"), "dataset")
     except RecipeError:
@@ -235,8 +235,8 @@ def _dataset(recipe: Mapping[str, Any]) -> Any:
 
 
 def _component(spec: Any, table: str) -> Any:
-    """The component that a recipe's table describes. Anything but a string or a mapping, such
-    as a component, is returned unchanged. Raises: RecipeError if the description is wrong."""
+    """The component that `spec` describes. `table` is a recipe key, such as `format`. If `spec` is
+    neither a string nor a mapping, it is returned unchanged. Raises: RecipeError if it is wrong."""
     if not isinstance(spec, str | Mapping):
         return spec
     try:

@@ -111,7 +111,7 @@ class Problem:
     """The texts of a multiple-choice question's options, in order; empty for other
     questions."""
     decimal: Literal[".", ","] = "."
-    """Decimal separator in `choices`. Gold answers have decimal points, except for texts,
+    """Decimal separator in `choices`. Gold answers use decimal points, except for texts,
     expressions and patterns, which are kept as in the data."""
     columns: Mapping[str, Any] = field(default_factory=dict)
     """Columns of the data that are passed to a user's reward function as keyword arguments."""
@@ -120,8 +120,8 @@ class Problem:
     answer that was read from it."""
     messages: tuple[Message, ...] = ()
     """If the question is a conversation, the turns before the assistant's answer; empty otherwise.
-    `question` contains the text of these turns, except a system message on which no answer of the
-    dataset depends."""
+    `question` contains the text of these turns. A system message is included only if answers in
+    the dataset depend on it."""
     scorer: Callable[[str], float] | None = None
     """The task's own scorer, which maps an answer's text to a score from 0 to 1. If None, answers
     are compared with the gold answer."""

@@ -135,7 +135,7 @@ class Returns:
     [
         ([True, False], "problem p: grade returned bool; expected a Graded"),
         ([RIGHT, Verdict.WRONG], "problem q: grade returned Verdict"),
-        ([RIGHT], "grade returned 1; expected a list of 2 Gradeds"),
+        ([RIGHT], "grade returned 1 item; expected a list of 2 Graded objects"),
         (None, "grade returned NoneType; expected a list"),
         (RIGHT, "grade returned Graded; expected a list"),
         ([replace(RIGHT, verdict="correct")] * 2, r"Graded\(verdict=str, value=str\)"),

@@ -291,7 +291,9 @@ def test_a_tilde_at_the_start_of_a_path_is_the_home_folder(monkeypatch, override
     monkeypatch.setenv("HOME", "/home/ada")
 
     def path(text: str) -> str:
-        return value_of(load_recipe(shipped_recipes() / "demo/reranking.yaml", [override.format(text)]))
+        return value_of(
+            load_recipe(shipped_recipes() / "demo/reranking.yaml", [override.format(text)])
+        )
 
     assert path("~/runs/first") == "/home/ada/runs/first"
     assert path("runs/~first") == "runs/~first"

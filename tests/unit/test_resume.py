@@ -355,7 +355,7 @@ def test_the_checkpoint_of_another_model_is_refused_in_one_line(make_recipe):
     (other.folder / "env.json").write_text("{}")
     with pytest.raises(
         CheckpointError,
-        match=r"step-000003: belongs to another model or version: RuntimeError: .*; choose another",
+        match=r"step-000003: belongs to another model or reftune version: RuntimeError: .*; choose",
     ):
         run_all(other)
 

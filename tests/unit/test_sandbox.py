@@ -590,10 +590,10 @@ NO_NAMESPACES = {"libc.unshare(": "1 + ("}
 @pytest.mark.parametrize(
     ("lacking", "message"),
     [
-        (NO_LANDLOCK, "the system lacks Landlock, to fence off files .set allow_unisolated"),
+        (NO_LANDLOCK, r"lacks Landlock \(to restrict file access\); .* set allow_unisolated"),
         (
             NO_SECCOMP | NO_NAMESPACES,
-            "the system lacks seccomp or namespaces, to cut off the network .set allow_unisolated",
+            r"lacks seccomp or namespaces \(to block the network\); .* set allow_unisolated",
         ),
     ],
 )

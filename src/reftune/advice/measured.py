@@ -40,7 +40,7 @@ class Speed:
     """Response tokens per second, over all rows."""
 
     def pace(self, *, prompt: float, response: float) -> Pace:
-        """Seconds per sequence, for prompts and responses of these mean lengths in tokens."""
+        """Seconds per sequence. `prompt` and `response` are mean lengths in tokens."""
         update = (prompt + response) / self.train
         return Pace(generate=response / self.sample, score=SCORING_COST * update, update=update)
 

@@ -118,7 +118,7 @@ class Plan:
     prompt: int
     response: int
     sizes: Mapping[Sharding, Sizes]
-    """Sharding → the sizes that the recipe sets or, for `auto`, the largest sizes that fit."""
+    """Sharding → the batch sizes that the recipe sets or, for `auto`, the largest that fit."""
     memory: Mapping[Sharding, Share]
     topology: str
     sharding: Sharding | None
@@ -128,7 +128,7 @@ class Plan:
     step then takes."""
     steps: Mapping[str, Step]
     """Sampling stage → its step under `sharding`. If `topology` is `split`, the GPUs are split as
-    in `split`. If `sharding` is None, the step is computed for the sharding over all GPUs that
+    in `split`. If `sharding` is None, the step is computed for whichever sharding over all GPUs
     needs the least memory."""
     assumed: Mapping[str, Any]
 
@@ -229,8 +229,8 @@ class Planner:
         return peak * self.hardware.mfu
 
     def flops(self, *, backward: bool) -> float:
-        """FLOPs of a pass over one sequence, counted by tracing the model; twice as many if the
-        value model is separate."""
+        """FLOPs of a forward pass over one sequence, counted by tracing the model. `backward` adds
+        the backward pass. A separate value model doubles the number."""
         made = self.estimate
         update = made.outline.update(made.prompt, made.response, 2)
         models = 2 if made.cost.value_model else 1
@@ -314,9 +314,9 @@ class Planner:
         return micro_batches * share * (2 * made.outline.weights + gradients) / self.hardware.link
 
     def best_split(self) -> dict[str, Any]:
-        """The shortest possible step if some GPUs only sample and the others only train: its time,
-        and the number of GPUs in each group. The two groups take turns, because samples come from
-        the newest weights."""
+        """The best division of the GPUs into a group that only samples and a group that only
+        trains, and the seconds that a step then takes. The two groups take turns, because samples
+        come from the newest weights."""
         seconds = {n: self.step(samplers=n).seconds for n in range(1, self.hardware.gpus)}
         best = min(seconds, key=seconds.__getitem__)
         train = self.hardware.gpus - best

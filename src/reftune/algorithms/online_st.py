@@ -74,7 +74,7 @@ class OnlineSt(Algorithm):
         without tokens is 0.
 
         Source: ReFT's code (arXiv:2401.08967, §4.2). Differs: each half is a mean over the whole
-        rollout; the code's is a mean over the samples of one GPU.
+        minibatch; in ReFT's code, it is a mean over the samples of one GPU.
         """
         assert batch.weights is not None
         nll = -scores.logprobs * batch.weights

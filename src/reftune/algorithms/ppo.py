@@ -52,7 +52,7 @@ class Ppo(Clipped):
         return replace(batch, advantages=whiten(advantages, mask), returns=returns)
 
     def loss(self, scores: TokenScores, batch: RolloutBatch) -> LossTerms:
-        """policy loss + value_coef · value loss."""
+        """The clipped policy loss plus `value_coef` times the value loss."""
         assert batch.values is not None and batch.returns is not None
         assert batch.weights is not None
         policy = super().loss(scores, batch)

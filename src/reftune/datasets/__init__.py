@@ -22,7 +22,7 @@ class Dataset(Protocol):
 
     def load(self, *, seed: int) -> Splits:
         """The splits. Random choices, such as which questions are drawn for dev, depend on `seed`.
-        Raises: DataError, which names the source and, if possible, the line, for unusable data."""
+        Raises: DataError if data is unusable. The message names the source and line, if known."""
 
 
 def load_dataset(dataset: Dataset, *, seed: int) -> Splits:

@@ -73,7 +73,7 @@ def program_of(solution: str) -> str | None:
 
     Each step assigns its result to a variable, which is named after the words that follow the
     step's annotation. This variable replaces later numbers that equal the result. If several
-    earlier steps have this result, the last of them counts.
+    earlier steps have the same result, the variable of the last one is used.
     """
     steps: dict[str, str] = {}
     names: dict[float, str] = {}

@@ -111,7 +111,8 @@ class Jsonl(FileDataset):
         return recognise(rows, named, has_options=self._says_options)
 
     def _options(self, row: Row, columns: Columns) -> Options | None:
-        """As `GoldReader.options`. Raises: DataError, also if the kind `choice` has no options."""
+        """The options that `GoldReader.options` reads. Raises: DataError if they cannot be read, or
+        if `answer_kind` is `choice` and there are none."""
         try:
             options = self.golds.options(row, columns.choices)
         except DataError as error:
@@ -142,7 +143,8 @@ class Jsonl(FileDataset):
         return self.columns is not None and field in self.columns.model_fields_set
 
     def _id(self, row: Row, column: str | None) -> str:
-        """The row's id. A column that the user did not name is ignored if it contains no id."""
+        """The id in `column`. `row.id` is used instead if the cell is null, or if the user did not
+        name the column and the cell contains no id."""
         if column is None or (value := row.get(column)) is None:
             return row.id
         if isinstance(value, int | float):
@@ -218,9 +220,9 @@ class _Read:
 
 
 def _with_contexts(splits: dict[Split, list[Problem]]) -> dict[Split, list[Problem]]:
-    """The problems of each split. If answers depend on the system message, it is put before each
-    question. They do if most questions asked under several system messages have several gold
-    answers. Otherwise, a system message is an instruction that does not change the question."""
+    """The problems of each split. Some questions may occur with several system messages. If most of
+    these questions also have several gold answers, answers depend on the system message, so it is
+    put before every question. If not, the problems are returned unchanged."""
     first: dict[str, Problem] = {}
     agree: dict[str, bool] = {}
     for problem in chain.from_iterable(splits.values()):
@@ -242,9 +244,9 @@ def _system(problem: Problem) -> str:
 
 
 def _question(row: Row, columns: Columns) -> tuple[str, tuple[Message, ...]]:
-    """The question as one string and, if a cell is a conversation, the turns before the answer.
-    Other columns become part of the conversation's first question. Raises: DataError if a cell
-    contains no question, or if a prompt contains the beginning of the reply."""
+    """The question as one string and, if one of its columns is a conversation, the turns before the
+    answer. The other columns of the question become part of the conversation's first question.
+    Raises: DataError if there is no question, or if a prompt contains the beginning of a reply."""
     names = columns.asked
     for place, name in enumerate(names):
         if (conversation := read_conversation(row, name)) is not None:

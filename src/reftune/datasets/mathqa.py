@@ -81,9 +81,9 @@ class Mathqa(PaperDataset):
         return GoldReader(kind="choice" if self.answer == "choice" else "auto")
 
     def trainable(self, splits: Splits) -> Splits:
-        """As in `PaperDataset`, with two exceptions for `nl`: problems without a rationale are also
-        removed, and the rationale of a multiple-choice problem counts as contradicting the gold
-        answer only if it ends by naming another letter."""
+        """As in `PaperDataset`, with two exceptions for `nl`. Problems without a rationale are also
+        removed. For multiple choice, a rationale contradicts the gold answer only if it ends by
+        naming another letter."""
         if self.rationale == "program":
             return super().trainable(splits)
         splits = drop_untrainable(splits, "no_rationale", lambda problem: not problem.rationale)
@@ -212,7 +212,7 @@ def _is_near_gold(row: Row, value: object) -> bool:
 
 
 def _prose(row: Row) -> str | None:
-    """The row's `Rationale` without its usual quotation marks; None if nothing is left."""
+    """The row's `Rationale` without enclosing quotation marks; None if nothing is left."""
     text = row.optional_text("Rationale")
     return None if text is None else repaired(text.strip('" \n')) or None
 
@@ -283,7 +283,7 @@ def _letter(row: Row, column: str, options: Sequence[str]) -> Answer:
 
 
 def _with_options(stem: str, options: Sequence[str]) -> str:
-    """The question and a line with its options, as ReFT's authors write: `a ) 38 , b ) 27 , …`."""
+    """The question and a line with its options, as ReFT's authors write it: `a ) 38 , b ) …`."""
     lettered = zip(LETTERS, options, strict=False)
     return f"{stem}\n" + " , ".join(f"{letter} ) {option}" for letter, option in lettered)
 

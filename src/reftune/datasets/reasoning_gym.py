@@ -49,7 +49,8 @@ class ReasoningGym(Component):
         return drop_contradictions(splits)
 
     def _draw(self, split: str, count: int, *, without: list[Problem]) -> list[Problem]:
-        """The first `count` different questions of the split's seeds that are not in `without`."""
+        """The first `count` different questions that the split's seeds generate. Questions in
+        `without` are skipped."""
         first_seed = (2 * self.data_seed + (split == "train")) * SEED_RANGE
         drawn: dict[str, Problem] = {}
         asked = {question_key(problem) for problem in without}
@@ -81,7 +82,7 @@ class ReasoningGym(Component):
                 " 'reftune[reasoning-gym]'"
             ) from None
         if self.task not in DATASETS:
-            listed = "expected a name of reasoning_gym.factory.DATASETS"
+            listed = "expected a name in reasoning_gym.factory.DATASETS"
             hint = did_you_mean(self.task, DATASETS) or listed
             raise RecipeError(f"dataset.task: {self.task}: unknown task; {hint}")
         names = (field.name for field in dataclasses.fields(DATASETS[self.task][1]))
@@ -99,7 +100,7 @@ class ReasoningGym(Component):
 
 
 def _entry(task: Any, n: int, *, seed: int) -> dict[str, Any]:
-    """Question `n`. Python's global generator, from which some tasks draw, starts with `seed`."""
+    """Question `n`. Some tasks draw from Python's global generator, so it is seeded with `seed`."""
     state = random.getstate()
     random.seed(seed)
     try:

@@ -220,8 +220,8 @@ class _Teller:
         self._tell(f"{person} has {number.value} {self.thing}.", _Quantity(number.value, person))
 
     def update(self) -> None:
-        """Let someone gain or lose things. This is usually the person mentioned last, as in real
-        stories."""
+        """Let a person gain or lose things. As in real stories, this is usually the person
+        mentioned last."""
         person = self.latest if self.rng.random() < 0.7 else self.rng.choice(list(self.holdings))
         number = self._number()
         verb = self.rng.choice(("buys", "finds", "loses", "sells"))
@@ -230,7 +230,8 @@ class _Teller:
         self._tell(f"{person} {verb} {number.value} {self.thing}.", quantity)
 
     def relate(self) -> None:
-        """Introduce a person with more, fewer or several times as many things as the latest one."""
+        """Introduce a person who has more or fewer things than the person mentioned last, or
+        several times as many."""
         person, base = self._someone_new(), self.latest
         symbol = self.rng.choice("+-*")
         number = self._factor() if symbol == "*" else self._number()

@@ -18,8 +18,8 @@ logged as `engine/…`."""
 
 
 class Engine(Protocol):
-    """The interface of every engine. An engine that cannot work everywhere may also have a method
-    `verify()`, which raises a RecipeError here if it cannot."""
+    """The interface of every engine. An engine may also have a method `verify()`, which raises a
+    RecipeError if the engine cannot work in the present environment."""
 
     def generate(
         self, policy: Policy, prompts: Sequence[Sequence[int]], params: SamplingParams

@@ -1,9 +1,9 @@
 """The default engine, which decodes in the training process with a key-value cache.
 
-Finished rows leave the batch and waiting prompts take their places, so one long solution does not
-hold up the others. Equal prompts that join at the same time are prefilled only once. New keys and
-values go into reserved space, so the cache is copied only when rows leave or join, or when this
-space is full.
+Each row of a batch is one solution. Finished rows leave the batch and waiting prompts take their
+places, so one long solution does not hold up the others. Equal prompts that join at the same time
+are prefilled only once. New keys and values go into reserved space, so the cache is copied only
+when rows leave or join, or when this space is full.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ class Kv(Component):
 @contextmanager
 def reader(policy: Policy, *, copies: llama.Copies = "reordered") -> Iterator[Reader]:
     """A `Reader` for `policy`. It uses `model.speed.llama` if that module supports the model, and
-    transformers otherwise. With `reordered` copies, `model.speed.llama` also prefills without
-    padding. Neither these copies nor prefilling without padding works with fake tensors."""
+    transformers otherwise. `llama.Copies` explains the values of `copies`. With `reordered`,
+    `model.speed.llama` prefills without padding, but the reader cannot run on fake tensors."""
     if llama.is_written_out(policy.model):
         decoder = llama.Decoder(policy.model, policy.compute_dtype, copies=copies)
         yield Reader(decoder, decoder.logits)
@@ -339,8 +339,8 @@ def draw_tokens(
 def _invert(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """For each row, the first token at which the running sum of `weights` (B, V) exceeds the row's
     entry in `uniforms` (B,) times the row's total. Returns these tokens (B,) and the totals (B,).
-    The search first finds the block and then the token in it, so it passes over the vocabulary only
-    once.
+    The search first finds the right block of `BLOCK` tokens and then the token in it, so it passes
+    over the vocabulary only once.
     """
     blocks = functional.pad(weights, (0, -weights.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
     sums = blocks.sum(2).to(widest(weights.device))

@@ -144,7 +144,7 @@ class Vllm(Component):
 
     def _have_base(self, policy: Policy, before: _Served | None) -> bool:
         """Whether all servers still have the base model of `policy`. To find out, this method
-        unloads the adapter that they had `before`. A server that no longer has it was restarted, so
+        unloads the adapter that they had `before`. A server without this adapter was restarted, so
         it has lost the base model too."""
         if before is None or before[0]() is not policy:
             return False
@@ -389,8 +389,8 @@ HINTS = {
 
 
 _Served = tuple[weakref.ref[Policy], str]
-"""A LoRA policy whose base model some servers have loaded, and the name of its adapter there. The
-name is new each time, because vLLM caches adapters by name."""
+"""A LoRA policy whose base model some servers have loaded, and the name of its adapter there. Each
+new adapter gets a new name, because vLLM caches adapters by name."""
 _served: dict[Any, _Served] = {}
 """Value of `engine.server` → what these servers have loaded. Only the main process fills this."""
 
@@ -474,8 +474,8 @@ def save_adapter(policy: Policy, folder: Path) -> None:
 
 
 def _require_ended(reasons: Sequence[str | None], sampler: str) -> None:
-    """Check that every completion has ended, at a stop token or the limit. vLLM returns unfinished
-    completions if it is stopped. Raises: EngineError if one has not."""
+    """Check that every completion has ended, at a stop token or at the length limit. vLLM returns
+    unfinished completions if it is stopped. Raises: EngineError if a completion is unfinished."""
     for reason in reasons:
         if reason not in ("stop", "length"):
             raise EngineError(

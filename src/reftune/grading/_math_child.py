@@ -5,8 +5,8 @@ The script's arguments are the file descriptor of a connection to the parent pro
 seconds of CPU time and of wall time that a comparison may take. When the script is ready, it sends
 a message. Each request is a JSON object with the keys `gold` and `answer`. The reply is a JSON
 object with two keys: `equal` is a boolean, and `read` is the parsed answer, or null if the answer
-is not an expression. If the comparison fails, the reply has only the key `error`. If it takes too
-long, SIGPROF (CPU time) or SIGALRM (wall time) ends this process.
+is not an expression. If the comparison fails, the reply has only the key `error`. If a comparison
+takes too long, SIGPROF (CPU time) or SIGALRM (wall time) ends this process.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 MEMORY = 4 << 30
 WARM_UP = (("2x + 3 = 5", "x = 1"), (r"\sin^2 x", r"\int_0^1 x^2 dx"))
-"""Comparisons that import all modules that a comparison may need."""
+"""Comparing these pairs imports all modules that any comparison may need."""
 
 
 def main() -> None:
@@ -47,7 +47,7 @@ def warm_up() -> None:
 
 
 def _limit(cpu_s: float, wall_s: float) -> None:
-    """End this process after `cpu_s` of CPU time or `wall_s` of wall time; 0 means never."""
+    """End this process after `cpu_s` of CPU time or `wall_s` of wall time; 0 means no limit."""
     signal.setitimer(signal.ITIMER_PROF, cpu_s)
     signal.setitimer(signal.ITIMER_REAL, wall_s)
 

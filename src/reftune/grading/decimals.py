@@ -23,10 +23,10 @@ _KEPT: tuple[AnswerKind, ...] = ("text", "latex", "regex")
 
 def with_points(cell: object, decimal: str, kind: AnswerKind | None = None) -> str:
     """The text of `cell`, with the separator `decimal` in its numbers replaced by decimal points.
-    If `cell` is an answer, `kind` is its kind. "3,5" becomes "3.5", and "1.250,75" becomes
-    "1,250.75". A point that cannot group thousands stays a decimal point. Pairs such as "(1,2)"
-    stay unchanged unless the answer is a number. A cell that is not a string needs no
-    conversion."""
+    If `cell` is an answer, `kind` is its kind. With a decimal comma, "3,5" becomes "3.5", and
+    "1.250,75" becomes "1,250.75". A point that cannot group thousands stays a decimal point. Pairs
+    such as "(1,2)" stay unchanged unless the answer is a number. A cell that is not a string needs
+    no conversion."""
     if not isinstance(cell, str) or decimal == "." or kind in _KEPT:
         return str(cell)
     parts = [cell] if kind == "number" else _PAIR.split(cell)

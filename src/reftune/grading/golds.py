@@ -124,8 +124,8 @@ _NOT_WHOLE = re.compile(
 
 
 def stated_gold(raw: object, reading: Reading = DEFAULT) -> object:
-    """The last answer that a marker in a cell announces. Without a marker, the answer is the whole
-    cell or the text after its `</think>`.
+    """The last answer that a marker in a cell announces. Without a marker, the answer is the text
+    after the last `</think>` or, if there is none, the whole cell.
 
     Raises: DataError if different answers stand side by side, as in "\\boxed{3} or \\boxed{4}", or
     if there are markers but none announces an answer.
@@ -146,9 +146,9 @@ def stated_gold(raw: object, reading: Reading = DEFAULT) -> object:
 
 
 def listed_item(stated: object, reading: Reading = DEFAULT) -> object:
-    """The item of a list written as text with one item, in quotes: `3` for '["3"]'. Other answers
-    stay unchanged. Raises: DataError if the list has several items, unless `worded_gold` reads it
-    as the list of these items."""
+    """If `stated` is text that spells a list of one quoted item, this item: `3` for '["3"]'. Other
+    answers stay unchanged. Raises: DataError if the list has several items, unless `worded_gold`
+    reads the text as a list of the same items."""
     text = stated.strip() if isinstance(stated, str) else ""
     if not (text.startswith("[") and re.search("[\"']", text)):
         return stated
@@ -162,7 +162,7 @@ def listed_item(stated: object, reading: Reading = DEFAULT) -> object:
 
 
 _LONE_BACKSLASH = re.compile(r"\\([\\\"']|u[0-9a-fA-F]{4})?")
-"""Matches an escape sequence with group 1 or, without it, a lone backslash, as in "\\frac". Python
+"""Matches an escape sequence (then group 1 is set), or a lone backslash, as in "\\frac". Python
 would read the lone backslash and the letter f as a form feed."""
 
 
@@ -323,8 +323,8 @@ def _pattern(raw: object) -> Answer:
 def split_items(text: str, words: str = "and") -> tuple[str, ...]:
     """The items of a written list, with or without brackets. Commas, semicolons, line breaks and
     `words` (a pattern) separate items, except inside inner brackets. If a space follows at least
-    one comma, commas without a space separate nothing. If no comma is followed by a space, but
-    there are other separators, commas that may group thousands separate nothing."""
+    one comma, commas with no space after them separate nothing. If no comma is followed by a space,
+    but there are other separators, commas that may group thousands separate nothing."""
     text = re.sub(r"\\(?:left|right)\b|\\(?=[{}])", "", text.strip().strip("$")).strip()
     if _BRACKETED.fullmatch(text):
         text = text.rstrip(".")[1:-1]

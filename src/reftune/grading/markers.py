@@ -40,8 +40,8 @@ class Statement:
     start: int = 0
     """Index in the completion at which the marker begins."""
     end: int = 0
-    """Index in the completion after the statement's closing brace or tag or, if it has none, at the
-    end of the text that counts (see `statements`)."""
+    """Index in the completion after the statement's closing brace or tag. If there is none, the
+    index at which the text that counts ends (see `statements`)."""
 
     def up_to(self, end: int) -> Statement:
         """The statement, cut off at the index `end`. A statement that is closed or has no text
@@ -78,9 +78,9 @@ def statements(completion: str, reading: Reading = DEFAULT) -> list[Statement]:
     `<answer>…</answer>` and `reading.markers`.
 
     A completion that ends inside `<think>` has no statements. Otherwise, only text after the last
-    `</think>` and before any run-on text counts. A heading is a marker only if there is no other,
-    and if one short line follows it. A remark on an earlier statement, such as "so our answer is
-    correct", is not a statement.
+    `</think>` and before any run-on text counts. A heading is a marker only if there is no other
+    marker and one short line follows the heading. A remark on an earlier statement, such as "so our
+    answer is correct", is not a statement.
     """
     start, end = _answering_part(completion, reading)
     marker = marker_pattern(reading.markers)
@@ -148,7 +148,7 @@ def is_alternative(completion: str, before: Statement, after: Statement) -> bool
 
 
 def alternative_behind(completion: str, statement: Statement) -> str | None:
-    """The rest of the line after "or" if "or" and a number follow a closed box or tag, such as "4"
+    """If "or" and a number follow a closed box or tag, the rest of the line after "or", such as "4"
     in "\\boxed{3} or 4"; None otherwise."""
     found = _OR_NUMBER.match(completion, statement.end) if statement.is_closed else None
     return None if found is None else completion[found.end() :].partition("\n")[0]
@@ -217,8 +217,9 @@ _OPENS_BOX = re.compile(r"\s{0,9}\{")
 
 
 def _box(text: str, start: int) -> tuple[str | None, int]:
-    """The content of the braces at `start`, with a percent sign that follows them, and the index
-    after both. The content is None unless the braces close within `MAX_BOX_CHARS` characters."""
+    """The content of the braces at `start`, and the index after the braces. A percent sign after
+    the braces is treated as if it were inside. The content is None unless the braces close within
+    `MAX_BOX_CHARS` characters."""
     opening, depth = text.index("{", start), 0
     for index in range(opening, min(len(text), start + MAX_BOX_CHARS)):
         depth += (text[index] == "{") - (text[index] == "}")

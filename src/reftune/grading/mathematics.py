@@ -125,10 +125,10 @@ def same_expression(gold: str, answer: str) -> Comparison:
 
 
 def _in_order(expression: str, other: str) -> str:
-    """An expression that assigns to several variables, such as "y = 2, x = 3", becomes the tuple of
-    the values in the alphabetical order of the variables: "(3, 2)". It does so only if `other`
-    assigns to the same variables, or if `other` is a tuple and the variables are consecutive
-    letters. Otherwise, the expression is returned unchanged."""
+    """Turn assignments to several variables into a tuple of the values, sorted by variable:
+    "y = 2, x = 3" becomes "(3, 2)". This requires that `other` assigns to the same variables, or
+    that `other` is a tuple and the variables are consecutive letters. Any other expression is
+    returned unchanged."""
     values, others = _assigned(expression), _assigned(other)
     names = sorted(values)
     is_same = names == sorted(others)
@@ -139,7 +139,7 @@ def _in_order(expression: str, other: str) -> str:
 
 
 def _assigned(expression: str) -> dict[str, str]:
-    """Variable → value, if an expression only assigns to different variables; otherwise empty."""
+    """Variable → value in a list of assignments to different variables; empty for other text."""
     clauses = re.split(r",|;|\band\b", expression)
     found = [_ASSIGNMENT.fullmatch(clause) for clause in clauses]
     values = {match[1]: match[2].strip() for match in found if match is not None}
@@ -233,7 +233,7 @@ class _Worker:
         return b""
 
     def _start(self) -> None:
-        """Start a process and wait until it is ready. If this takes too long, the process ends."""
+        """Start a process and wait until it is ready. If this takes too long, kill the process."""
         self._channel, theirs = multiprocessing.Pipe()
         with theirs:
             self._process = subprocess.Popen(

@@ -102,8 +102,8 @@ def _decimal(digits: str, power: str = "0") -> Number | None:
 
 
 def _repeating(head: str, period: str) -> Number:
-    """The value of a decimal such as 0.1(6), which is 1/6. A block of n digits that spells b and
-    repeats after d decimals adds b / ((10^n − 1)·10^d)."""
+    """The value of a decimal such as 0.1(6), which is 1/6. If n digits that form the integer b
+    repeat after d decimals, they add b / ((10^n − 1)·10^d) to the value."""
     decimals = len(head.partition(".")[2])
     tail = Fraction(int(period), (10 ** len(period) - 1) * 10**decimals)
     return Number(tail + Fraction(head + "0"))
@@ -235,7 +235,7 @@ def _without_float_noise(number: Number) -> Number:
 
 
 def number_of(answer: Answer) -> Number:
-    """The number in a gold answer, with the decimals its value needs if `answer` states none."""
+    """The number in a gold answer, with all decimals of its value if `answer.decimals` is None."""
     assert isinstance(answer.value, Fraction)
     decimals = num_decimals(answer.value) if answer.decimals is None else answer.decimals
     return Number(answer.value, decimals, answer.percent)

@@ -69,7 +69,7 @@ def read_choice(text: str, choices: Sequence[str]) -> str | None:
 
 
 def _is_choice(letter: str, rest: str, choices: Sequence[str]) -> bool:
-    """Whether the letter at the start of a line, before `rest`, is a choice, unlike a variable
+    """Whether the letter at the start of a line, before `rest`, is a choice and not a variable
     ("c = 5") or an article ("a 5% rise")."""
     position = ord(letter.lower()) - ord("a")
     if choices and position >= len(choices):
@@ -86,8 +86,8 @@ _NOT_AN_ARTICLE = re.compile(r" (?:because|since)\b")
 
 
 def names_option(line: str, choices: Sequence[str]) -> bool:
-    """Whether a line of plain text contains an option's letter as a word, or begins with its
-    text."""
+    """Whether a line of plain text contains an option's letter as a word, or begins with an
+    option's text."""
     last = chr(ord("a") + len(choices) - 1) if choices else "z"
     letter = re.search(rf"(?<![^\W_])[a-{last}](?![^\W_])", line, re.IGNORECASE)
     return letter is not None or any(_begins_with(line, choice) for choice in choices)

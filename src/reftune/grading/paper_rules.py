@@ -39,5 +39,5 @@ def grade_value_paper(value: Any, problem: Problem) -> Graded:
 
 def paper_response(completion: str) -> str:
     """The part of a completion that the authors' code grades: the text after the last
-    `PAPER_HEADER`, which is also part of the prompt, or else the whole completion."""
+    `PAPER_HEADER`, or the whole completion if it has none. The prompt contains this header too."""
     return (PAPER_HEADER + completion).split(PAPER_HEADER)[-1].strip()

@@ -85,9 +85,9 @@ def first_line(text: str) -> str:
 
 
 def plain_lines(text: str) -> Iterator[Line]:
-    """The lines of `text` that contain a letter or digit, as plain text. A backslash replaces the
-    text after `MAX_SEGMENT_CHARS`, so that a number cut in two is not read. The first line is never
-    a list item, because a dash at its start may be a minus sign."""
+    """The lines of `text` that contain a letter or digit, as plain text. A backslash replaces
+    everything after the first `MAX_SEGMENT_CHARS` characters, so that a number cut in two is not
+    read. The first line is never a list item, because a dash at its start may be a minus sign."""
     start, count = text.lstrip(), 0
     is_first = "\n" not in text[: len(text) - len(start)]
     segment = start[:MAX_SEGMENT_CHARS] + "\\" * (len(start) > MAX_SEGMENT_CHARS)
@@ -150,14 +150,14 @@ def same_text(first: str, second: str) -> bool:
 
 
 def _bare(text: str) -> str:
-    """`text`, case-folded and without gaps or final punctuation."""
+    """`text`, case-folded and without gaps (see `without_gaps`) or final punctuation."""
     words = without_gaps(plain(text[:MAX_SEGMENT_CHARS]), underscores=r"(?<!\w)_+|_+(?!\w)")
     return words.rstrip(".,;:!?").casefold()
 
 
 def without_gaps(text: str, *, underscores: str = "_+") -> str:
     """`text` without spaces, quotation marks, emphasis and `underscores` (a pattern). Between two
-    digits, they stay, because "1 2" is not 12. Spaces that group thousands are removed."""
+    digits, these stay, because "1 2" is not 12, but spaces that group thousands are removed."""
     text = without_grouping_spaces(text)
     return re.sub(rf"{_BETWEEN_DIGITS}|[\s\"'`*]+|{underscores}", _kept_gap, text)
 

@@ -131,7 +131,7 @@ _ARITHMETIC = re.compile(r"[-+*/^(). \d$]*\d[-+*/^(). \d$]*")  # 3 + 4
 
 
 def _assigned_values(line: str) -> Iterator[Fraction | None]:
-    """The values of the unknowns in a list of equations ("x = 3, y = 4"); None if not a number."""
+    """The values assigned in text such as "x = 3, y = 4"; None for one that is not a number."""
     for clause in re.split(r" or | and |[,;] ?", re.split(r"[.!?] ", line, maxsplit=1)[0]):
         clause = _LATER_ASIDE.split(clause, maxsplit=1)[0].rstrip(" .")
         assignment = re.fullmatch(r" *[^\W\d]+\d{0,2} ?=([^=]+)", clause)
@@ -142,7 +142,7 @@ def _assigned_values(line: str) -> Iterator[Fraction | None]:
 
 def _leading_number(line: str) -> Number | None:
     """The number at the start of a line of plain text; None if there is no number, or if the text
-    after it makes it part of something larger, such as a range."""
+    after the number makes it part of something larger, such as a range."""
     line = _IN_ANGLES.sub(r"\1\2", line, count=1)  # "<203>" is an answer, but "< 203" is not
     lead = _LEAD_IN.match(line)
     assert lead is not None  # pattern matches the empty string

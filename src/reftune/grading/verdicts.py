@@ -1,5 +1,5 @@
-"""Grades completions and the values of programs. Every text gets a verdict. No text causes an
-error, unless math-verify is needed but not installed.
+"""Grades completions and the values of programs. Every text gets a verdict. An error is raised
+only if math-verify is needed but not installed.
 
 All functions are pure, except that expressions are compared in a worker process.
 """
@@ -75,8 +75,8 @@ def grade_completion(completion: str, problem: Problem, reading: Reading = DEFAU
 
 
 def _in_boxes(completion: str, found: Sequence[Statement]) -> str | None:
-    """The last boxes with what stands between them, such as "1 and 2" for "\\boxed{1} and
-    \\boxed{2}". None unless at least the last two statements are boxes of one item each."""
+    """The contents of the last boxes and the text between them, such as "1 and 2" for "\\boxed{1}
+    and \\boxed{2}". None unless the last two statements are adjacent boxes of one item each."""
     text, after = found[-1].text or "", found[-1]
     for before in reversed(found[:-1]):
         is_item = before.is_closed and len(split_items(before.text or "")) == 1
@@ -193,14 +193,14 @@ def grade_answer(text: str, problem: Problem, reading: Reading = DEFAULT) -> Gra
 
 
 def _as_letter(text: str, problem: Problem) -> str:
-    """The letter of the option that `text` repeats as the prompt shows it; empty if none."""
+    """The letter of the only option that equals the first line of `text`; empty if none does."""
     found = [n for n, each in enumerate(problem.choices) if same_text(first_line(text), each)]
     return ascii_lowercase[found[0]] if len(found) == 1 else ""
 
 
 def _without_bold(text: str) -> str:
-    """`text` without the `**` around bold text, which may begin before the marker, as in
-    "**The answer is x + 1.**"."""
+    """`text` without the `**` around bold words in its first line. A `**` may be unpaired: after
+    the marker in "**The answer is x + 1.**", `text` is "x + 1.**"."""
     line, newline, rest = text.lstrip().partition("\n")
     line = _BOLD.sub(r"\1", line)
     if line.count("**") % 2:
@@ -285,8 +285,8 @@ _PLAIN_NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:/\d+)?")
 
 
 def _grade_by_scorer(text: str, problem: Problem, scorer: Callable[[str], float]) -> Graded:
-    """Grade with the task's scorer, which expects the bare answer: the answer is right if any of
-    several versions of the text gets a score of 1."""
+    """Grade with the task's scorer. The scorer expects the bare answer, so it gets several versions
+    of the text. The answer is right if any version gets a score of 1."""
     words = text.strip()
     first = words.splitlines()[0].strip()
     candidates = [words, words.rstrip(".!"), first, first_line(words).rstrip(".!")]
@@ -309,7 +309,7 @@ def _grade_by_scorer(text: str, problem: Problem, scorer: Callable[[str], float]
 
 
 def _grade_spellings(text: str, problem: Problem) -> Graded:
-    """The best of the grades against each accepted spelling."""
+    """The best of the grades that `text` gets against the accepted spellings."""
     best, gold = _best(grade_answer(text, each) for each in _parts(problem)), str(problem.answer)
     # all spellings stand for one answer
     return judge(True, gold, gold) if best.verdict is Verdict.CORRECT else best
@@ -370,7 +370,7 @@ _AFTER_LIST = re.compile(r",?\s+(?:because|since|as|so)\b|(?<=[^\d\s])\.\s|\.\s+
 
 
 def _parts(problem: Problem) -> list[Problem]:
-    """Copies of the problem, each with one part of its gold answer as gold answer."""
+    """One copy of the problem for each part of its gold answer, with this part as gold answer."""
     return [
         replace(problem, answer=part_answer(item), choices=(), scorer=None)
         for item in problem.answer.items
@@ -389,8 +389,8 @@ def needs_worker(gold: Answer) -> bool:
 
 
 _PRECEDENCE = "correct timeout error wrong no_answer memory forbidden".split()
-"""Verdicts, from best to worst. A timeout or an error is better than a wrong answer, because the
-answer may still be right."""
+"""Verdicts, from best to worst. A timeout or an error ranks above a wrong answer, because after
+either, the answer may still be right."""
 
 
 def _best(graded: Iterable[Graded]) -> Graded:

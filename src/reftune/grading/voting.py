@@ -1,8 +1,8 @@
 """Chooses one answer from several graded samples of a problem, by voting or reranking, and
 estimates pass@k.
 
-A sample votes for the answer that was read from it, if any. Votes for equal answers, such as 0.5,
-1/2 and 50%, are added up, and the spelling with the most votes stands for them. Under the paper's
+A sample votes for the answer that was read from it, if any. Equal answers, such as 0.5, 1/2 and
+50%, pool their votes and are represented by the spelling with the most votes. Under the paper's
 rules, answers are equal only if they have the same spelling. In a tie, the answer seen first wins.
 If there are no votes, the result counts as wrong.
 """
@@ -47,9 +47,9 @@ def voters(grading: str | None, *, is_choice: bool) -> Callable[[Graded], bool]:
 
 
 def same_answer(first: str, second: str) -> bool:
-    """Whether two values that the grader read are the same answer. They are if they are equal
-    numbers, the same words, or expressions with the same spelling. The grader usually gives equal
-    expressions the same spelling.
+    """Whether two values that the grader read are the same answer: equal numbers, the same words,
+    or expressions with the same spelling. The grader usually gives equal expressions the same
+    spelling.
 
     Numbers are equal if each is right when the other is the gold answer. If neither is whole, as in
     1/3 and 0.33, it is enough that one is right when the other is the gold answer.
@@ -81,9 +81,9 @@ def majority_curve(
     same: Same = same_answer,
 ) -> list[Graded | None]:
     """For each k up to the number of samples, the winner of the vote among the first k samples.
-    Equal values pool their votes. The winner is the first sample with the most-voted value of the
-    largest pool; None if none of the k samples is `valid`. `weights` are the weights of the votes,
-    such as a reward model's scores (DiVeRSe, arXiv:2206.02336).
+    Equal values pool their votes. In the pool with the most votes, the value with the most votes
+    wins. The winner is the first sample with this value; None if none of the k samples is `valid`.
+    Votes may have `weights`, such as a reward model's scores (DiVeRSe, arXiv:2206.02336).
 
     The first k samples are k independent draws from the model. Therefore, the share of problems for
     which the k-th winner is correct is an unbiased estimate of maj@k.

@@ -119,8 +119,8 @@ def _read(folder: Path, base: str | None) -> tuple[dict[str, Any], dict[str, Ten
     trained_on = config.get("base_model_name_or_path")
     if base and trained_on and Path(base).name != Path(trained_on).name:
         raise ModelError(
-            f"{folder}: adapters of {trained_on}; expected those of model.path {base} (if both"
-            f" are the same model, set base_model_name_or_path in the folder's {ADAPTER_CONFIG})"
+            f"{folder}: adapters of {trained_on}; expected those of model.path {base} (if both are"
+            f" the same model, set base_model_name_or_path in {ADAPTER_CONFIG} to model.path)"
         )
     return config, tensors
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PROBE = "reftunereply"
-"""Stands for the assistant's words. Templates leave it unchanged, and prompts do not contain it."""
+"""Stands for the words of a turn. Templates leave it unchanged, and prompts do not contain it."""
 OURS = ("messages", "tokenize", "add_generation_prompt", "continue_final_message")
 
 
@@ -40,9 +40,9 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> str
 
 @lru_cache(maxsize=4096)
 def opened_thought(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> str:
-    """The end of the prompt's text, from the opening tag of an unclosed thought on. The template
-    opens such a thought after the last turn. With DeepSeek-R1's template, the result is
-    "<think>\\n". It is empty if the template opens no thought. Raises: RecipeError as `prompt_text`
+    """The prompt's text from the opening tag of a thought on, if the template opens a thought after
+    the last turn and does not close it. With DeepSeek-R1's template, this text is "<think>\\n". If
+    there is no open thought, the result is an empty string. Raises: RecipeError as `prompt_text`
     does."""
     return _opened(prompt_text(tokenizer, prompt), prompt)
 
@@ -102,9 +102,9 @@ def _omits_last(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> boo
 
 def _begin(begun: str, before: str, said: str, *, asked: str) -> str:
     """`said`, preceded by the text that the template inserts between the prompt `begun` and a
-    reply. `before` is the text before the reply in the rendered conversation. Only the texts after
-    the last question, `asked`, are compared. There, the inserted text is what `before` has in
-    addition to `begun`."""
+    reply. `before` is the text before the reply in the rendered conversation. After the last
+    question, `asked`, the inserted text is what `before` has in addition to `begun`. The texts
+    before `asked` may differ in other ways."""
     if asked and asked in begun and asked in before:
         ours, theirs = begun.rpartition(asked)[2], before.rpartition(asked)[2]
         if theirs.startswith(ours):  # Mistral's template moves the system message to the last turn

@@ -2,8 +2,8 @@
 adds gradient checkpointing.
 
 The weights of an evaluated model, of a reference and of a base with adapters are never trained.
-Their matrices are kept in the compute dtype or in 4 bits. Autocast would cast the matrices of
-linear layers at every use anyway. Vectors, such as biases and norm weights, stay in fp32.
+Their matrices are kept in 4 bits or in the compute dtype, to which autocast would cast the matrices
+of linear layers at every use anyway. Vectors, such as biases and norm weights, stay in fp32.
 """
 
 from __future__ import annotations
@@ -73,8 +73,7 @@ def quantize(model: Any, dtype: torch.dtype) -> None:
         from bitsandbytes.nn import Linear4bit, Params4bit
     except ImportError:
         raise ModelError(
-            "model.quantize: bitsandbytes is not installed; expected pip install"
-            " 'reftune[quantize]'"
+            "model.quantize: bitsandbytes is not installed; run pip install 'reftune[quantize]'"
         ) from None
     layers = list(linear_layers(model))
     if not layers:
@@ -176,7 +175,7 @@ def use_cheap_dropout(model: nn.Module) -> None:
 
 
 class Dropout(nn.Dropout):
-    """`nn.Dropout`, except that on a CPU it draws different masks from the same generator."""
+    """`nn.Dropout`, except that on a CPU, its masks differ from PyTorch's for the same seed."""
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or self.p in (0, 1) or input.device.type != "cpu":

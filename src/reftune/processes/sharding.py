@@ -171,8 +171,8 @@ def whole_tensor(tensor: Tensor) -> Tensor:
 
 
 def whole_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The main process, which saves the tensors, gets all of them, each whole; those that were
-    split are on the CPU. The other processes get an empty dict."""
+    """In the main process, which saves the tensors: all tensors, whole. Those that were split are
+    moved to the CPU. In the other processes: an empty dict."""
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         value = whole_tensor(tensor).detach()

@@ -1,4 +1,4 @@
-"""Recipes, which are tables of keys read from YAML, and the plug-ins that they name by kind."""
+"""Reads recipes, which are YAML files of settings, and loads the plug-ins that recipes name."""
 
 from reftune.recipe.kinds import Component as Component
 from reftune.recipe.kinds import LocalPath as LocalPath

@@ -78,12 +78,12 @@ GROUPS = {
     "algorithms": ("reftune.algorithms", ("credit", "loss")),
     "stages": ("reftune.stages", ("run", "cost", "needs", "produces")),
 }
-"""Group of plug-ins → the package that contains them, one plug-in per file, and the names that each
-class of the group defines or inherits from its base class."""
+"""Group of plug-ins → the package that contains them, one plug-in per file, and the names of the
+methods and properties that each class of the group must define or inherit."""
 
 
 def _built_in(kind: str, group: str) -> list[type[Component]]:
-    """The public component classes, except abstract ones, that the module `kind` itself defines."""
+    """The public, concrete component classes that the module `kind` defines rather than imports."""
     module = importlib.import_module(f"{GROUPS[group][0]}.{kind}")
     return [
         value
@@ -97,7 +97,7 @@ def _built_in(kind: str, group: str) -> list[type[Component]]:
 
 
 def known_kinds(group: str) -> list[str]:
-    """The built-in kinds of a group: the modules in its package with a public component."""
+    """The built-in kinds of a group: the modules in its package that define a public component."""
     folder = Path(importlib.import_module(GROUPS[group][0]).__path__[0])
     names = sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
     return [name for name in names if _built_in(name, group)]
@@ -130,7 +130,7 @@ def load_component(spec: Any, *, group: str, default: str | None = None) -> Any:
             "not_a_component",
             f"{spec['kind']} is not a class derived from reftune.recipe.kinds.Component",
         )
-    # not `hasattr`, because every class itself can be called
+    # not `hasattr`, which finds `__call__` in every class
     found = {name for base in cls.__mro__ for name in vars(base)}
     missing = cls.__abstractmethods__ | {*GROUPS[group][1]} - found
     if missing:
@@ -189,8 +189,8 @@ def _user_object(kind: str) -> Any:
 
 @functools.cache
 def _user_module(path: Path, changed_ns: int, size: int) -> ModuleType | None:
-    """The module in the file `path`, of this size and last changed at this time; None if the file
-    is not a Python file. All names in a file come from one module, so that they share its state."""
+    """The module in the file `path`; None if the file is not a Python file. The file is loaded
+    again only if `changed_ns` or `size` changes, so that all its names share one state."""
     name = f"reftune_user_{path.stem}_{zlib.crc32(bytes(path)):08x}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
@@ -202,6 +202,6 @@ def _user_module(path: Path, changed_ns: int, size: int) -> ModuleType | None:
 
 
 def component_field(group: str, *, default: str | None = None) -> Any:
-    """The type of a recipe key that contains a plug-in of `group`, of kind `default` if unset."""
+    """The type of a recipe key that contains a plug-in of `group`, by default of kind `default`."""
     load = functools.partial(load_component, group=group, default=default)
     return SerializeAsAny[Annotated[Component, BeforeValidator(load)]]

@@ -19,8 +19,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     The key `extends` contains the path of another recipe, or a list of such paths, relative to the
     recipe's folder. Later recipes in the list override earlier recipes, and the recipe's own keys
-    override all of them. `merge` describes how one recipe overrides another. In `overrides`, null
-    removes a table, such as a stage; it sets any other key to null.
+    override all of them. `merge` describes how one recipe overrides another. An override with the
+    value null removes a table, such as a stage. It sets any other key to null.
     Raises: RecipeError if a recipe or an override cannot be read, or if the result is not valid.
     """
     data = read_yaml(Path(path))
@@ -94,9 +94,9 @@ def read_yaml(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of `base`, changed by `over`. If a key's value is a mapping in both, the two mappings
-    are merged, unless `over` names a different `kind`. A string counts as a mapping with only a
-    `kind` if the other value is a mapping. Any other value in `over` replaces the value in `base`.
-    If a key of `base` is null in `over`, the key is removed."""
+    are merged, unless `over` names a different `kind`. If one value is a string and the other is a
+    mapping, the string counts as a mapping with only a `kind`. Any other value in `over` replaces
+    the value in `base`. If a key of `base` is null in `over`, the key is removed."""
     result = dict(base)
     for key, value in over.items():
         old = result.get(key)

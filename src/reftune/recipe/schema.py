@@ -110,7 +110,7 @@ class EvaluateTable(Table):
     rerank: LocalPath | None = None
     """Reward model that scores the samples: a stage's name, or another run's stage folder."""
     stages: list[str] | None = None
-    """Methods to evaluate. May include `base`, the model before training, if it is pretrained.
+    """Methods to evaluate. `base`, the model before training, is allowed if it is pretrained.
     Default: all methods except `base`."""
     limit: int | None = Field(None, gt=0)
     """Evaluate only the first `limit` problems of the split."""
@@ -193,8 +193,8 @@ class Recipe(Table):
         return (*self.stages[stage].produces, stage)
 
     def methods_of(self, stage: str) -> tuple[str, ...]:
-        """The names of a stage's methods, which are all models that the stage saves, except the
-        final model if the stage's `is_method` is false."""
+        """The names of a stage's methods, which are the models that the stage saves. The final
+        model is left out if the stage's `is_method` is false."""
         saved = self.saved_by(stage)
         return saved if self.stages[stage].is_method else saved[:-1]
 

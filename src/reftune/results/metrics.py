@@ -14,16 +14,16 @@ class Metric:
     position."""
 
     key: str
-    """A name that no other chart has; of a logged metric, its name in `metrics.jsonl`."""
+    """A name that no other chart has. For a logged metric, its name in `metrics.jsonl`."""
     title: str
     explain: str
     """An explanation for newcomers."""
     _: KW_ONLY
     unit: Unit = "number"
     axis: Literal["steps", "sequences", "samples k"] = "steps"
-    """The horizontal axis. On `sequences`, the sequences trained on are counted, so that stages
-    whose steps differ in size can be compared. `samples k` is logarithmic; the vertical axis need
-    not include 0 then."""
+    """The horizontal axis. `sequences` counts the sequences trained on, so that stages whose steps
+    differ in size can be compared. `samples k` is logarithmic; with it, the vertical axis need not
+    include 0."""
     floor: float | None = None
     """Lower limit of the vertical axis, so that early outliers do not flatten the curve."""
     of_groups: bool = False
@@ -181,7 +181,7 @@ VOTING = {
     ),
     "pass": (
         "Any right (pass@k)",
-        "Chance that at least one of k samples is right. A perfect judge would be this accurate.",
+        "Chance that at least one of k samples is right, so that a perfect judge could choose it.",
     ),
 }
 """Decision rule → title and explanation of its chart."""

@@ -48,8 +48,8 @@ class TrainingSample:
 
 @dataclass(frozen=True, slots=True)
 class SampleFile:
-    """A stage's `samples.jsonl`, or an empty sequence if there is none. Iterating may raise a
-    DataError for a damaged line."""
+    """Iterates over the solutions in a stage's `samples.jsonl`; over none if the file does not
+    exist. Iterating may raise a DataError for a damaged line."""
 
     path: Path
 
@@ -96,15 +96,15 @@ class StageResults:
 
     @property
     def is_method(self) -> bool:
-        """Whether the stage's model solves problems. Until the stage is done and `stage.json` says
-        whether it does, all kinds except `reward_model` count as methods."""
+        """Whether the stage's model solves problems. Once the stage is done, `stage.json` says so.
+        Until then, all kinds except `reward_model` count as methods."""
         return bool(self.info.get("is_method", self.kind != "reward_model"))
 
 
 BASE = StageResults(
     name="base", kind="", init="base", num_samples=1, metrics=(), samples=(), info={}
 )
-"""Stands for the stage of the method `base`, which no stage has trained."""
+"""Stands in for a stage if the method is `base`, which no stage has trained."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,8 +142,8 @@ class RunResults:
         return BASE if method == "base" else self.stages[method]
 
     def whole_of(self, snapshot: StageResults) -> StageResults | None:
-        """The stage that saved a snapshot, if the snapshot's model is also the stage's; otherwise
-        None."""
+        """The stage that saved a snapshot, if the stage chose the same model; None if it did
+        not."""
         whole = self.stages.get(str(snapshot.info.get("snapshot_of")))
         return whole if whole is not None and whole.chosen_step == snapshot.chosen_step else None
 
@@ -255,10 +255,10 @@ def _whole(
     evals: Mapping[str, tuple[EvalRow, ...]], recipe: Mapping[str, Any], sizes: Mapping[str, int]
 ) -> dict[str, tuple[EvalRow, ...]]:
     """The evaluations that are complete. An evaluation is incomplete if it contains only the first
-    part of the longest evaluation's problems, or if it has fewer problems than `sizes` (the split
-    sizes in data.json) and the recipe's limit imply. An evaluation whose problems are not the first
-    problems of the longest evaluation always counts as complete, so that the caller can report the
-    difference."""
+    part of the longest evaluation's problems. It is also incomplete if it has fewer problems than
+    both the recipe's limit and the split, whose size is in `sizes` (from data.json). But if its
+    problems are not the first ones of the longest evaluation, it counts as complete, so that the
+    caller can report the difference."""
     ids = {name: [row.id for row in rows] for name, rows in evals.items()}
     longest = max(ids.values(), key=len, default=[])
     size = sizes.get(evaluated_split(recipe), 0)

@@ -36,9 +36,9 @@ def wilson(num_correct: float, n: int) -> Interval:
 
 
 def accuracy_interval(outcomes: ArrayLike) -> Interval:
-    """95% Wilson interval of the mean of `outcomes`, which lie between 0 and 1. If some of them lie
-    between, as with pass@k, the interval tends to be too wide, because their variance is smaller
-    than that of answers that are right or wrong."""
+    """95% Wilson interval of the mean of `outcomes`, which are numbers from 0 to 1. If some are
+    neither 0 nor 1, as with pass@k, the interval tends to be too wide, because it assumes the
+    larger variance of outcomes that are all 0 or 1."""
     values = np.asarray(outcomes, dtype=float)
     return wilson(float(values.sum()), values.size)
 
@@ -141,9 +141,9 @@ def paired_interval(differences: ArrayLike) -> Interval:
 
         d ± z √((q − d²) / m),   d = Σ differences / m,   q = (Σ differences² + 2) / m,   m = n + 2
 
-    This is the normal interval after two problems are added, of which each method alone solves one.
-    It has a width even if all differences are equal. Source: Bonett and Price (2012), for outcomes
-    that are 0 or 1.
+    This is the normal interval after two problems are added: one that only the first method solves,
+    and one that only the second solves. It has a width even if all differences are equal. Source:
+    Bonett and Price (2012), for outcomes that are 0 or 1.
     """
     own = np.asarray(differences, dtype=float)
     n = own.size + 2
@@ -161,15 +161,15 @@ def seeds_interval(
     *,
     same_problems: bool,
 ) -> Interval:
-    """95% interval of the average of the seeds' means, for new seeds and new problems. `values` has
-    one array per seed. `over_problems` returns the interval of one array's mean for new problems.
-    With a single seed, this interval is the result.
+    """95% interval of the average of the seeds' means. It covers chance in the choice of seeds and
+    of problems. `values` has one array per seed. `over_problems` returns an interval of one array's
+    mean that covers only the choice of problems. With a single seed, this interval is the result.
 
     If each seed has its own problems, the spread of the seeds' means also reflects the choice of
     problems. The result is Student's t interval of the means, widened where necessary to contain
     the interval of all problems together. If all seeds have the same problems, the choice of
-    problems affects all means alike, so two margins are added as squares: that of Student's
-    interval, and that of the interval for the problems' averages over the seeds. Source: Student
+    problems affects all means alike. Two margins are then added in quadrature: that of Student's
+    interval, and that of `over_problems` for the problems' averages over the seeds. Source: Student
     (1908); Zou and Donner (2008).
     """
     seeds = [np.asarray(each, dtype=float) for each in values]

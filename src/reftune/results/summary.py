@@ -230,7 +230,7 @@ def group_runs(runs: Sequence[RunResults]) -> list[Group]:
 
 
 def _group_label(runs: Sequence[RunResults]) -> str:
-    """The name of the runs. If their names end with their seeds, it is what comes before them."""
+    """The first run's name, without the seed at its end if the runs' names differ only in that."""
     bases = {re.sub(rf"[-_.]?(s|seed)?[-_]?(?<!\d)0*{run.seed}$", "", run.name) for run in runs}
     is_numbered = len({run.name for run in runs}) > 1 == len(bases)
     return (is_numbered and bases.pop()) or runs[0].name
@@ -305,10 +305,10 @@ def _score(seeds: Sequence[Outcomes], shared: bool) -> Score:
 def _comparisons(
     methods: Sequence[MethodScore], baseline: str, shared: bool
 ) -> Iterator[Comparison]:
-    """Compares each method with the methods before it in `methods`. Two methods of the same group
-    are always compared; if they are one model, whose samples differ only by chance, their votes are
-    not. Two methods of different groups are compared only if the groups can be paired, and if the
-    methods have the same name or one of them is the baseline."""
+    """Compares each method with the methods before it in `methods`. Two methods of one group are
+    always compared. But if both are the same model, only their greedy answers are compared, because
+    their samples differ only by chance. Two methods of different groups are compared only if the
+    groups can be paired, and if the methods have the same name or one of them is the baseline."""
     for b, a in combinations(methods, 2):
         is_asked = a.method == b.method or baseline in (a.label, b.label)
         if a.group is b.group or (is_asked and _are_paired(a.group, b.group)):
@@ -325,8 +325,9 @@ def _are_one_model(a: MethodScore, b: MethodScore) -> bool:
 
 
 def _model_of(run: RunResults, method: str) -> str:
-    """The method with which `method` shares its model: its `init` if it never beat that one on dev,
-    the stage if it is a snapshot of the stage's chosen step, and otherwise itself."""
+    """The method whose model `method` has. If `method` never beat its `init` on dev, this is the
+    `init`. If `method` is a snapshot of its stage's chosen step, it is the stage. If neither is
+    true, it is `method` itself."""
     stage = run.stages.get(method)
     if stage is None:
         return method
@@ -423,8 +424,8 @@ class Handover:
 
     @property
     def is_ready(self) -> bool:
-        """Whether dev accuracy was at least `NEEDED_ACCURACY` and no longer rose, as far as dev can
-        tell."""
+        """Whether dev accuracy was at least `NEEDED_ACCURACY` and no longer rose. False if dev has
+        too few problems to tell."""
         is_flat = not (self.rise.is_beyond_chance or self.rise.is_uncertain)
         return is_flat and self.accuracy >= NEEDED_ACCURACY
 
@@ -440,7 +441,7 @@ class Handover:
 
 
 def handovers(run: RunResults) -> list[Handover]:
-    """The hand-overs to all RL stages whose start `last_rise` can judge."""
+    """One `Handover` for each RL stage for whose initial model `last_rise` finds a rise."""
     return [
         Handover(stage=name, init=stage.init, rise=found[0], accuracy=found[1])
         for name, stage in run.stages.items()

@@ -128,7 +128,7 @@ def _runner_up(best: MethodScore, base: MethodScore, table: ScoreTable) -> str:
     if other is None:
         return ""
     against = table.between(best.label, other.label)
-    doubt = "" if against is None or against.significant else "; the difference is within the noise"
+    doubt = "" if against is None or against.significant else ", not significantly lower"
     return f" Next is {display(other.label)} with {percent(other.greedy.accuracy)}{doubt}."
 
 
@@ -141,13 +141,13 @@ def _chosen_sentence(table: ScoreTable) -> str:
     if not looks:
         return ""
     apart = f"; {table.split} problems played no part in this choice"
-    scored = apart if table.split != "dev" else ", and scored on dev again, which flatters them"
+    scored = apart if table.split != "dev" else ", so these dev accuracies tend to be too high"
     return f"Models were chosen by dev accuracy (dev evaluations: {', '.join(looks)}){scored}."
 
 
 def rise_line(rise: Rise, accuracy: float) -> str:
-    """A line that states whether RL or more SFT should follow. `accuracy` is that after the
-    rise."""
+    """A line that states whether RL or more SFT should follow. `accuracy` is the dev accuracy after
+    the rise."""
     text = _rise_text(rise)
     if rise.is_beyond_chance:
         return (

@@ -87,8 +87,8 @@ def _sizes(recipe: Recipe, device: torch.device) -> Sizes:
 
 
 def _is_tiny(scratch: ScratchTable, room: float) -> bool:
-    """Whether a model need not be traced, because even the largest sizes need less than a quarter
-    of `room` bytes. A block is assumed to keep at most 400 bytes per token and hidden unit."""
+    """Whether no estimate is needed, because even the largest sizes take less than a quarter of
+    `room` bytes. A block is assumed to keep at most 400 bytes per token and hidden unit."""
     return bool(LARGEST_TOKENS[0] * scratch.layers * scratch.hidden_size * 400 < room / 4)
 
 

@@ -132,7 +132,7 @@ class FinalEvaluation:
                 add_scores(path, self.problems, classifier)
 
     def check_reranker(self) -> None:
-        """Raises: ModelError if a reranker from another run lacks the base model's tokenizer."""
+        """Raises: ModelError if another run's reranker does not use the base model's tokenizer."""
         name = self.recipe.evaluate.rerank
         if name is not None and name not in self.recipe.stages:
             require_same_tokenizer(

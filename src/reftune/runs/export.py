@@ -116,7 +116,7 @@ def push_model(folder: Path, repository: str, *, public: bool = False) -> str:
     except Exception as error:  # noqa: BLE001  the Hub's HTTP client raises errors of its own
         raise ModelError(
             f"{repository}: cannot be pushed: {brief(error)}; the model stays in {folder}"
-            " (`hf auth login` logs in)"
+            " (to log in to the Hub, run `hf auth login`)"
         ) from None
     return str(address)
 

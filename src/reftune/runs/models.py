@@ -32,8 +32,8 @@ class Models:
     def __init__(self, recipe: Recipe, splits: Splits) -> None:
         self.recipe, self.splits = recipe, splits
         self.kept: dict[tuple[str, bool], Policy] = {}
-        """Contains at most one policy. Its key is the model's name, and whether the policy was
-        built for training with adapters or gradient checkpointing."""
+        """Contains at most one policy. Its key consists of the model's name, and of whether the
+        policy was built for training with adapters or gradient checkpointing."""
 
     def load(self, name: str, *, trained: bool = False) -> Policy:
         """The model `name` as a policy. With `trained`, the policy is built for training: if the
@@ -57,7 +57,7 @@ class Models:
             gc.collect()
 
     def take(self, name: str) -> Policy:
-        """A policy to train. It is not kept, because training changes it."""
+        """The model `name` as a policy to train. It is not kept, because training changes it."""
         policy = self.load(name, trained=True)
         self.kept.clear()
         return policy
@@ -140,7 +140,7 @@ def check_stage_graph(recipe: Recipe) -> None:
                 raise RecipeError(f"stages.{name}: two stages save the method {method}")
             made.add(method)
         known += recipe.methods_of(name)
-    methods = known if recipe.model.path is not None else known[1:]  # an untrained model is none
+    methods = known if recipe.model.path is not None else known[1:]  # not a from-scratch base
     for key in ("stages", "sampled"):
         for method in getattr(recipe.evaluate, key) or ():
             if method not in methods:

@@ -151,7 +151,7 @@ class Run:
         policy.require_known([*encoded, [encoder.end_of(encoder.format.prompt(train[0]))]])
 
     def verify_engine(self) -> None:
-        """Raises: RecipeError if the engine cannot work here, as far as it can tell."""
+        """Raises: RecipeError if the engine finds that it cannot work on this machine."""
         getattr(self.recipe.engine, "verify", lambda: None)()
 
     def is_trained(self, name: str) -> bool:
@@ -242,7 +242,7 @@ def _require_same_problems(splits: Splits) -> None:
     if different:
         raise DataError(
             f"dataset: the {' and '.join(different)} problems differ between processes; expected"
-            " the same files and packages on every machine and, for generated questions, one"
+            " the same files and packages on every machine and, for generated questions, the same"
             " PYTHONHASHSEED"
         )
 

@@ -176,7 +176,7 @@ class Estimate:
 
     @property
     def gathered(self) -> float:
-        """Bytes of the weights that FSDP2 gathers to sample or score. A value model of its own is
+        """Bytes of the weights that FSDP2 gathers to sample or score. A separate value model is
         gathered too; it has no output head."""
         outline = self.outline
         if not self.cost.value_model:
@@ -184,8 +184,9 @@ class Estimate:
         return 2 * outline.gathered - FP32 * (outline.total - outline.backbone)
 
     def _sampler(self, copies: float) -> float:
-        """Bytes of a model that is loaded only to sample, and of the engine's copies of it. They
-        are `copies` if the model is built as the policy is. Every device holds all of it."""
+        """Bytes of a model that is loaded only to sample, and of the engine's copies of its
+        weights. Every device holds all of this. `copies` is the size of the copies that the engine
+        makes of the policy's weights, in bytes."""
         outline, table = self.outline, self.outline.table
         is_frozen = table.lora is not None or table.gradient_checkpointing
         if is_frozen:
@@ -193,8 +194,8 @@ class Estimate:
         return outline.weights + copies
 
     def _sampling(self, rows: int) -> tuple[dict[str, float], float]:
-        """The bytes needed to sample, by purpose, if the engine decodes with a policy's weights,
-        and the bytes of its copies of weights that are not split."""
+        """Two results for an engine that decodes with the policy's weights: the bytes needed to
+        sample, by purpose, and the bytes of the engine's copies of weights that are not split."""
         if self.requests is not None:
             rows = min(rows, math.ceil(self.requests / self.devices))
         outline = self.outline

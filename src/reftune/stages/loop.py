@@ -1,5 +1,5 @@
-"""The loop that all stages share. It resumes, takes steps, evaluates on dev, saves checkpoints and
-keeps the best model."""
+"""The loop that all stages share. It resumes a stage, takes its steps, evaluates on dev, saves
+checkpoints and keeps the best model."""
 
 from __future__ import annotations
 
@@ -233,7 +233,7 @@ class Loop:
     def _saving(self) -> Iterator[None]:
         """If the engine fails inside the block, save a checkpoint. The engine's error must be
         raised in every process, before the step or the evaluation changes the stage's state.
-        Raises: Interrupted if a signal has come, which may have stopped the engine too."""
+        Raises: Interrupted instead if a signal has come, as it may have stopped the engine too."""
         try:
             yield
         except EngineError as error:
@@ -262,7 +262,7 @@ class Loop:
         return self.total_steps if self.state.ends_at is None else self.state.ends_at
 
     def _share(self, n: int) -> float:
-        """Each learning rate at step `n`, as a share of its peak."""
+        """The share of its peak that each learning rate has at step `n`."""
         share = rate(self.table.optimizer, step=n, total_steps=self.total_steps)
         ends_at = self.state.ends_at
         if ends_at is None:
@@ -278,7 +278,7 @@ class Loop:
         """Take an optimizer step as part of step `n`. `gradient()` accumulates the gradient and
         returns metrics. Return these metrics and the gradient's norm. If the loss or the gradient
         is not finite, leave the weights unchanged, save the samples that `rows()` returns, and
-        return no metrics. Raises: NonFiniteError unless the recipe allows skipping the step."""
+        return no metrics. Raises: NonFiniteError if the recipe does not allow skipping the step."""
         table = self.table.optimizer
         try:
             metrics = gradient()
@@ -385,8 +385,8 @@ class Loop:
         return found is not None
 
     def _restore(self, found: Checkpoint) -> int:
-        """Restore the stage from a checkpoint. Returns: the size that samples.jsonl had then, in
-        bytes. Raises: CheckpointError if the checkpoint does not belong to this stage."""
+        """Restore the stage from a checkpoint. Returns: the size in bytes that samples.jsonl had at
+        the checkpoint. Raises: CheckpointError if the checkpoint does not belong to this stage."""
         context, state = self.context, dict(found.state)
         try:
             samples_bytes = int(state.pop("samples_bytes"))
@@ -397,8 +397,8 @@ class Loop:
         except (LookupError, TypeError, ValueError, RuntimeError) as error:
             reason = f"{type(error).__name__}: {brief(error)}"
             raise CheckpointError(
-                f"{found.folder}: belongs to another model or version: {reason}; choose another"
-                " run_dir"
+                f"{found.folder}: belongs to another model or reftune version: {reason}; choose"
+                " another run_dir"
             ) from None
         if None not in (initial, self._initial) and initial != self._initial:
             raise CheckpointError(
@@ -471,10 +471,10 @@ class Loop:
 
 
 def _is_candidate(context: StageContext) -> bool:
-    """Whether the initial model is evaluated on dev too, so that the stage may choose it. An
-    untrained model is not evaluated. Before supervised training, a pretrained `base` usually does
-    not know the form of an answer. It is therefore evaluated only if the stage learns from samples
-    and reads no other model."""
+    """Whether the initial model is evaluated on dev too, so that the stage may choose it. A model
+    other than `base` is always evaluated; an untrained `base` never is. A pretrained `base` usually
+    does not know the form of an answer yet, so it is evaluated only if the stage learns from
+    samples and reads no other model."""
     stage, is_pretrained = context.stage, context.recipe.model.path is not None
     learns_from_itself = stage.reads_questions and set(stage.needs) == {"base"}
     return stage.init != "base" or (is_pretrained and learns_from_itself)

@@ -39,7 +39,7 @@ dtype."""
 NF4 = 0.5 + 4 / 64
 """Bytes per 4-bit weight. A block of 64 weights shares a 4-byte scale."""
 FEW, MORE = 2, 4
-"""A pass is traced with these two numbers of sequences. The cost of other numbers is
+"""A pass is traced with these two numbers of sequences. Its cost with any other number is
 extrapolated."""
 
 
@@ -63,7 +63,7 @@ class Prefill:
     casts: float
     """Bytes of the copies of weights that sampling keeps in memory."""
     momentary: float
-    """Peak number of bytes in use in addition to these copies and the cache."""
+    """Peak number of bytes in use in addition to `casts` and `cache`."""
     cache: float
     """Bytes of the keys and values of the prompts."""
 
@@ -261,7 +261,7 @@ def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kw
 
 
 def _attention_backward_flops(grad: Tensor, *states: Any, **kwargs: Any) -> int:
-    # 5 matrix products against the forward pass's 2: 1 recomputes the scores, 4 yield gradients
+    # 5 matrix products (2 in the forward pass): 1 recomputes the scores, and 4 yield gradients
     return 5 * _attention_flops(*states) // 2
 
 

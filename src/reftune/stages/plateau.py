@@ -1,5 +1,5 @@
-"""Decides when a warm-up is finished: whether dev accuracy still rises, and how long the cooldown
-lasts after that (docs/handover.md)."""
+"""Decides whether dev accuracy still rises during a warm-up and, if not, how long the learning rate
+falls before the warm-up ends. This last part is the cooldown (docs/handover.md)."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ LOOKS = 4
 """Number of dev evaluations over which a rise is measured. docs/experiments/handover.md compares
 the values 2 to 5."""
 LARGE_MARGIN = 0.1
-"""Margins beyond this, as with fewer than about 100 dev problems, do not show whether a warm-up is
-finished."""
+"""If the margin of a rise is larger, as with fewer than about 100 dev problems, the rise does not
+show whether a warm-up is finished."""
 Z95 = 1.959963984540054
 """The 97.5% quantile of the standard normal distribution."""
 COOLDOWN = 10
@@ -37,7 +37,7 @@ class Rise:
 
     @property
     def is_uncertain(self) -> bool:
-        """Whether the interval is so wide that accuracy may have changed by much unnoticed."""
+        """Whether the interval is so wide that a large change in accuracy could go unnoticed."""
         return self.margin > LARGE_MARGIN
 
 

@@ -126,8 +126,8 @@ class Solution:
 
 
 def labelled(samples: Samples) -> list[Solution]:
-    """The distinct solutions among a problem's samples. Solutions without an answer count as
-    wrong."""
+    """The distinct solutions among a problem's samples, each labelled as correct or wrong.
+    Solutions without an answer are labelled as wrong."""
     labels = {attempt.completion: int(attempt.correct) for attempt in samples.attempts}
     return [
         Solution(problem=samples.problem, text=text, label=label) for text, label in labels.items()
@@ -148,7 +148,7 @@ class Judged(NamedTuple):
 
 
 class Classifier(nn.Module):
-    """A linear layer on top of a policy's transformer, with two outputs and no bias."""
+    """A policy's transformer with a linear layer on top. This layer has two outputs and no bias."""
 
     likelihood: nn.Linear | None
     """Maps a solution's log-likelihood to the term that is added to the logit of `correct`. None if
@@ -166,8 +166,8 @@ class Classifier(nn.Module):
 
     @torch.no_grad()
     def add_likelihood(self, solutions: Sequence[Solution]) -> None:
-        """Let the score depend on the log-likelihood. The new layer's initial weights standardise
-        the log-likelihood over about `STANDARDIZED` of the `solutions`."""
+        """Add a layer that lets the score depend on the log-likelihood. Its initial weights
+        standardise the log-likelihood over about `STANDARDIZED` of the `solutions`."""
         some = solutions[:: max(1, len(solutions) // STANDARDIZED)]
         batch = self.solution_batch([(s.problem, s.text) for s in some])
         found = self.policy.score(batch).logprobs.sum(1)
@@ -216,8 +216,8 @@ class Classifier(nn.Module):
 
     @torch.no_grad()
     def scores(self, solutions: Sequence[tuple[Problem, str]]) -> list[float]:
-        """Probability that each solution is correct, computed without dropout. Repeated solutions
-        to a problem are scored only once."""
+        """For each solution, the probability that it is correct, computed without dropout. Repeated
+        solutions to a problem are scored only once."""
         once = {(problem.id, text): (problem, text) for problem, text in solutions}
         distinct, scores = [*once.values()], []
         for start in range(0, len(distinct), SOLUTIONS_AT_ONCE):
@@ -227,7 +227,7 @@ class Classifier(nn.Module):
         return [score_of[problem.id, text] for problem, text in solutions]
 
     def _probabilities(self, batch: TokenBatch) -> Tensor:
-        """Probability that each solution is correct, of shape (B,)."""
+        """For each solution of the batch, the probability that it is correct. Shape (B,)."""
         scores = torch.zeros(len(batch), device=self.policy.device)
         whole = sharding.current.whole(self, self.policy.compute_dtype)
         with whole, self.policy.inference():
@@ -275,9 +275,9 @@ def load_classifier(policy: Policy, encoder: Encoder, folder: Path) -> Classifie
 def accumulate_loss(
     classifier: Classifier, solutions: Sequence[Solution], *, lm_coef: float = 0.0
 ) -> dict[str, float]:
-    """Accumulate the gradient of the loss, which is the labels' mean cross-entropy plus `lm_coef`
-    times the mean negative log-likelihood of the correct solutions' tokens. Returns: metrics.
-    Raises: the errors of `accumulate_gradient`."""
+    """Accumulate the gradient of the loss: the mean cross-entropy of the labels, plus `lm_coef`
+    times the correct solutions' negative log-likelihood per token. Returns: metrics. Raises: the
+    errors of `accumulate_gradient`."""
     batch = classifier.solution_batch([(s.problem, s.text) for s in solutions])
     labels = torch.tensor([s.label for s in solutions], device=classifier.policy.device)
     has_correct = bool(labels.any())
@@ -306,7 +306,7 @@ def accumulate_loss(
 
 
 def dev_metrics(classifier: Classifier, drawn: Sequence[Samples]) -> dict[str, float]:
-    """How well the classifier chooses one of the solutions to each problem. Solutions without an
+    """Metrics of how well the classifier chooses a solution to each problem. Solutions without an
     answer cannot be chosen. If no solution to a problem has an answer, the problem counts as wrong.
     `dev/accuracy` is the share of problems whose highest-scoring solution is correct. `dev/chance`
     is the expected share if the solution is chosen at random. `dev/chance_margin` is half the width

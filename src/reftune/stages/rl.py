@@ -252,8 +252,8 @@ class Trainer:
 
     def update(self, batch: RolloutBatch, n: int) -> dict[str, float]:
         """Make `updates` passes over the rollout, with `minibatches` optimizer steps each, and
-        return metrics. The first step whose loss or gradient is not finite ends all passes, even if
-        the recipe allows skipping it. Raises: NonFiniteError if the recipe does not allow this."""
+        return metrics. If the loss or the gradient of an optimizer step is not finite, the update
+        ends there. Raises: NonFiniteError if the recipe does not allow skipping this step."""
         started = time.perf_counter()
         self.policy.train(self.algorithm.trains_with_dropout)
         steps: list[dict[str, float]] = []
@@ -311,9 +311,9 @@ class Trainer:
         )
 
     def _features_and_returns(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each additional rollout that has rewards: hidden states (N, H) and discounted returns
-        (N,) of the response tokens. The returns include no KL penalty, because the policy still
-        equals its reference. The rollouts' tokens count towards the stage's cost."""
+        """For each additional rollout that has rewards, yield the hidden states (N, H) and the
+        discounted returns (N,) of its N response tokens. The returns include no KL penalty, because
+        the policy still equals its reference. The tokens count towards the stage's cost."""
         for n in range(1, self.stage.value_prefit + 1):
             solutions, metrics = self.sample(n, "prefit")
             self.loop.spend(metrics)
@@ -360,9 +360,9 @@ def per_token(tokens: TokenBatch, numbers: Sequence[Sequence[float]]) -> Tensor:
 
 
 def credited_by(algorithm: Algorithm, batch: RolloutBatch) -> RolloutBatch:
-    """The batch that the algorithm's `credit` returns. Raises: RecipeError if it is not a batch of
-    the same samples, or if its advantages or returns have another shape than (B, R); advantages may
-    also be (B, 1)."""
+    """The batch that the algorithm's `credit` returns. Raises: RecipeError if it is not a
+    `RolloutBatch` of the same size, or if it contains returns of a shape other than (B, R), or
+    advantages of a shape other than (B, R) or (B, 1)."""
     credited: object = algorithm.credit(batch)
     where = f"algorithm {algorithm.kind}: credit returned"
     if not isinstance(credited, RolloutBatch) or len(credited) != len(batch):
@@ -381,8 +381,8 @@ def credited_by(algorithm: Algorithm, batch: RolloutBatch) -> RolloutBatch:
 
 
 def checked_terms(terms: object, kind: str) -> LossTerms:
-    """What `loss` of the algorithm `kind` returned. Raises: RecipeError unless it is `LossTerms`
-    with a scalar total that has a gradient."""
+    """`terms`, which the `loss` of the algorithm `kind` has returned. Raises: RecipeError unless
+    `terms` is `LossTerms` with a scalar total that has a gradient."""
     total = getattr(terms, "total", None)
     is_loss = isinstance(total, Tensor) and total.dim() == 0 and total.requires_grad
     if isinstance(terms, LossTerms) and is_loss:
@@ -414,8 +414,8 @@ def correct_mismatch(
 
 
 def rollout_metrics(solutions: Sequence[Solution]) -> dict[str, float]:
-    """Metrics of the samples: rewards, verdicts and lengths. The mean of a named part of the reward
-    is over the samples that have this part."""
+    """Metrics of the samples: rewards, verdicts and lengths. A named part of the reward is averaged
+    over the samples that have this part."""
     count = max(1, len(solutions))
     verdicts = Counter(s.graded.verdict for s in solutions)
     finished = Counter(s.completion.finish_reason for s in solutions)

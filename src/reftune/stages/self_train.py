@@ -133,10 +133,10 @@ class SelfTrain(Sampled):
     keep: int = Field(10, gt=0)
     """Maximum number of distinct correct samples kept per problem."""
     gold: Literal["once", "paper"] = "once"
-    """How often a gold solution is used. With `paper`, as in the data files of ReFT's authors, it
-    is used twice, or once if a sample is identical to it."""
+    """How many rows a gold solution adds: 1 with `once`, 2 with `paper`, as in the data files of
+    ReFT's authors. The number is one lower if a kept sample repeats the gold solution."""
     sft: Schedule
-    """The keys of an `sft` stage, except `kind`, `init`, `snapshots` and `until`."""
+    """How to train: the keys of an `sft` stage, except `kind`, `init`, `snapshots` and `until`."""
 
     def line(self) -> str:
         sampled = f"{counted(self.samples, 'sample')} per problem from {self.sampler}"
@@ -162,8 +162,8 @@ class SelfTrain(Sampled):
         train_in_epochs(self.sft, context, imitation(context.policy, examples), start=start)
 
     def examples(self, drawn: Sequence[Samples], context: StageContext) -> list[Example]:
-        """The rows to train on. Solutions that are too long are dropped first; at most `keep` of
-        the others are chosen per problem. Raises: DataError if no row is left."""
+        """The rows to train on: for each problem, at most `keep` correct samples and the gold
+        solution. Overlong solutions are dropped first. Raises: DataError if no row is left."""
         collector, policy = context.collector, context.policy
         encoder = collector.encoder
         join = join_once if self.gold == "once" else join_as_paper
@@ -180,8 +180,8 @@ class SelfTrain(Sampled):
             kept += [rows[text] for text in join(correct, gold, self.keep, same)]
         if not kept:
             raise DataError(
-                f"stages.{context.name}: nothing to train on: {describe(drawn)}, and no gold"
-                f" rationale fits in {collector.limits(policy)}"
+                f"stages.{context.name}: nothing to train on: {describe(drawn)}; neither a correct"
+                f" sample nor a gold rationale fits in {collector.limits(policy)}"
             )
         return kept
 
@@ -190,12 +190,12 @@ class SelfTrain(Sampled):
 
 
 Same = Callable[[str], str]
-"""Solution → a text that is equal for solutions that count as repeats."""
+"""Maps a solution to a text. Solutions with equal texts count as repeats of each other."""
 
 
 def distinct(texts: Sequence[str], same: Same = str.strip) -> list[str]:
-    """The first of every group of solutions that are the `same`. By default, solutions that differ
-    only in leading or trailing white space are."""
+    """The first of every group of solutions for which `same` returns equal texts. By default, the
+    solutions of a group differ only in leading or trailing white space."""
     first: dict[str, str] = {}
     for text in texts:
         first.setdefault(same(text), text)
@@ -203,8 +203,9 @@ def distinct(texts: Sequence[str], same: Same = str.strip) -> list[str]:
 
 
 def less_answer(text: str) -> str:
-    """A solution in words, without outer white space and without its last line if that line states
-    the answer (as 1/2 or 0.5, for example)."""
+    """A solution in words, without outer white space. If its last line contains an answer marker,
+    such as `####`, the text from this marker on is dropped too, so that 1/2 and 0.5 count as the
+    same answer."""
     *_, begins = 0, *(marker.start() for marker in marker_pattern(()).finditer(text))
     is_last_line = "\n" not in text[begins:].strip()
     return (is_last_line and text[:begins].strip()) or text.strip()

@@ -119,8 +119,8 @@ class Example:
 def gold_examples(
     problems: Sequence[Problem], collector: Collector, policy: Policy
 ) -> list[Example]:
-    """One example for each problem that has a gold rationale, unless it is too long. Raises:
-    DataError if there is no example."""
+    """One example for each problem that has a gold rationale. Examples that are too long are left
+    out. Raises: DataError if no example is left."""
     encoder = collector.encoder
     examples = [
         Example(encoder.prompt(problem), encoder.target(problem))
@@ -146,14 +146,14 @@ class Task(Generic[E]):
     """Accumulates the gradient of some examples and returns metrics. Raises: the errors of
     `accumulate_gradient`."""
     show: Callable[[Sequence[E]], Sequence[Mapping[str, Any]]]
-    """Some examples in readable form, to be saved if the loss or the gradient is not finite."""
+    """Returns examples in readable form, to be saved if the loss or the gradient is not finite."""
     look: Callable[[], Look] | None = None
     """Evaluates the model on dev. None if the model is a policy, because `Loop` can evaluate a
     policy itself."""
 
 
 def imitation(policy: Policy, examples: Sequence[Example]) -> Task[Example]:
-    """The task of reproducing the targets of examples."""
+    """The task of training `policy` to reproduce the targets of `examples`."""
 
     def gradient(rows: Sequence[Example]) -> dict[str, float]:
         batch = token_batch(

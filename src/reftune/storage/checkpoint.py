@@ -109,8 +109,8 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
 
 def _flat(state: Mapping[str, Any]) -> dict[str, Any]:
     """One parameter's optimizer state, with the tensors of nested dicts moved to the top level.
-    bitsandbytes nests its quantized state, but can load the flat form too. Its tables `qmap…` are
-    shared by all parameters, which safetensors rejects, so they are copied."""
+    bitsandbytes nests its quantized state, but can load the flat form too. All parameters share its
+    tables `qmap…`. These are copied, because safetensors rejects shared tensors."""
     flat: dict[str, Any] = {}
     for key, value in state.items():
         flat |= value if isinstance(value, Mapping) else {key: value}

@@ -79,8 +79,8 @@ def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
 
 
 def make_readable(folder: Path) -> None:
-    """Let everyone who may read `folder` read what is in it. safetensors lets only the owner read
-    its files. Raises: OSError for a disk error."""
+    """Let everyone who may read `folder` read what is in it. safetensors writes files that only
+    their owner may read. Raises: OSError for a disk error."""
     readable = folder.stat().st_mode & 0o444
     for path in folder.rglob("*"):
         path.chmod(path.stat().st_mode | readable)

@@ -121,8 +121,8 @@ BEFORE_CLAIM = frozenset(
 ENVIRONMENT = ("reftune", "torch", "transformers", "accelerate", "peft", "pydantic-monty", "numpy")
 TRAINING = "training"
 TRAINING_KEYS = {"optimizer", "save_every_s", "keep"}
-"""A table with all these keys sets how a stage trains. The table is a stage or, in self-training, a
-stage's table `sft`. Below, `TRAINING` stands for either name."""
+"""A recipe's table with all these keys sets how a stage trains. It is the stage's own table or, in
+self-training, its table `sft`. In the paths below, `TRAINING` stands for any such table."""
 CHANGES_NO_RESULT = (
     *("run_dir", "check", "trackers", "tracker_rollouts", "engine.weights_dir"),
     *(f"{TRAINING}.{key}" for key in ("save_every_s", "keep")),
@@ -133,16 +133,16 @@ CHANGES_ROUNDING = (
     *("model.micro_batch_tokens", "model.gradient_checkpointing"),
     *("engine.batch_size", "engine.memory", "engine.server"),
 )
-"""Keys for a run's memory, or for where it samples. They change results only by rounding."""
+"""Keys that set a run's memory use or where it samples. They change results only by rounding."""
 
 
 @contextmanager
 def claimed(folder: RunFolder, recipe: Recipe, splits: Splits) -> Iterator[list[str]]:
     """Claim the folder for this run, and lock it inside the block. `recipe` replaces the folder's
-    recipe. If `recipe` sets more steps or epochs for a stage, this stage is reopened, so that its
-    training continues, and its evaluation is set aside. If `recipe` evaluates differently, all
-    evaluations are set aside. In both cases, and if other methods are to be evaluated, the old
-    summary is deleted.
+    old recipe. A stage with more steps or epochs than in the old recipe is reopened: its training
+    continues, and its evaluation is set aside. If the two recipes evaluate differently, all
+    evaluations are set aside. In both cases, and if the recipes have different stages or methods to
+    evaluate, the old summary is deleted.
 
     Yields: notes for the user on changes that affect results. Raises: the errors of
     `refuse_foreign`; DataError if the problems have changed since the run began; CheckpointError if
@@ -211,8 +211,8 @@ def readable_errors(folder: RunFolder) -> Iterator[None]:
 
 
 def data_facts(splits: Splits) -> dict[str, Any]:
-    """The content of `data.json`: the number of problems in each split (training problems with and
-    without a rationale apart), of rows dropped for each reason, and a hash of each split."""
+    """The content of `data.json`: the size and a hash of each split, and the number of rows dropped
+    for each reason. Training problems without a rationale are counted separately."""
     with_rationale = sum(problem.rationale is not None for problem in splits.train)
     sizes = {"train": with_rationale, "dev": len(splits.dev), "test": len(splits.test)}
     return {
@@ -255,8 +255,8 @@ def refuse_changed_data(folder: RunFolder, splits: Splits) -> None:
 
 def refuse_foreign(folder: RunFolder, recipe: Recipe) -> bool:
     """Return True if no run has claimed the folder yet, and False if this run has. Raises: the
-    errors of `lengthened_stages`; CheckpointError if the folder is not a run's but contains files
-    that are not in `BEFORE_CLAIM`."""
+    errors of `lengthened_stages`; CheckpointError if no run has claimed the folder, but it contains
+    files that are not in `BEFORE_CLAIM`."""
     if folder.is_run:
         lengthened_stages(folder, recipe)
         return False
@@ -267,14 +267,14 @@ def refuse_foreign(folder: RunFolder, recipe: Recipe) -> bool:
 
 
 def lengthened_stages(folder: RunFolder, recipe: Recipe) -> list[str]:
-    """The names of the stages that train methods, have begun, and get more steps or epochs from
-    `recipe` than from the folder's recipe. Stages that have not begun may be lengthened too.
-    `recipe` may also add stages, because a new stage does not affect the existing ones. The table
-    `evaluate` may change, because `claimed` then sets the evaluations aside.
+    """The names of the stages that have begun and get more steps or epochs from `recipe` than from
+    the folder's recipe. Such a stage must train a method. Stages that have not begun may be
+    lengthened too. `recipe` may also add stages, because a new stage does not affect the existing
+    ones. The table `evaluate` may change, because `claimed` then sets the evaluations aside.
 
-    Raises: RecipeError if the recipes also differ in anything else that affects results, or if one
-    of these stages cannot continue, because a later stage has begun or the stage's own final
-    checkpoint is gone; CheckpointError if the folder's recipe cannot be read."""
+    Raises: RecipeError if the recipes differ in anything else that affects results, or if a stage
+    on the list cannot continue, because a later stage has begun or its own final checkpoint is
+    gone; CheckpointError if the folder's recipe cannot be read."""
     own, wanted = _own_and_wanted(folder, recipe)
     own["stages"] = {**wanted["stages"], **(own.get("stages") or {})}
     longer = []
@@ -299,15 +299,15 @@ def lengthened_stages(folder: RunFolder, recipe: Recipe) -> list[str]:
 
 
 def length_table(stage: dict[str, Any]) -> dict[str, Any]:
-    """The table that sets a stage's steps or epochs: its own or, in self-training, its `sft`."""
+    """The table that sets a stage's steps or epochs: `stage` or, in self-training, its `sft`."""
     nested = stage.get("sft")
     return nested if isinstance(nested, dict) else stage
 
 
 def without(recipe: Mapping[str, Any], keys: Collection[str], where: str = "") -> dict[str, Any]:
-    """A copy of a recipe without the keys and tables in `keys`, such as `engine.server`. `where` is
-    the path of the table `recipe`. In paths, the name `TRAINING` stands for any table that has all
-    `TRAINING_KEYS`."""
+    """A copy of a recipe, or of its table at the path `where`, without the keys and tables in
+    `keys`, such as `engine.server`. In these paths, the name `TRAINING` stands for any table that
+    has all `TRAINING_KEYS`."""
     kept = {}
     for name, value in recipe.items():
         place = f"{where}.{name}".lstrip(".")
@@ -342,8 +342,8 @@ def _stretched_rates(recipe: dict[str, Any], longer: Collection[str]) -> Iterato
 
 
 def _changed_environment(folder: RunFolder) -> Iterator[str]:
-    """Notes if the GPU that the run began on is gone, or if it began with other versions of torch
-    or transformers."""
+    """Notes for a run that began on a GPU if there is no GPU now, and for a run that began with
+    another version of torch or transformers."""
     try:
         old = dict(json.loads(folder.environment.read_text(encoding="utf-8")))
     except (ValueError, TypeError):
@@ -394,8 +394,8 @@ def _require_open(folder: RunFolder, recipe: Recipe, name: str) -> None:
 
 
 def _reopen(folder: RunFolder, name: str) -> Iterator[str]:
-    """Let a stage continue from its last checkpoint and be evaluated again. If it has an
-    evaluation, set this aside, and yield a note."""
+    """Let a stage continue from its last checkpoint and be evaluated again. If it has an old
+    evaluation, move it to another folder, and yield a note."""
     folder.stage(name).info.unlink(missing_ok=True)
     aside = _free_place(folder)
     for path in filter(Path.is_file, (folder.evaluation(name), folder.choices(name))):
@@ -421,8 +421,8 @@ def _own_and_wanted(folder: RunFolder, recipe: Recipe) -> tuple[dict[str, Any], 
 
 
 def first_difference(old: Any, new: Any, where: str = "") -> str | None:
-    """The first key, in the order of `old`, that differs between two tables at the place `where`,
-    followed by its two values. None if there is no such key."""
+    """A text with the first key, in the order of `old`, whose value differs between two tables, and
+    with both values. None if all values are equal. `where` is the path of the tables."""
     if isinstance(old, dict) and isinstance(new, dict):
         changes = (
             first_difference(old.get(key), new.get(key), f"{where}.{key}".lstrip("."))

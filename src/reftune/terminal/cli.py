@@ -287,7 +287,7 @@ def _ask(
 
 
 def _format_kind(kind: str) -> str:
-    """The kind of format that the user typed. Raises: typer.BadParameter if there is none."""
+    """The kind of format that the user typed. Raises: typer.BadParameter if it does not exist."""
     from reftune.recipe import load_component
     from reftune.text import brief
 
@@ -348,7 +348,7 @@ def plan(
     stage: Annotated[
         str | None,
         Option(
-            help="Plan only this stage. Default: all, with the memory of the one that needs most."
+            help="Plan only this stage. Default: all; memory is for the stage that needs the most."
         ),
     ] = None,
     as_json: AsJson = False,

@@ -122,7 +122,7 @@ def _load(wishes: Wishes) -> Splits:
         left = counted(len(splits.train) + len(splits.dev), "question")
         message = (
             f"{wishes.data}: {left} cannot be split (dropped: {dropped_text(splits.counts)});"
-            " expected at least two, one for dev"
+            " expected at least two, so that one can be used for dev"
         )
         raise DataError("; ".join([message, *splits.notes]))
     return splits
@@ -205,8 +205,7 @@ def _lengths(
 
 
 def _most(sizes: Sequence[int]) -> int:
-    """The largest of the sorted `sizes` that remain without the largest ones, a share of
-    `MAX_TOO_LONG`."""
+    """The 1 - `MAX_TOO_LONG` quantile of the sorted `sizes`, rounded down to one of them."""
     return sizes[int((len(sizes) - 1) * (1 - MAX_TOO_LONG))]
 
 

@@ -172,7 +172,7 @@ def _settings(name: TrackerName, recipe: Recipe) -> dict[str, Any]:
         settings["dir"] = str(Path(recipe.folder).absolute())
         environment = RunFolder(recipe.folder).environment
         if environment.is_file() and "WANDB_RUN_ID" not in os.environ:
-            # env.json contains when our run began, so a continued run keeps its id
+            # env.json states when the run began, so a continued run keeps its id
             text = f"{recipe.name} {recipe.seed} {environment.read_text(encoding='utf-8')}"
             run_id = hashlib.sha256(text.encode()).hexdigest()[:16]
             settings |= {"id": run_id, "resume": "allow"}

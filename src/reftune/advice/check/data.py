@@ -205,7 +205,7 @@ def check_grader_refuses(subject: Subject) -> Finding:
 
 
 def _is_robust(subject: Subject) -> bool:
-    """Whether the grader is `robust`, or the recipe's format has no other one."""
+    """Whether grading is `robust`. A format without the setting `grading` counts as robust."""
     return bool(getattr(subject.recipe.format, "grading", "robust") == "robust")
 
 

@@ -38,9 +38,9 @@ NUM_TIMED = 512
 LONG_RUN_S = 24 * 3600
 """Before a run longer than this, the check recommends a trial."""
 MEASURED_ROWS = 64
-"""Speed is measured on the rows of the largest step of any stage, or of the engine's batch if that
-is smaller. This number stands in for the step if no stage states its cost, and for the batch if the
-engine sets no limit."""
+"""Speed is measured on as many rows as the largest step of any stage has, but on no more than the
+engine decodes at once. This constant replaces the first number if no stage states its cost, and the
+second number if the engine has no limit."""
 MAX_SLOWDOWN = 8.0
 """The check fails if matmuls in the recipe's dtype take more than this many times as long as in the
 other dtype."""
@@ -88,7 +88,7 @@ def requests_at_once(recipe: Recipe, splits: Splits) -> int:
     table = recipe.evaluate
     evaluated = min(len(table.problems(splits)), PROBLEMS_AT_ONCE)
     costs = stage_costs(recipe, num_train=len(splits.train), num_dev=len(splits.dev)).values()
-    # a stage with `sampled` draws no more than that at once before its first step
+    # a stage that samples in its steps draws at most `sampled` at once, even before the first step
     sampled = [cost.sampled or min(cost.sampled_before, SAMPLES_AT_ONCE) for cost in costs]
     return max(len(splits.dev), evaluated * max(1, table.samples), *sampled)
 
@@ -137,8 +137,8 @@ def check_accuracy(subject: Subject) -> Finding:
 
 
 def _last_rise(subject: Subject) -> tuple[Rise, float] | None:
-    """The last rise in dev accuracy of the stage before RL, and the accuracy after it; None if it
-    was not recorded."""
+    """The last rise in dev accuracy during the stage before RL, and the accuracy after this rise.
+    None if no rise was recorded."""
     if subject.method == "base":
         return None
     stage = stage_folder(subject.recipe, subject.method)

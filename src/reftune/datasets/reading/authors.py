@@ -68,7 +68,7 @@ def is_authors(row: Row) -> bool:
 
 
 def authors_rationale(row: Row, kind: Rationale) -> str | None:
-    """The row's `answer_cot`; None if it is empty. Raises: DataError if it is of another `kind`."""
+    """The row's `answer_cot`; None if it is empty. Raises: DataError if its kind is not `kind`."""
     text = row.optional_text("answer_cot")
     if text is None or ("def solution" in text) == (kind == "program"):
         return text

@@ -154,7 +154,7 @@ def json_lines(name: object, lines: Iterable[str]) -> Records:
             continue
         where = f"{name}:{number}"
         try:
-            value = json.loads(line, parse_constant=JSON.parse_constant)  # names a BOM
+            value = json.loads(line, parse_constant=JSON.parse_constant)  # its error names a BOM
         except (ValueError, RecursionError) as error:
             reason = getattr(error, "msg", error)
             raise DataError(
@@ -308,9 +308,9 @@ def _as_written(value: Any, kind: Any) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """The plain form of a value: line breaks become Unix line breaks, a `Decimal` becomes an int if
-    it is whole and a float otherwise, dates and times become text such as `2021-03-05`, and NaN
-    becomes null."""
+    """The plain form of a value. Line breaks become Unix line breaks. A `Decimal` becomes an int if
+    it is whole, and a float if not. Dates and times become text such as `2021-03-05`. NaN becomes
+    null."""
     if isinstance(value, dict):
         return {name: plain(each) for name, each in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Reads cells with a gold answer, alone or at the end of a worked solution or a conversation."""
+"""Reads gold answers, alone in a cell or at the end of a worked solution or a conversation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from reftune.text import shown
 from reftune.types import Answer
 
 _MISSING = re.compile(r"|nan|#(?:div/0!|n/a|name\?|null!|num!|ref!|value!)", re.IGNORECASE)
-"""Matches no text, what pandas writes for a missing cell, and what Excel writes for a failed
+"""Matches empty text, what pandas writes for a missing cell, and what Excel writes for a failed
 formula."""
 MOST_WORDS = 30
 """Maximum number of words in a gold text if the answer kind is `auto`. A longer text is rejected,

@@ -1,7 +1,7 @@
 """Turns MathQA's `linear_formula` into the steps of a Python program.
 
-divide(n0,const_100)|multiply(n1,#0)|      with n0 = 5, n1 = 640      step_1 = 5 / 100
-                                                                       step_2 = 640 * step_1
+With n0 = 5 and n1 = 640, `divide(n0,const_100)|multiply(n1,#0)|` becomes `step_1 = 5 / 100` and
+`step_2 = 640 * step_1`.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ STEP = re.compile(r"\s*(?P<operation>\w+)\((?P<operands>[^()]*)\)\s*")
 
 
 def formula_steps(linear_formula: str, problem: str) -> list[tuple[str, str]] | None:
-    """The last step and all steps that it depends on, each as (name, expression), in the order of
-    the formula. None if the formula cannot be read."""
+    """The formula's last step and all steps that it depends on, in order, each as (name,
+    expression). The numbers come from the question `problem`. None if the formula is unreadable."""
     numbers = [number.replace(",", "") for number in NUMBER.findall(problem)]
     parsed = [STEP.fullmatch(text) for text in linear_formula.strip().strip("|").split("|")]
     templates = [OPERATIONS.get(match["operation"]) if match else None for match in parsed]
@@ -98,8 +98,8 @@ def formula_steps(linear_formula: str, problem: str) -> list[tuple[str, str]] | 
 
 
 def _names_of_needed(operands: Sequence[Sequence[str]]) -> dict[int, str]:
-    """Position in the formula → name, for the last step and all steps that it depends on, in the
-    order of the formula."""
+    """A step's position in the formula → its name, in the order of the formula. Only the last step
+    and the steps that it depends on are included."""
     needed = {len(operands) - 1}
     for position in reversed(range(len(operands))):
         if position in needed:

@@ -14,7 +14,7 @@ TIMEOUT_S = 20.0
 
 
 def drop_wrong_programs(splits: Splits) -> Splits:
-    """Remove training problems without a program (counted as `no_program`) or whose program does
+    """Remove training problems that have no program (counted as `no_program`) or whose program does
     not return the gold answer (`program_disagrees`). Dev keeps such problems, but not their
     rationales, so that dev is no easier than test."""
     graded = _graded_programs([*splits.train, *splits.dev])

@@ -34,7 +34,7 @@ SPLIT_NAMES: Mapping[str, tuple[str, ...]] = {
 in this order. On the Hub, the dev split is called `validation`."""
 MISSING = object()
 _HALF_PAIR = re.compile("[\ud800-\udfff]")
-"""Matches half a surrogate pair. JSON writes some characters as a pair of them."""
+"""Matches one half of a surrogate pair. JSON writes some characters, such as emoji, as a pair."""
 _SHARD = re.compile(r"-(\d+)-of-(\d+)\b")
 """Matches the end of a shard's name: its number, and the number of shards."""
 
@@ -103,7 +103,7 @@ class Row:
         return value
 
     def get(self, column: str, default: object = None) -> Any:
-        """Like `value`, but `default` if the row has no such column."""
+        """Like `value`, but returns `default` if the row has no such column."""
         if column in self.columns:
             return self.columns[column]
         value: Any = self.columns
@@ -225,7 +225,7 @@ def _files_of_split(folder: Path, split: str, names: Sequence[str]) -> list[Path
 
 
 def _refuse_missing(folder: Path, shards: Sequence[Path]) -> None:
-    """Raises: DataError if shards are missing, such as the second of `train-00000-of-00002`."""
+    """Raises: DataError if a shard is missing, as when `train-00000-of-00002` is the only one."""
     found = [match for path in shards if (match := _SHARD.search(path.stem)) is not None]
     for total, count in Counter(int(match[2]) for match in found).items():
         if count < total:

@@ -38,7 +38,7 @@ NAMES: Mapping[str, tuple[str, ...]] = {
 }
 """Field → common names of the field's column, tried in this order. Case is ignored."""
 JUDGING = ("correct", "label")
-"""Names of columns that may contain the gold answer, or whether a completion is right."""
+"""Names of columns that may contain the gold answer or a judgement on a completion."""
 JUDGED = ("completion", "response", "output")
 """Names of columns that contain what a model wrote."""
 LABELLED = ("{}", "option_{}", "option {}", "option{}", "op{}", "choice_{}")
@@ -87,9 +87,9 @@ class Columns(Table):
 def recognise(
     rows: Sequence[Row], named: Mapping[str, Any], *, has_options: bool = False
 ) -> Columns:
-    """The columns of `rows`. `named` maps fields to the columns that the user named; those of other
-    fields are recognised by their names. `has_options` says that the user's settings are for
-    multiple choice. Raises: DataError if no column is found for the question or for the answer."""
+    """The columns of `rows`. `named` maps fields to the columns that the user named. The columns of
+    other fields are recognised by their names. `has_options` says whether the user's settings are
+    for multiple choice. Raises: DataError if the question or the answer has no column."""
     first, found = rows[0], _Found(rows)
     columns: dict[str, Any] = dict(named)
     asked = columns.setdefault("question", found.question())
@@ -118,8 +118,8 @@ def recognise(
 
 
 class _Found:
-    """Lower-case name → column: `by_lower` for the first rows, most of whose values are examined,
-    and `later` for columns that only later rows have."""
+    """Finds columns by name. `by_lower` maps lower-case names to the columns of the first
+    `NUM_LOOKED_AT` rows. `later` maps them to the columns that only later rows have."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self.all_rows, self.rows = rows, rows[:NUM_LOOKED_AT]
@@ -130,9 +130,9 @@ class _Found:
         self.later = {name: column for name, column in later.items() if name not in self.by_lower}
 
     def answer(self, used: set[str], chat: str | None) -> str | None:
-        """The column of the gold answer; None if no column is found. Truth values in a column such
-        as `label` judge a completion, if there is one, which then comes first. Raises: DataError if
-        one of them judges a completion to be wrong."""
+        """The column of the gold answer; None if no column is found. Truth values in
+        a column such as `label` are judgements if another column contains completions. The column
+        of completions is then returned. Raises: DataError if a completion is judged wrong."""
         first = self.first("answer", used) or chat
         free = {name for name in self.by_lower.values() if name not in used}
         judged = [self.by_lower.get(name, "") for name in JUDGED]
@@ -150,12 +150,12 @@ class _Found:
         return answer
 
     def _judges(self, column: str) -> bool:
-        """Whether a column whose name may stand for a judgement contains only truth values."""
+        """Whether a column has a name in `JUDGING` and contains only truth values."""
         cells = [row.get(column) for row in self.rows if not row.is_blank(column)]
         return column.lower() in JUDGING and None not in map(_truth, cells) and bool(cells)
 
     def filled(self, field: str, used: set[str]) -> str | None:
-        """Like `first`, but without columns that contain no value, or only mappings, in any row."""
+        """Like `first`, but in some row, the column must contain a value that is not a mapping."""
         found = (
             self.by_lower.get(name, name)
             for name in NAMES[field]
@@ -195,7 +195,7 @@ class _Found:
         self, question: Sequence[str], answer: str, has_options: bool
     ) -> str | list[str] | None:
         """One column with all options, or one column per option; None if no column is found. Unless
-        `has_options` is true, two columns `a` and `b` may also be operands."""
+        `has_options` is true, two columns `a` and `b` do not count if they are operands."""
         for pattern, labels in product(LABELLED, (ascii_lowercase, tuple(map(str, range(1, 27))))):
             names = map(pattern.format, labels)
             columns = [self.by_lower[name] for name in takewhile(self.by_lower.__contains__, names)]

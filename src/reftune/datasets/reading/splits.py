@@ -22,8 +22,8 @@ Key = Callable[[Problem], str]
 
 LARGEST_DEFAULT_DEV = 500
 FACTORIAL = r"!+(?=\s*[-+*/^=<>×÷·−)\]}\\]|[?.;:$])"
-"""Matches the exclamation marks of a factorial: directly before another mark, or before an operator
-or a closing bracket, with or without a space between."""
+"""Matches the exclamation marks of a factorial. They come directly before other punctuation, or
+before an operator or a closing bracket, from which spaces may separate them."""
 TOKEN = re.compile(
     rf"(?:(?<![\w.])\.)?\d+(?:[.,]\d+)*(?:{FACTORIAL}|!+(?=\s*\d))?|(?<![\w'])[^\W\d_]{FACTORIAL}"
     r"|\)!+|[^\W\d_]'+(?=\()|[^\W\d_]+|[^\w\s]|_"
@@ -115,8 +115,8 @@ def draw_splits(
 
 
 def without_leaks(splits: Splits) -> Splits:
-    """`splits` without the questions of train that are also in dev or test, and without the
-    questions of dev that are also in test, in the same spelling. They are counted as `leak`."""
+    """`splits` without leaks, which are counted as `leak`. Leaks are questions of train that are in
+    dev or test in the same spelling, and questions of dev that are in test in the same spelling."""
 
     def without(problems: Sequence[Problem], *others: Sequence[Problem]) -> tuple[Problem, ...]:
         taken = {_spelling(each) for split in others for each in split}
@@ -134,8 +134,8 @@ def _spelling(problem: Problem) -> tuple[object, ...]:
 
 
 def drop_untrainable(splits: Splits, reason: str, unusable: Callable[[Problem], bool]) -> Splits:
-    """Remove the training problems that are `unusable`, and count them under `reason`. Dev keeps
-    such problems, but not their rationales."""
+    """Remove the training problems for which `unusable` is true, and count them under `reason`. Dev
+    keeps such problems, but not their rationales."""
     train = tuple(problem for problem in splits.train if not unusable(problem))
     dev = tuple(replace(p, rationale=None) if unusable(p) else p for p in splits.dev)
     dropped = len(splits.train) - len(train)
@@ -149,7 +149,8 @@ def dropped_text(counts: Mapping[str, int]) -> str:
 
 
 def same_gold(a: Answer, b: Answer) -> bool:
-    """Whether two gold answers agree: numbers and texts as in grading, others if they are equal."""
+    """Whether two gold answers agree. Numbers and texts are compared as in grading. Other answers
+    must be equal."""
     if isinstance(a.value, Fraction) and isinstance(b.value, Fraction):
         first, second = number_of(a), number_of(b)
         return same_number(first, second) or same_number(second, first)

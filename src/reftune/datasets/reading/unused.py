@@ -15,7 +15,7 @@ from reftune.types import Problem
 NUM_LOOKED_AT = 100
 """Number of filled cells that are examined to tell whether a column contains text."""
 LEAST_IN_LIST = 8
-"""Minimum number of words in an item of a list that counts as long. Tags usually have fewer."""
+"""An item of a list is long if it has at least this many words. Tags usually have fewer."""
 SAMPLES = frozenset(
     "answers completions generations outputs rationales responses solutions".split()
 )
@@ -27,8 +27,8 @@ LEAST_WORDS = 3
 def unused_columns(splits: Mapping[Split, Sequence[Problem]], used: Columns) -> tuple[str, ...]:
     """Notes on the unused columns of train on which questions may depend. One note is about columns
     of text, and contains the setting that would make them part of the question. The other is about
-    columns of lists, such as earlier turns or long texts. It mentions images only if a question has
-    a place for them."""
+    columns of lists, such as earlier turns or long texts. It names a column of images only if a
+    question has a place for them."""
     train, notes = splits["train"], []
     columns = dict.fromkeys(name for problem in train for name in problem.columns)
     unused = [name for name in columns if name not in used.names]

@@ -1,4 +1,4 @@
-"""Checks what a user's own dataset returns, so that a mistake in it is reported where it enters."""
+"""Checks what a user's own dataset returns, so that a wrong value does not cause errors later."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ def checked_splits(splits: object, kind: str) -> Splits:
 
 
 def fault_of(problem: object) -> str | None:
-    """A problem's first wrong type, such as `answer.value: expected a Fraction, got 5`, or None."""
+    """What is wrong with a problem, such as `answer.value: expected a Fraction, got 5`. None if
+    nothing is wrong."""
     if not isinstance(problem, Problem):
         return f"expected a Problem, got {shown(problem)}"
     for name, expected, words in TYPES:

@@ -37,8 +37,8 @@ def grades_of(
     kind = getattr(format, "kind", type(format).__name__)
     grades = list(found) if isinstance(found, Iterable) else found
     if not isinstance(grades, list) or len(grades) != len(problems):
-        count = len(grades) if isinstance(grades, list) else type(grades).__name__
-        expected = counted(len(problems), "Graded")
+        count = counted(len(grades), "item") if isinstance(grades, list) else type(grades).__name__
+        expected = counted(len(problems), "Graded object")
         raise RecipeError(f"format {kind}: grade returned {count}; expected a list of {expected}")
     for problem, grade in zip(problems, grades, strict=True):
         if not is_grade(grade):
@@ -50,7 +50,7 @@ def grades_of(
 
 
 def is_grade(grade: object) -> TypeGuard[Graded]:
-    """Whether a user's code returned a grade, whose verdict and value have the right types."""
+    """Whether `grade`, from a user's code, is a `Graded` whose fields have the right types."""
     return (
         isinstance(grade, Graded)
         and isinstance(grade.verdict, Verdict)
@@ -59,8 +59,8 @@ def is_grade(grade: object) -> TypeGuard[Graded]:
 
 
 def named(grade: object) -> str:
-    """The type of what a user's code returned instead of a grade. For a `Graded`, the types of its
-    fields are named too."""
+    """The name of the type that a user's code returned instead of a correct grade. For a `Graded`,
+    the types of its verdict and value are named too."""
     if not isinstance(grade, Graded):
         return type(grade).__name__
     types = f"verdict={type(grade.verdict).__name__}, value={type(grade.value).__name__}"

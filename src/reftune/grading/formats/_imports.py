@@ -30,10 +30,10 @@ _Token = tokenize.TokenInfo
 
 def without_unused_imports(program: str) -> str:
     """`program` without its unused imports. A statement that imports only unused names becomes
-    `pass`. A name counts as used if it occurs in an f-string, or in code except after a dot. If the
-    program uses `eval`, `exec` or `compile`, names in any other string count as used too.
-    `import *` is kept, and so are imports of forbidden modules, so that the sandbox notices
-    them."""
+    `pass`. A name counts as used if it occurs anywhere in an f-string, or in code with no dot
+    before it. If the program uses `eval`, `exec` or `compile`, names in any other string count as
+    used too. `import *` is kept. Imports of forbidden modules are also kept, so that the sandbox
+    notices them."""
     if "import" not in program:
         return program
     try:
@@ -52,8 +52,8 @@ def without_unused_imports(program: str) -> str:
 
 
 def _imports(tokens: Sequence[_Token]) -> tuple[list[list[_Token]], list[_Token]]:
-    """The import statements, each as its tokens without line breaks and comments, and the tokens
-    outside import statements."""
+    """The import statements, and the tokens outside them. Each statement is the list of its tokens,
+    without line breaks and comments."""
     imports, others = [], []
     starts, statement, depth = True, None, 0
     for token in tokens:

@@ -41,7 +41,7 @@ class Nl(Prompted):
 
     @property
     def gold_decimal(self) -> Literal[".", ","]:
-        """Decimal separator in targets. The authors' grader reads only decimal points."""
+        """Decimal separator in targets: a point under the authors' rules, which read no commas."""
         return "." if self.grading == "paper" else self.decimal
 
     def prompt(self, problem: Problem) -> str | Conversation:
@@ -51,8 +51,8 @@ class Nl(Prompted):
         return paper_prompt(problem) if self.style == "paper" else f"{question_text(problem)}\n"
 
     def target(self, problem: Problem) -> str:
-        """The gold rationale, followed by a line such as "The answer is 7". If the rationale's last
-        line already states the answer, no line is added, unless the style or grading is `paper`.
+        """The gold rationale, followed by a line such as "The answer is 7". If neither style nor
+        grading is `paper`, a rationale whose last line states the answer gets no additional line.
 
         Raises: DataError if there is no rationale, if it is a program, or if no line can be added
         because the gold answer is a `regex`.

@@ -2,11 +2,11 @@
 
 A completion either continues `def solution():` or contains a whole program. The program is found by
 text search, because only the sandbox parses or runs a model's code. Only text after the last
-`</think>` counts. If the completion ends inside `<think>`, there is no program. If the model asks
-itself another question after its program, this question and everything after it are ignored. Such a
-question begins with a line such as "Question: …". If an indented body with a `return` continues
-`def solution():` and unfenced text after the body defines `solution` again, that text is ignored
-too. In the remaining text, the program is the first of the following that exists:
+`</think>` counts. If the completion ends inside `<think>`, there is no program. If a line after the
+program, such as "Question: …", asks another question, everything from this line on is ignored. A
+completion that continues `def solution():` begins with an indented body. If this body contains a
+`return`, and unfenced text after it defines `solution` again, that text is ignored too. In the
+remaining text, the program is the first of the following that exists:
 
 - the last fenced block that defines `solution`
 - the whole text, if it defines `solution`
@@ -227,8 +227,8 @@ def scripts_in(completion: str) -> tuple[Script, ...]:
     """The programs to try, in order. There are none if the completion defines `solution`. A text
     that is indented and has no fenced blocks is the body of `solution`. Otherwise, an answer must
     be stated by a `print(…)`, or by an assignment at the left margin to `result` or one of
-    `ANSWER_NAMES`. The program is the last fenced block that states an answer. If no block does,
-    the program is the whole text if the text states an answer."""
+    `ANSWER_NAMES`. The program is the last fenced block that states an answer. If no block does
+    but the whole text does, the program is the whole text."""
     text, blocks = _text_and_blocks(completion)
     if any(map(_SOLUTION.search, (*blocks, text))):
         return ()
@@ -263,8 +263,8 @@ def _text_and_blocks(completion: str) -> tuple[str, list[str]]:
 
 
 def _before_next_question(text: str) -> str:
-    """`text` up to the first line that asks another question after a program. Such a line inside
-    triple quotes, or above the program, belongs to the program's own question."""
+    """`text` up to the first line after a program that asks another question. A question above the
+    program or inside triple quotes is the program's own question and does not count."""
     is_whole = not text[:1].isspace() and _SOLUTION.search(text) is not None
     marks = (_SOLUTION,) if is_whole else (_SOLUTION, _RETURN, _SCRIPT)
     begun = [found.end() for each in marks if (found := each.search(text))]
@@ -380,9 +380,9 @@ def _paper_header(problem: Problem) -> str:
 
 
 def _paper_source(problem: Problem, completion: str) -> str:
-    """The program to run, built as in the authors' code: the header and the completion, both cut
+    """The program to run, built as in the authors' code: the header followed by the completion, cut
     off at the first blank line, with `sys.exit` replaced by `print`. The only global name is
-    `math`: inside `solution`, names that the program itself defines or imports are unknown.
+    `math`: names that the program defines or imports outside `solution` are unknown inside it.
 
     Source: the code of ReFT's authors. Differs: a completion that begins with `def solution` gets
     no header, unused imports are removed, and the default sandbox lacks sympy.

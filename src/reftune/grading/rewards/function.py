@@ -193,8 +193,8 @@ def _columns(samples: Sequence[Sample]) -> dict[str, list[Any]]:
 
 
 def _finished(result: Any) -> Any:
-    """`result`, awaited if it is awaitable. This needs a new thread, because the current one may
-    already be running an event loop."""
+    """`result`, awaited if it is awaitable. Awaiting needs a new thread, because the current thread
+    may already be running an event loop."""
     if not inspect.isawaitable(result):
         return result
 

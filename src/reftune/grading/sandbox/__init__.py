@@ -4,19 +4,18 @@ There are two backends. `monty` is an interpreter for Python, written in Rust. I
 processes and gives programs no access to files, the network, processes or the environment.
 `subprocess` runs CPython with the installed packages, in an isolated process per program. The
 default, `auto`, runs a program in monty first. If the program needs a feature of Python that monty
-lacks (`gaps.py`), `auto` runs it again in a subprocess. With `auto`, programs cannot import
+lacks (see `gaps.py`), `auto` runs it again in a subprocess. With `auto`, programs cannot import
 third-party packages, so that verdicts do not depend on which packages are installed. If the
 subprocess backend cannot start, `auto` uses monty alone.
 
 In both backends, a program gets the status FORBIDDEN if it opens a file or lists a folder outside
-Python's libraries, imports a forbidden module, such as `socket` or `ctypes`, or calls a function of
-`os` or `sys` that acts outside the program, such as `os.system` or `sys.exit`. A program cannot
-hide the file access or the import by catching the error. In monty, a program also gets this status
-if it opens a file in Python's libraries, reads the environment, or uses `__import__`, `globals`,
+Python's libraries, or if it imports a forbidden module, such as `socket` or `ctypes`. A program
+cannot hide this by catching the error. It also gets the status FORBIDDEN if it calls a function of
+`os` or `sys` that acts outside the program, such as `os.system` or `sys.exit`. Only monty forbids
+opening files in Python's libraries, reading the environment, and using `__import__`, `globals`,
 `input`, or dunder attributes that lead from an object to the interpreter, such as `().__class__`.
-Programs may import `os` and `sys` and use harmless members of both, such as
-`sys.maxsize`. If a program imports a harmless module that is missing, such as numpy, the status is
-ERROR.
+Programs may import `os` and `sys` and use harmless members of both, such as `sys.maxsize`. If a
+program imports a harmless module that is missing, such as numpy, the status is ERROR.
 
 Both backends seed the module `random`. In monty, the clock stands still and `sleep` takes no time,
 so that a program returns the same value every time.
@@ -84,7 +83,8 @@ class Sandbox:
         def execute(program: str) -> ExecutionResult:
             if len(program) > MAX_SOURCE_CHARS:
                 return failure(
-                    f"the program has {len(program):,} characters, more than {MAX_SOURCE_CHARS:,}"
+                    f"the program has {len(program):,} characters; the maximum is"
+                    f" {MAX_SOURCE_CHARS:,}"
                 )
             started = time.perf_counter()
             result = backend.execute(f"{program}\n\n{call}")

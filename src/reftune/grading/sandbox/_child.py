@@ -1,12 +1,12 @@
-"""Runs programs for the subprocess sandbox. Each program runs in a process of its own, forked from
-this process. This file runs as a script in a prepared environment and imports nothing from reftune.
+"""Runs programs for the subprocess sandbox. This file runs as a script in a prepared environment
+and imports nothing from reftune. Each program runs in a process forked from the script's process.
 
-This process imports common modules, and slow packages if programs need them, so that a program need
-not import them again. After that, it only forks processes, waits for them and kills them. It never
-reads a program. Each message on the socket at descriptor 0 asks it to run a program. The message
-names the program's working folder and carries three file descriptors: the program's source, a pipe
-for its result, and a socket for its exit status. When the other end of the status socket closes,
-the program is killed.
+The script's process imports common modules, and slow packages if programs need them, so that a
+program need not import them again. After that, it only forks processes, waits for them and kills
+them. It never reads a program. Each message on the socket at descriptor 0 asks it to run a program.
+The message names the program's working folder and carries three file descriptors: the program's
+source, a pipe for its result, and a socket for its exit status. When the other end of the status
+socket closes, the program is killed.
 
 The result consists of lines. The first letter of each line indicates the line's kind. Each refused
 access adds an `F` line. If the program is not killed, more lines follow: a `P` line with the end of
@@ -203,8 +203,8 @@ def keep_only(results: int) -> None:
 def fence_in(readable: list[str]) -> str:
     """Permanently give up access to the network, other processes and the contents of all files
     except `readable`, as far as the system allows. Without seccomp, other processes may remain
-    accessible. Returns a phrase that names the file and network protections that the system lacks.
-    The phrase is empty if the system lacks none."""
+    accessible. Returns a phrase that names the missing file and network protections; empty if none
+    is missing."""
     try:
         libc = ctypes.CDLL(None, use_errno=True)
         namespaces = libc.unshare(CLONE_NEWUSER | CLONE_NEWNET | CLONE_NEWIPC) == 0
@@ -215,8 +215,8 @@ def fence_in(readable: list[str]) -> str:
     except (OSError, AttributeError) as error:
         return f"a usable C library ({error})"
     needed = {
-        "Landlock, to fence off files": files,
-        "seccomp or namespaces, to cut off the network": namespaces or calls,
+        "Landlock (to restrict file access)": files,
+        "seccomp or namespaces (to block the network)": namespaces or calls,
     }
     return ", and ".join(name for name, there in needed.items() if not there)
 
@@ -279,8 +279,8 @@ ALLOWED_CALLS = {
             " 271 309 318 332 334 439"
         ),
     ),
-    # The same calls, except open, stat, lstat, poll, access, select, readlink and time, which this
-    # architecture lacks.
+    # The calls of x86_64, except open, stat, lstat, poll, access, select, readlink and time, which
+    # this architecture lacks.
     "aarch64": (
         0xC00000B7,
         (
@@ -324,7 +324,7 @@ class Printed:
         return len(text)
 
     def flush(self) -> None:
-        """Nothing is buffered."""
+        """Do nothing, because nothing is buffered."""
 
 
 def as_json(value: Any, dumps: Callable[[Any], str] = json.dumps) -> str:
@@ -388,7 +388,7 @@ class Doorman:
 
 
 def is_program(frame: FrameType | None) -> bool:
-    """Whether the first frame outside the import system belongs to the program."""
+    """Whether `frame` belongs to the program, or to the import system that the program called."""
     while frame is not None and "importlib" in frame.f_code.co_filename:
         frame = frame.f_back
     return frame is not None and frame.f_code.co_filename == "<program>"

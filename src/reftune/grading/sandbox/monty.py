@@ -114,8 +114,8 @@ class MontyBackend:
 
 
 def _told(error: BaseException) -> str:
-    """The first line of an error's message. If there is no message, the error's type, which monty's
-    messages include."""
+    """The first line of an error's message or, if there is no message, the name of the error's
+    type. The messages of monty's errors include this name."""
     return str(error).partition("\n")[0] or type(error).__name__
 
 

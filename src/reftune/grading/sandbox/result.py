@@ -76,8 +76,8 @@ class Backend(Protocol):
 
 
 def failure(reason: str, status: ExecutionStatus = ExecutionStatus.ERROR) -> ExecutionResult:
-    """A result without a value. Of `reason`, the first line is kept, cut to 200 characters.
-    Unprintable characters become `�`."""
+    """A result without a value. Its reason is the first line of `reason`, cut to 200 characters,
+    with `�` for unprintable characters."""
     line = reason.partition("\n")[0][:200]
     line = "".join(char if char.isprintable() else "�" for char in line)
     return ExecutionResult(status=status, reason=line)

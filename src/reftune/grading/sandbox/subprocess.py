@@ -3,10 +3,10 @@
 For each combination of slow packages that programs import, there is a forking process: a Python
 interpreter that has already imported these packages. Each program runs in a fork of the process for
 its packages, with a fixed environment and an empty temporary folder to work in. Start-up hooks in
-site-packages do not run. The kernel's Landlock lets the program read only the libraries and write
-nothing. An allow-list of system calls rules out sockets, new processes, threads and signals. Each
-program has its own session, namespaces and resource limits. docs/sandbox.md lists what these
-protections cover.
+site-packages do not run. The kernel's Landlock lets the program read only the libraries of Python
+and of the system, and write nothing. An allow-list of system calls rules out sockets, new
+processes, threads and signals. Each program has its own session, namespaces and resource limits.
+docs/sandbox.md lists what these protections cover.
 """
 
 from __future__ import annotations
@@ -260,7 +260,7 @@ def _read(output: bytes, returncode: int) -> ExecutionResult:
             return ExecutionResult(status=ExecutionStatus.OK, value=content, printed=printed)
         return failure(str(content), _status(str(content)))
     if returncode == NOT_ISOLATED:
-        return failure(f"the system lacks {last[:200]} (set allow_unisolated to run without it)")
+        return failure(f"the system lacks {last[:200]}; to start anyway, set allow_unisolated")
     if returncode in (-signal.SIGALRM, -signal.SIGKILL, -signal.SIGXCPU):
         return failure("the program was killed when its time was up", ExecutionStatus.TIMEOUT)
     return failure(f"the process ended with status {returncode}")

@@ -5,8 +5,8 @@ rounding errors. To remove it, change its callers:
   `llama.is_written_out`, `attention.read_packed` and `llama.read_packed`: keep the branch of
   `hidden_states` that pads.
 - `engines/kv.py` calls `llama.is_written_out`, `llama.Decoder` and `llama.packed_linears`: keep
-  `forward`, which calls transformers. Without packing, the engine does not score the samples, but
-  the trainer does.
+  `forward`, which calls transformers. Without packing, the trainer scores the samples instead of
+  the engine.
 - `stages/outline.py` treats `ATTENTION` like `sdpa`: keep `sdpa`.
 - `terminal/cli.py` calls `allocator.keep_freed_memory`: drop the call.
 

@@ -90,7 +90,7 @@ def attend_in_groups(
     module: nn.Module, states: Sequence[Tensor], packing: Packing, **options: Any
 ) -> Tensor:
     """The attention output (S, heads, D), computed group by group. `states` contains the queries,
-    keys and values in S padded slots (see `Packing`), each (S, its heads, D)."""
+    keys and values in S padded slots (see `Packing`), each with its own number of heads."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     parts = (part.split([rows * length for rows, length in packing.sizes]) for part in states)
@@ -103,7 +103,7 @@ def attend_in_groups(
 
 
 def unpad(padded: Tensor, packing: Packing) -> Tensor:
-    """(S, …) slots → (T, …) tokens."""
+    """The states (T, …) of the tokens, taken from the slots (S, …) in `padded`."""
     tokens: Tensor = _Unpad.apply(padded, packing)  # type: ignore[no-untyped-call]
     return tokens
 
@@ -166,7 +166,7 @@ def sum_slots(slots: Tensor, packing: Packing) -> Tensor:
 
 
 class _Pad(torch.autograd.Function):
-    """(T, …) tokens → (S, …) slots."""
+    """Copies the tokens' states (T, …) to their slots (S, …)."""
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, packing: Packing) -> Tensor:
@@ -179,7 +179,7 @@ class _Pad(torch.autograd.Function):
 
 
 class _Unpad(torch.autograd.Function):
-    """(S, …) slots → (T, …) tokens. A slot that is not read gets gradient 0."""
+    """Takes the tokens' states (T, …) from their slots (S, …). Slots not read get gradient 0."""
 
     @staticmethod
     def forward(ctx: Any, padded: Tensor, packing: Packing) -> Tensor:

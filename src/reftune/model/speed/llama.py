@@ -53,9 +53,9 @@ input rows, oneDNN is faster than MKL, which hardly divides such products among 
 Product = Callable[[Tensor], Tensor]
 """Multiplies rows (…, I) in any dtype by a weight, giving (…, O) in the weight's dtype."""
 Copies = Literal["reordered", "ordinary", "none"]
-"""Which copies to make of weights whose products would be faster in oneDNN's layout: `reordered`
-copies in this layout, `ordinary` ones, which take as much memory and may be fake tensors, or
-`none`, as on devices other than the CPU."""
+"""Which copies to make of weights whose products would be faster in oneDNN's layout. `reordered`
+copies have this layout. `ordinary` copies take as much memory, and may be fake tensors. `none`
+makes no copies, as on devices other than the CPU."""
 
 
 def is_written_out(model: Any) -> bool:
@@ -128,7 +128,7 @@ def _norm(hidden: Tensor, norm: Any) -> Tensor:
 def _attention(
     attention: Any, states: Tensor, cos: Tensor, sin: Tensor, packing: Packing
 ) -> Tensor:
-    """The attention output, (T, H) → (T, H)."""
+    """The attention output (T, H) for `states` (T, H)."""
     queries, keys = num_heads(attention)
     parts = [layer(states) for layer in query_key_value(attention)]
     if hasattr(attention, "q_norm"):
@@ -197,8 +197,8 @@ class _GatedSilu(torch.autograd.Function):
 
 
 class _TurnAndPad(torch.autograd.Function):
-    """Queries, keys and values side by side, (T, heads · D) → (S, heads, D) slots. The first
-    `turned` heads are turned to their rotary positions, and their gradients are turned back."""
+    """Copies queries, keys and values, side by side in (T, heads · D), to slots (S, heads, D). Also
+    turns the first `turned` heads to their rotary positions, and their gradients back."""
 
     @staticmethod
     def forward(
@@ -264,7 +264,7 @@ class Decoder:
             return self.norm(layout.lay_out(hidden)[:, -1])
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Final hidden states (B, H) → fp32 logits (B, V)."""
+        """The fp32 logits (B, V) for final hidden states (B, H)."""
         return self.head(hidden).float()
 
 
@@ -277,11 +277,11 @@ class _Layout(NamedTuple):
     """(N,) Indices of the tokens among all places; None if padding is read too."""
 
     def pick(self, flat: Tensor) -> Tensor:
-        """(B · S, …) places → (N, …) tokens."""
+        """The tokens' rows (N, …) of `flat`, which has one row per place (B · S, …)."""
         return flat if self.places is None else flat[self.places]
 
     def lay_out(self, states: Tensor) -> Tensor:
-        """(N, …) tokens → (B, S, …), with 0 in places without a token."""
+        """The tokens' `states` (N, …) as (B, S, …), with 0 in places without a token."""
         if self.places is not None:
             empty = states.new_zeros(self.rows * self.length, *states.shape[1:])
             states = empty.index_copy_(0, self.places, states)
@@ -309,7 +309,7 @@ class _Block:
     def __call__(
         self, hidden: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, cache: Any, layout: _Layout
     ) -> Tensor:
-        """The block's output, (N, H) → (N, H)."""
+        """The block's output (N, H) for `hidden` (N, H)."""
         states = self.attention_norm(hidden)
         hidden = hidden + self.output(self._attend(states, cos, sin, bias, cache, layout))
         gate, up = self.gate_up(self.mlp_norm(hidden)).chunk(2, -1)
@@ -363,7 +363,7 @@ def _visible(mask: Tensor, length: int) -> Tensor:
 @contextmanager
 def packed_linears(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Inside the `with` block, compute linear layers with a read-only copy of their weights in
-    `dtype`, in oneDNN's layout. Their products then take between half and two thirds of the time.
+    `dtype`, in oneDNN's layout. Their products then take half to two thirds of their usual time.
     Copying 134 million weights takes 0.1 s. Layers that `_can_be_packed` rejects, such as small
     layers in fp32 and all layers on devices other than the CPU, stay unchanged."""
     layers = [

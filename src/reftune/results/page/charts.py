@@ -187,8 +187,8 @@ def _thinned(series: Series) -> Series:
 
 
 def dev_chart(groups: Sequence[Group]) -> Chart | None:
-    """A chart of the dev accuracy of every stage that trains a method, against the number of
-    sequences trained on, from the base model on. None if there is no dev evaluation yet."""
+    """A chart of the dev accuracy of every stage that trains a method. The horizontal axis counts
+    sequences trained on, starting at the base model. None if there is no dev evaluation yet."""
     # a reward model's dev accuracy is the accuracy of reranking
     solvers = [entry for entry in entries(groups) if entry.stages[0].is_method]
     series = tuple(filter(None, map(_dev_series, solvers)))
@@ -199,8 +199,8 @@ def dev_chart(groups: Sequence[Group]) -> Chart | None:
     metric = Metric(
         "dev/accuracy",
         "Accuracy on dev problems, by training effort",
-        "Greedy accuracy by the number of sequences trained on, from the base model on. The band"
-        f" {band}.",
+        "Greedy accuracy by the number of sequences trained on, counted from the base model. The"
+        f" band {band}.",
         unit="percent",
         axis="sequences",
     )

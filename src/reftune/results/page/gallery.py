@@ -21,8 +21,8 @@ SAMPLES_BYTES = 2_000_000
 MAX_PROBLEMS = 2_000
 MAX_SAMPLES = 1_200
 EXTREMES = 12
-"""Number of a stage's longest samples that are chosen before all others. As many are chosen of
-the samples whose programs ran longest."""
+"""Before all others, this many of a stage's longest samples are chosen, and this many of the
+samples whose programs ran longest."""
 
 Json = dict[str, Any]
 

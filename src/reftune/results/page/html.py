@@ -137,7 +137,7 @@ def _panels(groups: Sequence[Group], table: ScoreTable) -> list[_Panel]:
     found = [
         ("learning", "Is the model learning?", LEARNING, charts.verdict_charts(groups)),
         ("character", "How is the model's writing changing?", CHARACTER, []),
-        ("hacking", "Are right letters earned?", HACKING, []),
+        ("hacking", "Do right letters come from reasoning?", HACKING, []),
         ("machinery", "Is the machinery healthy?", MACHINERY, []),
         ("time", "Where did the time go?", (), charts.time_charts(groups)),
         ("voting", "Does asking more than once help?", (), charts.voting_charts(table)),

@@ -1,1 +1,1 @@
-"""Diagnoses of a model. None of them changes the model."""
+"""Diagnostic tests of a model. None of them changes the model."""

@@ -47,11 +47,11 @@ class Derivation(enum.StrEnum):
 
     CHOSEN = "chosen"
     OTHER = "other"
-    """Another option's value."""
+    """The reasoning derives another option's value."""
     NO_OPTION = "no_option"
-    """A value that matches no option or several options."""
+    """The reasoning derives a value that matches no option or several options."""
     ABSENT = "absent"
-    """No value."""
+    """The reasoning derives no value."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +76,7 @@ class ChoiceRow:
 
 
 def unlisted(problem: Problem) -> Problem:
-    """The problem without any options that its question or its last message lists."""
+    """The problem, with any list of the options cut from its question and its last message."""
     last = [
         replace(turn, content=stem(turn.content, problem.choices)) for turn in problem.messages[-1:]
     ]
