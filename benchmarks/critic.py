@@ -4,11 +4,11 @@
 
 A prefix consists of a sampled solution's first tokens. Its value is estimated by completing it
 `SAMPLES` times: the estimate is the share of correct completions (VinePPO, arXiv:2410.01679,
-section 4). The variance of the estimates over questions shows which share of the reward's variance
-a perfect critic would explain at the end of the prefixes. The command compares this share with two
-others: the share that the stage's value head explains after its last step, and the share that a
-linear fit explains. The fit predicts the estimates from the head's inputs. The numbers go to
-runs/critic.json, or with --publish to docs/results/critic.json.
+section 4). The variance of the estimates over questions, minus that of their sampling noise, shows
+what share of the reward's variance a perfect critic would explain at the end of the prefixes. The
+command compares this share with two others: the share that the stage's value head explains after
+its last step, and the share that a linear fit explains. The fit predicts the estimates from the
+head's inputs. The numbers go to runs/critic.json, or with --publish to docs/results/critic.json.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ def explained(
 
 
 def means(rows: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, list[float]]:
-    """The mean of each number over `rows`, which hold the result of `explained` for each run."""
+    """The mean of each number over `rows`. Each row is the result of `explained` for one run."""
     return {key: list(np.mean([row[key] for row in rows], axis=0)) for key in rows[0]}
 
 

@@ -7,9 +7,9 @@ TRL is installed, how fast TRL's GRPO is.
 The benchmark consists of sections (`SECTIONS`). They run one after the other, each in its own
 process, and write F/SECTION.json. If time runs out before all sections are done, call again: a call
 skips sections that already have a file. FOLDER contains SmolLM2-135M or another causal LM in
-Hugging Face format. Without --model, the model has random weights and as many layers, of the same
-size, as SmolLM2-135M; with --tiny, it is much smaller. Nothing is downloaded. The last line of the
-output is one JSON document.
+Hugging Face format. Without --model, the model has random weights, and as many layers as
+SmolLM2-135M, of the same width; with --tiny, it is much smaller. Nothing is downloaded. The last
+line of the output is one JSON document.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Setting:
     """Rows decoded at once when ways to decode are compared."""
     new_tokens: int
     matrix: int
-    """Rows of the square matrices whose product measures the machine's peak FLOP/s."""
+    """Rows of the square matrices that are multiplied to measure the machine's peak FLOP/s."""
     micro_batch_tokens: int
 
 
@@ -94,8 +94,8 @@ SCRATCH = {
     False: ScratchTable(hidden_size=576, layers=30, heads=9, context=512, dropout=0.0),
     True: ScratchTable(hidden_size=32, layers=2, heads=2, context=512, dropout=0.0),
 }
-"""Whether the setting is tiny → the model with random weights. The larger model has SmolLM2-135M's
-layers, but its vocabulary contains only the words of the prompts."""
+"""Whether the setting is tiny → the model with random weights. The larger model has as many layers
+as SmolLM2-135M, of the same width, but its vocabulary contains only the words of the prompts."""
 
 
 def scratch_model(folder: Path, *, tiny: bool) -> Path:
@@ -464,8 +464,8 @@ UNFINISHED = {"missing": "time ran out"}
 
 
 def run_section(name: str, setting: Setting, left_s: float) -> dict[str, Any]:
-    """Run a section in its own process, for at most `left_s` seconds, and return its results. An
-    error, such as a lack of GPU memory, then affects no other section."""
+    """Run a section in its own process, so that an error, such as a lack of GPU memory, affects no
+    other section. Returns: its results, or `UNFINISHED` if they take more than `left_s` seconds."""
     path = Path(setting.folder) / f"{name}.json"
     command = [
         sys.executable,
@@ -544,7 +544,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--model", type=Path, help="folder of a causal LM; default: one with random weights"
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="run every section on little work")
+    parser.add_argument("--tiny", action="store_true", help="run a small version of every section")
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument(
         "--only",

@@ -39,7 +39,7 @@ SIGNS = {
 }
 
 Outcomes = dict[str, list[bool]]
-"""Indicator → one value per test question: whether the answer to it has the indicator."""
+"""Indicator → for each test question, whether the answer shows it."""
 
 
 def signs(recipe: Recipe, method: str) -> Outcomes:

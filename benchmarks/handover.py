@@ -247,10 +247,10 @@ def cuts_of(seeds: Mapping[str, Any]) -> list[Cut]:
     slopes = [handover["slope"] for handover in handovers]
     rises = [handover["rise"] for handover in handovers]
     sampled = [100 * handover["sampled"] for handover in handovers]
-    looks = f"over {LOOKS} evaluations, in points"
+    over = f"over {LOOKS} evaluations, in points"
     return [
-        best_cut(f"the dev slope {looks} per evaluation, is below", slopes, wins, high_wins=False),
-        best_cut(f"the rise {looks}, is below", rises, wins, high_wins=False),
+        best_cut(f"the dev slope {over} per evaluation, is below", slopes, wins, high_wins=False),
+        best_cut(f"the rise {over}, is below", rises, wins, high_wins=False),
         best_cut("the share of correct samples, in %, exceeds", sampled, wins, high_wins=True),
     ]
 
@@ -338,7 +338,8 @@ def seeds_text(points: Sequence[Point]) -> str:
 
 
 def seed_count(points: Sequence[Point], method: str) -> str:
-    """The number of seeds that have a method, as text: `3–5` if hand-overs differ in it."""
+    """The number of seeds that have a method, as text. If it differs between hand-overs, it is
+    given as a range (`3–5`). A run that was stopped early may lack self-training."""
     counts = sorted({len(point.gain[method].by_seed) for point in points})
     return "–".join(str(count) for count in counts)
 
@@ -448,7 +449,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", choices=TASKS, help="run only this task")
     parser.add_argument("--page", action="store_true", help="no training, only tables and picture")
     parser.add_argument("--publish", action="store_true", help="write to docs/, not runs/handover")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="override keys")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="KEY=VALUE", help="override recipe keys"
+    )
     options = parser.parse_args(arguments)
     file, picture = (
         (RESULTS, PICTURE)

@@ -164,8 +164,8 @@ RECIPE: dict[str, Any] = {
 
 
 class Watch:
-    """A profile function that records the files that a run enters, and the pairs of functions that
-    call each other across files in an RL step."""
+    """A profile function that records the files that a run enters. In RL steps, it also records the
+    pairs (caller, called) of functions from different files."""
 
     def __init__(self) -> None:
         self.files: set[str] = set()

@@ -4,10 +4,10 @@
     docs/results/plan_accuracy.json]
 
 Each case is one `reftune rl` of two PPO steps on the CPU, in its own process. The prediction counts
-only tensors. The memory of interpreter, libraries and data is therefore measured in a run with
-almost no weights, and subtracted from the peak of each case. An environment variable makes glibc
-return freed tensors of more than `RETURNED` bytes to the system. By default, glibc keeps some freed
-memory that it cannot use again. The command prints a table and, as its last line, one JSON
+only tensors. The memory of the interpreter, the libraries and the data is therefore measured in a
+run with almost no weights, and subtracted from the peak of each case. An environment variable makes
+glibc return freed tensors of more than `RETURNED` bytes to the system. By default, glibc keeps some
+freed memory that it cannot use again. The command prints a table and, as its last line, one JSON
 document.
 """
 

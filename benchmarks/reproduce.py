@@ -105,7 +105,7 @@ SETTINGS = (
     "In this table, ReFT does not have the authors' settings: it draws four samples per question, "
     "fits the value head before PPO, lets the learning rate fall, and sets `value_coef: 1.0` and "
     "`kl_coef: 0.02`. With the coefficients and value head of the authors' code, we tested only "
-    "*ReFT beats SFT*, and only for programs. This finding holds with them, too "
+    "*ReFT beats SFT*, and only for programs. This finding holds with those settings, too "
     "([results](#our-own-ppo-against-the-authors-settings))."
 )
 """Text below the table of findings."""
@@ -114,10 +114,10 @@ OPEN = [
     "generated questions. On questions that need one arithmetic step (three seeds), GRPO gains 9.9 "
     "points [3.6, 16.2] over a short warm-up, but further SFT with as many gradient passes is 12.1 "
     "points [5.7, 18.5] better than GRPO (this difference is not paired). After a longer "
-    "warm-up, GRPO gains 1.7 points [−4.8, 8.1] over that warm-up, n.s. On questions that need two "
-    "steps (five seeds), half of the training solutions omit the working. There, GRPO after a "
-    "longer SFT stage is 14.6 points [9.4, 19.8] better than further SFT from the same model "
-    "([log](experiments/smollm2-instruct.md)).",
+    "warm-up, GRPO gains 1.7 points [−4.8, 8.1] over that warm-up, n.s. In another experiment "
+    "(five seeds), questions need two steps, and half of the training solutions omit the working. "
+    "There, GRPO after a longer SFT stage is 14.6 points [9.4, 19.8] better than further SFT from "
+    "the same model ([log](experiments/smollm2-instruct.md)).",
     "**On real data** (SVAMP programs, SmolLM2-135M, one seed), ReFT shows no gain if all training "
     "questions have solutions: after a [finished](handover.md) warm-up, ReFT − SFT is −1.3 points "
     "[−3.8, +1.2], n.s. ReFT had little to learn from, because 90% of the warm-up's samples for "

@@ -327,7 +327,7 @@ def regressions(
     document: Mapping[str, Any], baseline: Mapping[str, Any], targets: Mapping[str, float]
 ) -> list[str]:
     """A line for every figure that is worse than its baseline by more than the tolerance. A figure
-    that meets its target is never reported if it is one for which lower is better."""
+    in `LOWER_IS_BETTER` that meets its target is never reported."""
     lines = []
     for key, target in targets.items():
         if key not in document or key not in baseline:

@@ -142,7 +142,8 @@ def evaluate(
     default to the run's settings, and the model computes in the run's dtype. If the run's
     `lengths.too_long` is `drop`, a problem whose prompt is too long counts as unanswered. For any
     other model, mappings are read as in `grade`, `format` defaults to `nl`, and `max_new` to 256.
-    A `Policy` keeps its dtype; for other models, it is chosen as by `model.dtype: auto`.
+    A `Policy` keeps its dtype; the others of these models get the dtype that `model.dtype: auto`
+    chooses.
 
     Raises: ReftuneError if the model, a problem, the format or `max_new` cannot be used.
     """
@@ -236,7 +237,8 @@ def _dataset(recipe: Mapping[str, Any]) -> Any:
 
 def _component(spec: Any, table: str) -> Any:
     """The component that `spec` describes. `table` is a recipe key, such as `format`. If `spec` is
-    neither a string nor a mapping, it is returned unchanged. Raises: RecipeError if it is wrong."""
+    neither a string nor a mapping, such as a component, it is returned unchanged. Raises:
+    RecipeError if the description is wrong."""
     if not isinstance(spec, str | Mapping):
         return spec
     try:

@@ -314,9 +314,9 @@ class Planner:
         return micro_batches * share * (2 * made.outline.weights + gradients) / self.hardware.link
 
     def best_split(self) -> dict[str, Any]:
-        """The best division of the GPUs into a group that only samples and a group that only
-        trains, and the seconds that a step then takes. The two groups take turns, because samples
-        come from the newest weights."""
+        """How many GPUs should only sample, and how many only train, so that a step takes the least
+        time, and the seconds that it then takes. The two groups take turns, because samples come
+        from the newest weights."""
         seconds = {n: self.step(samplers=n).seconds for n in range(1, self.hardware.gpus)}
         best = min(seconds, key=seconds.__getitem__)
         train = self.hardware.gpus - best

@@ -22,7 +22,8 @@ class Dataset(Protocol):
 
     def load(self, *, seed: int) -> Splits:
         """The splits. Random choices, such as which questions are drawn for dev, depend on `seed`.
-        Raises: DataError if data is unusable. The message names the source and line, if known."""
+        Raises: DataError if the data is unusable. The message names the source and, if known, the
+        line."""
 
 
 def load_dataset(dataset: Dataset, *, seed: int) -> Splits:

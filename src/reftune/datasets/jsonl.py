@@ -143,8 +143,8 @@ class Jsonl(FileDataset):
         return self.columns is not None and field in self.columns.model_fields_set
 
     def _id(self, row: Row, column: str | None) -> str:
-        """The id in `column`. `row.id` is used instead if the cell is null, or if the user did not
-        name the column and the cell contains no id."""
+        """The id in `column`. `row.id` is used instead if there is no such column, if the cell is
+        null, or if the user did not name the column and the cell contains no id."""
         if column is None or (value := row.get(column)) is None:
             return row.id
         if isinstance(value, int | float):
@@ -222,7 +222,8 @@ class _Read:
 def _with_contexts(splits: dict[Split, list[Problem]]) -> dict[Split, list[Problem]]:
     """The problems of each split. Some questions may occur with several system messages. If most of
     these questions also have several gold answers, answers depend on the system message, so it is
-    put before every question. If not, the problems are returned unchanged."""
+    put before every question. If not, a system message is only an instruction, and the problems are
+    returned unchanged."""
     first: dict[str, Problem] = {}
     agree: dict[str, bool] = {}
     for problem in chain.from_iterable(splits.values()):

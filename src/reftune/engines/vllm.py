@@ -389,8 +389,8 @@ HINTS = {
 
 
 _Served = tuple[weakref.ref[Policy], str]
-"""A LoRA policy whose base model some servers have loaded, and the name of its adapter there. Each
-new adapter gets a new name, because vLLM caches adapters by name."""
+"""A LoRA policy whose base model some servers have loaded, and the name of its adapter there. The
+adapter gets a new name each time it is sent, because vLLM caches adapters by name."""
 _served: dict[Any, _Served] = {}
 """Value of `engine.server` → what these servers have loaded. Only the main process fills this."""
 

@@ -131,7 +131,8 @@ _ARITHMETIC = re.compile(r"[-+*/^(). \d$]*\d[-+*/^(). \d$]*")  # 3 + 4
 
 
 def _assigned_values(line: str) -> Iterator[Fraction | None]:
-    """The values assigned in text such as "x = 3, y = 4"; None for one that is not a number."""
+    """The values assigned in text such as "x = 3, y = 4"; None for a value that is not a
+    number."""
     for clause in re.split(r" or | and |[,;] ?", re.split(r"[.!?] ", line, maxsplit=1)[0]):
         clause = _LATER_ASIDE.split(clause, maxsplit=1)[0].rstrip(" .")
         assignment = re.fullmatch(r" *[^\W\d]+\d{0,2} ?=([^=]+)", clause)

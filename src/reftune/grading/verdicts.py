@@ -193,14 +193,16 @@ def grade_answer(text: str, problem: Problem, reading: Reading = DEFAULT) -> Gra
 
 
 def _as_letter(text: str, problem: Problem) -> str:
-    """The letter of the only option that equals the first line of `text`; empty if none does."""
+    """The letter of the option that equals the first line of `text`; empty unless exactly one
+    option does."""
     found = [n for n, each in enumerate(problem.choices) if same_text(first_line(text), each)]
     return ascii_lowercase[found[0]] if len(found) == 1 else ""
 
 
 def _without_bold(text: str) -> str:
-    """`text` without the `**` around bold words in its first line. A `**` may be unpaired: after
-    the marker in "**The answer is x + 1.**", `text` is "x + 1.**"."""
+    """`text` without the `**` around bold words in its first line. An unpaired `**` is removed too,
+    because bold text may begin before the marker: in "**The answer is x + 1.**", only "x + 1.**"
+    follows the marker."""
     line, newline, rest = text.lstrip().partition("\n")
     line = _BOLD.sub(r"\1", line)
     if line.count("**") % 2:

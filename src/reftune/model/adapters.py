@@ -120,7 +120,7 @@ def _read(folder: Path, base: str | None) -> tuple[dict[str, Any], dict[str, Ten
     if base and trained_on and Path(base).name != Path(trained_on).name:
         raise ModelError(
             f"{folder}: adapters of {trained_on}; expected those of model.path {base} (if both are"
-            f" the same model, set base_model_name_or_path in {ADAPTER_CONFIG} to model.path)"
+            f" the same model, set base_model_name_or_path in {ADAPTER_CONFIG} to {base})"
         )
     return config, tensors
 

@@ -57,7 +57,7 @@ class TokenBatch:
         return rows, self.prompt_lengths[rows] + steps
 
     def predictor_index(self) -> tuple[Tensor, Tensor]:
-        """The row and the column of each response token's predictor, the token to its left."""
+        """Like `response_index`, but for each response token's predictor, the token to its left."""
         rows, columns = self.response_index()
         return rows, columns - 1
 

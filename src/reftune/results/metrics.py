@@ -181,7 +181,8 @@ VOTING = {
     ),
     "pass": (
         "Any right (pass@k)",
-        "Chance that at least one of k samples is right, so that a perfect judge could choose it.",
+        "Chance that at least one of k samples is right. A judge that finds a right sample whenever"
+        " there is one would be this accurate.",
     ),
 }
 """Decision rule → title and explanation of its chart."""

@@ -162,7 +162,7 @@ def _sizes(found: Sequence[Cell], fmt: str) -> str:
 
 
 def _size(found: Sequence[Cell], split: str, column: str) -> str:
-    """The number of questions of a split, or a range if a column's models have different ones."""
+    """The number of questions of a split, or a range if it differs between a column's models."""
     problems = [cell["problems"] for cell in found if _column(cell) == column]
     sizes = [each[split] for each in problems if split in each]
     ours = "–".join(f"{size:,}" for size in sorted({min(sizes), max(sizes)})) if sizes else "–"

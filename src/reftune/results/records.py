@@ -256,9 +256,9 @@ def _whole(
 ) -> dict[str, tuple[EvalRow, ...]]:
     """The evaluations that are complete. An evaluation is incomplete if it contains only the first
     part of the longest evaluation's problems. It is also incomplete if it has fewer problems than
-    both the recipe's limit and the split, whose size is in `sizes` (from data.json). But if its
-    problems are not the first ones of the longest evaluation, it counts as complete, so that the
-    caller can report the difference."""
+    the split, whose size is in `sizes` (from data.json), and than the recipe's limit, if there is
+    one. But if its problems are not the first ones of the longest evaluation, it counts as
+    complete, so that the caller can report the difference."""
     ids = {name: [row.id for row in rows] for name, rows in evals.items()}
     longest = max(ids.values(), key=len, default=[])
     size = sizes.get(evaluated_split(recipe), 0)

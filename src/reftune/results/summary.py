@@ -325,9 +325,9 @@ def _are_one_model(a: MethodScore, b: MethodScore) -> bool:
 
 
 def _model_of(run: RunResults, method: str) -> str:
-    """The method whose model `method` has. If `method` never beat its `init` on dev, this is the
-    `init`. If `method` is a snapshot of its stage's chosen step, it is the stage. If neither is
-    true, it is `method` itself."""
+    """The method with which `method` shares its model. If `method` never beat its `init` on dev,
+    this is the `init`. If `method` is a snapshot of its stage's chosen step, it is the stage. If
+    neither is true, it is `method` itself."""
     stage = run.stages.get(method)
     if stage is None:
         return method
@@ -441,7 +441,7 @@ class Handover:
 
 
 def handovers(run: RunResults) -> list[Handover]:
-    """One `Handover` for each RL stage for whose initial model `last_rise` finds a rise."""
+    """One `Handover` for each RL stage whose initial model has a `last_rise`."""
     return [
         Handover(stage=name, init=stage.init, rise=found[0], accuracy=found[1])
         for name, stage in run.stages.items()

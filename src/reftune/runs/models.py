@@ -140,7 +140,7 @@ def check_stage_graph(recipe: Recipe) -> None:
                 raise RecipeError(f"stages.{name}: two stages save the method {method}")
             made.add(method)
         known += recipe.methods_of(name)
-    methods = known if recipe.model.path is not None else known[1:]  # not a from-scratch base
+    methods = known if recipe.model.path is not None else known[1:]  # omits an untrained base
     for key in ("stages", "sampled"):
         for method in getattr(recipe.evaluate, key) or ():
             if method not in methods:

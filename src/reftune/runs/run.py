@@ -151,7 +151,7 @@ class Run:
         policy.require_known([*encoded, [encoder.end_of(encoder.format.prompt(train[0]))]])
 
     def verify_engine(self) -> None:
-        """Raises: RecipeError if the engine finds that it cannot work on this machine."""
+        """Raises: RecipeError if the engine finds that it cannot work in this environment."""
         getattr(self.recipe.engine, "verify", lambda: None)()
 
     def is_trained(self, name: str) -> bool:

@@ -233,7 +233,8 @@ class Loop:
     def _saving(self) -> Iterator[None]:
         """If the engine fails inside the block, save a checkpoint. The engine's error must be
         raised in every process, before the step or the evaluation changes the stage's state.
-        Raises: Interrupted instead if a signal has come, as it may have stopped the engine too."""
+        Raises: Interrupted, not the engine's error, if a signal has come, because the signal may
+        have stopped the engine too."""
         try:
             yield
         except EngineError as error:
@@ -262,7 +263,7 @@ class Loop:
         return self.total_steps if self.state.ends_at is None else self.state.ends_at
 
     def _share(self, n: int) -> float:
-        """The share of its peak that each learning rate has at step `n`."""
+        """The learning rates at step `n`, as a share of their peaks."""
         share = rate(self.table.optimizer, step=n, total_steps=self.total_steps)
         ends_at = self.state.ends_at
         if ends_at is None:

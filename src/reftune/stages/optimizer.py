@@ -105,7 +105,7 @@ def _adamw(groups: list[dict[str, Any]], table: OptimizerTable) -> torch.optim.O
         from bitsandbytes.optim import AdamW8bit
     except ImportError:
         raise RecipeError(
-            "optimizer.state_bits: bitsandbytes is not installed; expected pip install"
+            "optimizer.state_bits: bitsandbytes is not installed; run pip install"
             " 'reftune[quantize]'"
         ) from None
     adamw: torch.optim.Optimizer = AdamW8bit(groups, **rates)

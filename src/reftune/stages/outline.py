@@ -261,7 +261,7 @@ def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kw
 
 
 def _attention_backward_flops(grad: Tensor, *states: Any, **kwargs: Any) -> int:
-    # 5 matrix products (2 in the forward pass): 1 recomputes the scores, and 4 yield gradients
+    # 5 matrix products, where the forward pass has 2: 1 recomputes the scores, 4 yield gradients
     return 5 * _attention_flops(*states) // 2
 
 

@@ -41,8 +41,8 @@ MAX_SAMPLE_CHARACTERS = 1200
 
 
 def make_progress(*, quiet: bool = False, time_s: Callable[[], float] = time.monotonic) -> Progress:
-    """A view of the run. If `quiet` is True, it shows nothing. If stderr is a
-    terminal that supports it, the view is live. In all other cases, it prints plain lines."""
+    """A view of the run. If `quiet` is True, it shows nothing. Otherwise, it is live if stderr is a
+    terminal that supports this. In all other cases, it prints plain lines."""
     if quiet:
         return Progress()
     console = Console(stderr=True)

@@ -113,8 +113,8 @@ def _offline_dataset(recipe: Recipe) -> tuple[Component, str]:
 
 
 def _findings(subject: Subject, checks: Mapping[str, Check]) -> list[Finding]:
-    """One finding per check, in the order of `checks`. A check also fails if
-    the reward function fails. If the recipe waives a check that fails, its finding is a warning."""
+    """One finding per check, in the order of `checks`. A check also fails if the reward function
+    fails. If the recipe waives a check that fails, its finding is a warning."""
     findings = []
     for name, check in checks.items():
         try:

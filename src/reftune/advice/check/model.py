@@ -137,8 +137,8 @@ def check_accuracy(subject: Subject) -> Finding:
 
 
 def _last_rise(subject: Subject) -> tuple[Rise, float] | None:
-    """The last rise in dev accuracy during the stage before RL, and the accuracy after this rise.
-    None if no rise was recorded."""
+    """The last rise in dev accuracy that was measured in the stage before RL (see `last_rise`), and
+    the accuracy after it. None if none was measured."""
     if subject.method == "base":
         return None
     stage = stage_folder(subject.recipe, subject.method)

@@ -130,9 +130,9 @@ class _Found:
         self.later = {name: column for name, column in later.items() if name not in self.by_lower}
 
     def answer(self, used: set[str], chat: str | None) -> str | None:
-        """The column of the gold answer; None if no column is found. Truth values in
-        a column such as `label` are judgements if another column contains completions. The column
-        of completions is then returned. Raises: DataError if a completion is judged wrong."""
+        """The column of the gold answer; None if no column is found. Truth values in a column such
+        as `label` are judgements if another column contains completions. The column of completions
+        is then returned. Raises: DataError if a completion is judged wrong."""
         first = self.first("answer", used) or chat
         free = {name for name in self.by_lower.values() if name not in used}
         judged = [self.by_lower.get(name, "") for name in JUDGED]
@@ -155,7 +155,8 @@ class _Found:
         return column.lower() in JUDGING and None not in map(_truth, cells) and bool(cells)
 
     def filled(self, field: str, used: set[str]) -> str | None:
-        """Like `first`, but in some row, the column must contain a value that is not a mapping."""
+        """Like `first`, but at least one of the column's cells must be neither missing nor a
+        mapping."""
         found = (
             self.by_lower.get(name, name)
             for name in NAMES[field]

@@ -23,7 +23,7 @@ Key = Callable[[Problem], str]
 LARGEST_DEFAULT_DEV = 500
 FACTORIAL = r"!+(?=\s*[-+*/^=<>×÷·−)\]}\\]|[?.;:$])"
 """Matches the exclamation marks of a factorial. They come directly before other punctuation, or
-before an operator or a closing bracket, from which spaces may separate them."""
+before an operator or a closing bracket, with or without spaces in between."""
 TOKEN = re.compile(
     rf"(?:(?<![\w.])\.)?\d+(?:[.,]\d+)*(?:{FACTORIAL}|!+(?=\s*\d))?|(?<![\w'])[^\W\d_]{FACTORIAL}"
     r"|\)!+|[^\W\d_]'+(?=\()|[^\W\d_]+|[^\w\s]|_"

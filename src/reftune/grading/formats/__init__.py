@@ -50,7 +50,8 @@ def grades_of(
 
 
 def is_grade(grade: object) -> TypeGuard[Graded]:
-    """Whether `grade`, from a user's code, is a `Graded` whose fields have the right types."""
+    """Whether `grade`, from a user's code, is a `Graded` with a verdict and value of the right
+    types."""
     return (
         isinstance(grade, Graded)
         and isinstance(grade.verdict, Verdict)
@@ -59,8 +60,8 @@ def is_grade(grade: object) -> TypeGuard[Graded]:
 
 
 def named(grade: object) -> str:
-    """The name of the type that a user's code returned instead of a correct grade. For a `Graded`,
-    the types of its verdict and value are named too."""
+    """The type of `grade`, which a user's code returned instead of a correct grade, as text. For a
+    `Graded`, the types of its verdict and value are named too."""
     if not isinstance(grade, Graded):
         return type(grade).__name__
     types = f"verdict={type(grade.verdict).__name__}, value={type(grade.value).__name__}"

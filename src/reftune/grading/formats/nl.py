@@ -41,7 +41,8 @@ class Nl(Prompted):
 
     @property
     def gold_decimal(self) -> Literal[".", ","]:
-        """Decimal separator in targets: a point under the authors' rules, which read no commas."""
+        """Decimal separator in targets: `decimal`, but a point under the authors' rules, which
+        cannot read a decimal comma."""
         return "." if self.grading == "paper" else self.decimal
 
     def prompt(self, problem: Problem) -> str | Conversation:

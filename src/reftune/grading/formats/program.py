@@ -263,7 +263,7 @@ def _text_and_blocks(completion: str) -> tuple[str, list[str]]:
 
 
 def _before_next_question(text: str) -> str:
-    """`text` up to the first line after a program that asks another question. A question above the
+    """`text` up to the first line that asks another question after a program. A question above the
     program or inside triple quotes is the program's own question and does not count."""
     is_whole = not text[:1].isspace() and _SOLUTION.search(text) is not None
     marks = (_SOLUTION,) if is_whole else (_SOLUTION, _RETURN, _SCRIPT)

@@ -90,7 +90,7 @@ def attend_in_groups(
     module: nn.Module, states: Sequence[Tensor], packing: Packing, **options: Any
 ) -> Tensor:
     """The attention output (S, heads, D), computed group by group. `states` contains the queries,
-    keys and values in S padded slots (see `Packing`), each with its own number of heads."""
+    keys and values in S padded slots (see `Packing`), each (S, its number of heads, D)."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     parts = (part.split([rows * length for rows, length in packing.sizes]) for part in states)
