@@ -95,8 +95,20 @@ def names_option(line: str, choices: Sequence[str]) -> bool:
 
 def _begins_with(line: str, choice: str) -> bool:
     """Whether a line is an option's text, alone or before punctuation or a reason."""
-    head = re.split(r"[,.;:] | \(|[.!]$| - | because\b", line, maxsplit=1)[0]
-    return same_text(line, choice) or same_text(head, choice)
+    if same_text(line, choice) or same_text(_REASON.split(line, maxsplit=1)[0], choice):
+        return True
+    rest = _after(line, choice)
+    return rest is not None and _REASON.match(rest) is not None
+
+
+_REASON = re.compile(r"[,.;:] | \(|[.!]$| - | because\b")
+
+
+def _after(line: str, choice: str) -> str | None:
+    """What follows an option's text at the start of a line; None if the line does not begin with
+    this text."""
+    text = re.match(rf"{re.escape(first_line(choice))}(?!\.?\w)", line, re.IGNORECASE)
+    return None if text is None else line[text.end() :]
 
 
 def _names_another(said: str, choices: Sequence[str], chosen: int) -> bool:
@@ -104,7 +116,11 @@ def _names_another(said: str, choices: Sequence[str], chosen: int) -> bool:
     "Paris? No, Rome". If Paris is option B, "Paris (C)" and "C) Paris" also name two options."""
     if named := _named(said, choices):
         return chosen not in named
-    parts = (_named(part, choices) for part in _SEPARATOR.split(said[:500]))
+    if choices:  # "B) Rome (Italy)" does not name the option "Italy"
+        rest = _after(said.lstrip(" ).:,"), choices[chosen])
+        said = said if rest is None else rest
+    rest = re.sub("^[ );,:.]*(?:or |and )?", "", said)
+    parts = (_named(part, choices) for part in (rest, *_SEPARATOR.split(said[:500])))
     return any(named and chosen not in named for named in parts)
 
 
