@@ -77,7 +77,8 @@ def _is_choice(letter: str, rest: str, choices: Sequence[str]) -> bool:
     if not rest or re.match(r" ?[)\].,:;>}!?\"'\\]| -", rest):
         return True
     if letter == "a" or (letter == "A" and _NOT_AN_ARTICLE.match(rest) is None):
-        return bool(choices) and _begins_with(rest.strip(" (–—)."), choices[0])
+        texts = (rest, rest.strip(" (–—)."))
+        return bool(choices) and any(_begins_with(text, choices[0]) for text in texts)
     return re.match(r" ?[-=+*/^<]|[^\s(—]", rest) is None  # C# and a² are not choices
 
 
@@ -98,17 +99,18 @@ def _begins_with(line: str, choice: str) -> bool:
     if same_text(line, choice) or same_text(_REASON.split(line, maxsplit=1)[0], choice):
         return True
     rest = _after(line, choice)
-    return rest is not None and _REASON.match(rest) is not None
+    return rest is not None and (not rest.strip(" ).") or _REASON.match(rest) is not None)
 
 
 _REASON = re.compile(r"[,.;:] | \(|[.!]$| - | because\b")
 
 
 def _after(line: str, choice: str) -> str | None:
-    """What follows an option's text at the start of a line; None if the line does not begin with
-    this text."""
-    text = re.match(rf"{re.escape(first_line(choice))}(?!\.?\w)", line, re.IGNORECASE)
-    return None if text is None else line[text.end() :]
+    """What follows an option's text at the start of a line, perhaps in brackets; None if the line
+    does not begin with this text."""
+    text = re.escape(first_line(choice))
+    found = re.match(rf"[ ).:,]*(?:{text}(?!\.?\w)|\({text}\))", line, re.IGNORECASE)
+    return line[found.end() :] if text and found else None
 
 
 def _names_another(said: str, choices: Sequence[str], chosen: int) -> bool:
@@ -117,7 +119,7 @@ def _names_another(said: str, choices: Sequence[str], chosen: int) -> bool:
     if named := _named(said, choices):
         return chosen not in named
     if choices:  # "B) Rome (Italy)" does not name the option "Italy"
-        rest = _after(said.lstrip(" ).:,"), choices[chosen])
+        rest = _after(said, choices[chosen])
         said = said if rest is None else rest
     rest = re.sub("^[ );,:.]*(?:or |and )?", "", said)
     parts = (_named(part, choices) for part in (rest, *_SEPARATOR.split(said[:500])))
