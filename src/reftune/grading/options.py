@@ -61,10 +61,12 @@ def read_choice(text: str, choices: Sequence[str]) -> str | None:
     line = re.sub(r"\b(?:i\. ?e|e\. ?g)\b\.?", "that is", line, flags=re.IGNORECASE)
     match = _CHOICE.match(line)
     if match is not None and _is_choice(match["letter"], match["rest"], choices):
-        letter, rest = match["letter"].lower(), match["rest"]
+        letter, said = match["letter"].lower(), match["rest"]
+        position = ord(letter) - ord("a")
+        own = _after(said, choices[position]) if choices else None  # "No" in "B) No" is option B
+        rest = said if own is None else own
         is_retracted = _SECOND_CHOICE.match(rest) or TAKEN_BACK.match(rest)
-        is_another = _names_another(rest, choices, ord(letter) - ord("a"))
-        return None if is_retracted or is_another else letter
+        return None if is_retracted or _names_another(said, choices, position) else letter
     return _option_with_value(line, choices)
 
 
@@ -109,7 +111,8 @@ def _after(line: str, choice: str) -> str | None:
     """What follows an option's text at the start of a line, perhaps in brackets; None if the line
     does not begin with this text."""
     text = re.escape(first_line(choice))
-    found = re.match(rf"[ ).:,]*(?:{text}(?!\.?\w)|\({text}\))", line, re.IGNORECASE)
+    begin = r"(?: [-–—] |[ ).:,]*)"
+    found = re.match(rf"{begin}(?:{text}(?!\.?\w)|\({text}\))", line, re.IGNORECASE)
     return line[found.end() :] if text and found else None
 
 
@@ -128,7 +131,7 @@ def _names_another(said: str, choices: Sequence[str], chosen: int) -> bool:
 
 _SEPARATOR = re.compile(
     r"(?:[;&?!()]|[,:.](?!(?<=\d.)\d)) ?"
-    rf"(?:(?:{SORRY}|or|maybe|perhaps|possibly|so|(?:which|that) is|option|choice)\b[, ]*)*"
+    rf"(?:(?:{SORRY}|or|maybe|perhaps|possibly|so|(?:which|that|it) is|option|choice)\b[, ]*)*"
     r"| - |\b(?:or|and)\b(?= \(?[a-z]\b)",
     re.IGNORECASE,
 )
@@ -154,6 +157,10 @@ def _option_with_value(line: str, choices: Sequence[str]) -> str | None:
         return _letter(equal[0])
     if not equal and not re.search(r"\bor\b", line):
         equal = [index for index, choice in enumerate(choices) if _begins_with(line, choice)]
+        # "Up, then down" begins with "Up", too
+        texts = [choices[index] for index in equal]
+        longest = [i for i in equal if all(_after(choices[i], text) is not None for text in texts)]
+        equal = longest if len(longest) == 1 else equal
     if len(equal) == 1 and _names_another(line, choices, equal[0]):
         return None
     number = None if equal else stated_number(line)
