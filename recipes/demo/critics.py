@@ -28,7 +28,7 @@ class LambdaByLength(Ppo):
 
         λ = ½^(1/L)        L = number of tokens of the response
 
-    Source: JustRL-II. Differs: no other part of JustRL-II's critic is used. `lam` is not read.
+    Source: JustRL-II. Differences: no other part of JustRL-II's critic is used. `lam` is not read.
     """
 
     def credit(self, batch: RolloutBatch) -> RolloutBatch:
@@ -44,7 +44,7 @@ class Evpo(Ppo):
 
         A = G − mean of G  if  1 − Var(G − V) / Var(G) ≤ 0        G = returns with λ = 1
 
-    Source: EVPO (arXiv:2604.19485). Differs: advantages are whitened, as in `Ppo`.
+    Source: EVPO (arXiv:2604.19485). Differences: advantages are whitened, as in `Ppo`.
     """
 
     def credit(self, batch: RolloutBatch) -> RolloutBatch:
@@ -61,7 +61,7 @@ class Bpco(Ppo):
 
         V = clip(value head, 0, 1)        λ = 1 − 1/(0.4 L)
 
-    Rewards must lie between 0 and 1. Source: BPCO (arXiv:2608.23566). Differs: BPCO bounds V by
+    Rewards must lie between 0 and 1. Source: BPCO (arXiv:2608.23566). Differences: BPCO bounds V by
     atan, masks tokens by |π − π_old| instead of clipping ratios, and draws one sample per problem.
     `lam` is not read.
     """
@@ -115,7 +115,7 @@ class Prefixes(Rl):
 
         share(n) = 0.8 · max(0, 1 − (n − 1) / (steps / 2))        n = 1, 2, …
 
-    Source: R3 (arXiv:2402.05808). Differs: the schedule is ours.
+    Source: R3 (arXiv:2402.05808). Differences: the schedule is ours.
     """
 
     kind: str = "prefixes"

@@ -151,8 +151,8 @@ def token_rewards(
         r_t = -β (log π(a_t) - log π_ref(a_t)) + [t is last] · reward
 
     β is `kl_coef`. Without `ref_logprobs`, there is no penalty. Shapes: rewards (B,), all others
-    (B, R). The result is 0 where the mask is False. Source: ReFT (arXiv:2401.08967), §3.1. Differs:
-    none.
+    (B, R). The result is 0 where the mask is False. Source: ReFT (arXiv:2401.08967), §3.1.
+    Differences: none.
     """
     last = response_mask.sum(1) - 1
     per_token = torch.zeros_like(logprobs)
@@ -178,8 +178,8 @@ def gae(
     V is 0 after the last sampled token, whether the response ended there or was cut off at the
     length limit. Both results are 0 where the mask is False. Shapes (B, R). λ is a number, or a
     tensor (B,) with one number per response. Source: PPO (arXiv:1707.06347), §5; ReFT
-    (arXiv:2401.08967), §3.1. Differs: γ and λ are named as in ReFT's code; the ReFT paper swaps the
-    two symbols.
+    (arXiv:2401.08967), §3.1. Differences: γ and λ are named as in ReFT's code; the ReFT paper swaps
+    the two symbols.
     """
     values = values * response_mask
     next_values = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
@@ -214,7 +214,7 @@ def truncated_importance(
         w = min(π_train / π_sample, cap)
 
     Source: Yao et al., "Your efficient RL framework secretly brings you off-policy RL training"
-    (2025). Differs: none.
+    (2025). Differences: none.
     """
     ratio = (logprobs - sampling_logprobs).exp().clamp(max=cap)
     return torch.where(mask, ratio, torch.ones_like(ratio))
@@ -262,7 +262,7 @@ def ppo_policy_terms(
         ρ = π / π_old        L = max(-A ρ, -A clip(ρ, 1 - ε_low, 1 + ε_high))
 
     Source: PPO (arXiv:1707.06347), eq. 7; asymmetric bounds: DAPO (arXiv:2503.14476), eq. 10.
-    Differs: log ρ is clamped to ±20, so that ρ cannot overflow.
+    Differences: log ρ is clamped to ±20, so that ρ cannot overflow.
     """
     ratio = (logprobs - old_logprobs).clamp(-20, 20).exp()
     return torch.maximum(

@@ -35,7 +35,7 @@ class Grpo(Clipped):
             A = (r - mean of the group) / (standard deviation of the group + 1e-4)
 
         With `scale: none`, only the numerator is used. Source: GRPO (arXiv:2402.03300), §4.1.2.
-        Differs: 1e-4 is added, and the variance is the unbiased one.
+        Differences: 1e-4 is added, and the variance is the unbiased one.
         """
         advantages = batch.rewards - group_means(batch.rewards, batch.groups)
         if self.scale == "std":
@@ -69,7 +69,7 @@ def kl_terms(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
         k3 = π_ref/π - log(π_ref/π) - 1
 
-    Source: GRPO (arXiv:2402.03300), eq. 4. Differs: the log-ratio is clamped to ±20, as in
+    Source: GRPO (arXiv:2402.03300), eq. 4. Differences: the log-ratio is clamped to ±20, as in
     `ppo_policy_terms`.
     """
     log_ratio = (ref_logprobs - logprobs).clamp(-20, 20)

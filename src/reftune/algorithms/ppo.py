@@ -71,7 +71,7 @@ def whiten(values: Tensor, mask: Tensor) -> Tensor:
         (x - mean) / sqrt(unbiased variance + 1e-8)
 
     Both tensors have the same shape. Source: ReFT's code, which whitens over the whole rollout.
-    Differs: none.
+    Differences: none.
     """
     count = mask.sum()
     mean = (values * mask).sum() / count.clamp(min=1)
@@ -84,7 +84,7 @@ def value_terms(values: Tensor, old_values: Tensor, returns: Tensor, *, clip: fl
 
         L = ½ max((V - G)², (clip(V, V_old ± ε) - G)²)
 
-    Source: ReFT (arXiv:2401.08967), §3.1, as implemented in ReFT's code. Differs: none.
+    Source: ReFT (arXiv:2401.08967), §3.1, as implemented in ReFT's code. Differences: none.
     """
     clipped = old_values + (values - old_values).clamp(-clip, clip)
     return 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)

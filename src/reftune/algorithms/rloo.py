@@ -26,7 +26,7 @@ class Rloo(Clipped):
 
             A_i = R_i - mean of the group's other R_j      R = r - β Σ_t log (π / π_ref)
 
-        Source: RLOO (arXiv:2402.14740). Differs: none.
+        Source: RLOO (arXiv:2402.14740). Differences: none.
         """
         mask = batch.response_mask
         earned = token_rewards(
@@ -41,7 +41,7 @@ def leave_one_out(rewards: Tensor, groups: Tensor) -> Tensor:
 
         A_i = r_i - 1/(K-1) Σ_{j≠i} r_j = K/(K-1) · (r_i - mean)
 
-    Source: RLOO (arXiv:2402.14740), §2.3. Differs: none.
+    Source: RLOO (arXiv:2402.14740), §2.3. Differences: none.
     """
     sizes = group_sizes(groups)
     return (rewards - group_means(rewards, groups)) * sizes / (sizes - 1).clamp(min=1)

@@ -201,8 +201,8 @@ def _as_letter(text: str, problem: Problem) -> str:
 
 def _without_bold(text: str) -> str:
     """`text` without the `**` around bold words in its first line. An unpaired `**` is removed too,
-    because bold text may begin before the marker: in "**The answer is x + 1.**", only "x + 1.**"
-    follows the marker."""
+    because bold text may begin before the words that announce the answer: of "**The answer is
+    x + 1.**", `text` is only "x + 1.**"."""
     line, newline, rest = text.lstrip().partition("\n")
     line = _BOLD.sub(r"\1", line)
     if line.count("**") % 2:

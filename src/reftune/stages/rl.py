@@ -381,7 +381,7 @@ def credited_by(algorithm: Algorithm, batch: RolloutBatch) -> RolloutBatch:
 
 
 def checked_terms(terms: object, kind: str) -> LossTerms:
-    """`terms`, which the `loss` of the algorithm `kind` has returned. Raises: RecipeError unless
+    """`terms`, which the `loss` method of the algorithm `kind` returned. Raises: RecipeError unless
     `terms` is `LossTerms` with a scalar total that has a gradient."""
     total = getattr(terms, "total", None)
     is_loss = isinstance(total, Tensor) and total.dim() == 0 and total.requires_grad

@@ -223,6 +223,6 @@ def join_as_paper(
     correct: Sequence[str], gold: Sequence[str], keep: int, same: Same = str.strip
 ) -> list[str]:
     """The result of `join_once`, then the gold solution again. Source: ReFT's code
-    (arXiv:2401.08967, §4.2). Differs: solutions keep their outer white space, which programs need,
-    and solutions in words that differ only in how they write the answer count as repeats."""
+    (arXiv:2401.08967, §4.2). Differences: solutions keep their outer white space, which programs
+    need, and solutions in words that differ only in how they write the answer count as repeats."""
     return [*join_once(correct, gold, keep, same), *gold]

@@ -141,8 +141,8 @@ def claimed(folder: RunFolder, recipe: Recipe, splits: Splits) -> Iterator[list[
     """Claim the folder for this run, and lock it inside the block. `recipe` replaces the folder's
     old recipe. A stage with more steps or epochs than in the old recipe is reopened: its training
     continues, and its evaluation is set aside. If the two recipes evaluate differently, all
-    evaluations are set aside. In both cases, and if the recipes have different stages or methods to
-    evaluate, the old summary is deleted.
+    evaluations are set aside. The old summary is deleted if a stage is reopened, or if the recipes
+    differ in their stages or in `evaluate`.
 
     Yields: notes for the user on changes that affect results. Raises: the errors of
     `refuse_foreign`; DataError if the problems have changed since the run began; CheckpointError if

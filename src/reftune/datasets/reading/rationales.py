@@ -15,8 +15,8 @@ TIMEOUT_S = 20.0
 
 def drop_wrong_programs(splits: Splits) -> Splits:
     """Remove training problems that have no program (counted as `no_program`) or whose program does
-    not return the gold answer (`program_disagrees`). Dev keeps such problems, but not their
-    rationales, so that dev is no easier than test."""
+    not return the gold answer (`program_disagrees`). The dev split keeps such problems, but
+    not their rationales, so that dev is no easier than test."""
     graded = _graded_programs([*splits.train, *splits.dev])
     splits = drop_untrainable(splits, "no_program", lambda problem: problem.rationale is None)
     return drop_untrainable(
@@ -30,7 +30,7 @@ def drop_contradictions(splits: Splits, reading: Reading = DEFAULT) -> Splits:
     """Remove training problems whose rationale contradicts the gold answer: a program that returns
     another answer (counted as `program_disagrees`), or prose that states another answer
     (`rationale_disagrees`). A program that fails and prose without an answer contradict nothing.
-    Dev keeps all problems, but not the contradicting rationales."""
+    The dev split keeps all problems, but not the contradicting rationales."""
     problems = [*splits.train, *splits.dev]
     graded = _graded_programs([p for p in problems if "def solution(" in (p.rationale or "")])
 

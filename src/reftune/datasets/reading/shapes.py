@@ -195,8 +195,9 @@ class _Found:
     def choices(
         self, question: Sequence[str], answer: str, has_options: bool
     ) -> str | list[str] | None:
-        """One column with all options, or one column per option; None if no column is found. Unless
-        `has_options` is true, two columns `a` and `b` do not count if they are operands."""
+        """One column with all options, or one column per option; None if no column is found. Two
+        columns `a` and `b` may be the numbers of an arithmetic question (see `are_operands`). They
+        are then no options, unless `has_options` is true."""
         for pattern, labels in product(LABELLED, (ascii_lowercase, tuple(map(str, range(1, 27))))):
             names = map(pattern.format, labels)
             columns = [self.by_lower[name] for name in takewhile(self.by_lower.__contains__, names)]

@@ -384,8 +384,8 @@ def _paper_source(problem: Problem, completion: str) -> str:
     off at the first blank line, with `sys.exit` replaced by `print`. The only global name is
     `math`: names that the program defines or imports outside `solution` are unknown inside it.
 
-    Source: the code of ReFT's authors. Differs: a completion that begins with `def solution` gets
-    no header, unused imports are removed, and the default sandbox lacks sympy.
+    Source: the code of ReFT's authors. Differences: a completion that begins with `def solution`
+    gets no header, unused imports are removed, and the default sandbox lacks sympy.
     """
     response = paper_response(
         completion if completion.startswith("def solution") else _paper_header(problem) + completion

@@ -74,8 +74,8 @@ NUM_COLOURS = 8
 
 def method_colours(labels: Sequence[str]) -> dict[str, str]:
     """Label of a method → CSS variable of the method's colour. If there is only one group of runs,
-    the methods in `_COLOURS` have fixed colours. `base`, which no curve shows, takes no colour from
-    the others."""
+    the methods in `_COLOURS` have fixed colours. `base` gets no colour that another method could
+    have, because no curve shows `base`."""
     if any("/" in label for label in labels):
         trained = [label for label in labels if not label.endswith("/base")]
         places = {label: index for index, label in enumerate(trained)}
