@@ -284,7 +284,7 @@ def test_e22_the_learning_rate_of_the_warm_up_snapshot():
     assert math.ceil(7356 / 48) == 154
     table = OptimizerTable(learning_rate=1e-5, schedule="linear", warmup=0.1)
     assert 1e-5 * rate(table, step=308, total_steps=6120) == pytest.approx(5.033e-6, abs=1e-9)
-    # Differences: ours counts the steps there are, 154 · 40 = 6160, so it is .7% lower and ends at 0
+    # Difference: ours counts the steps there are, 154 · 40 = 6160, so it is .7% lower and ends at 0
     # instead of running at 0
     assert 1e-5 * rate(table, step=308, total_steps=6160) == pytest.approx(5.0e-6, abs=1e-9)
 

@@ -123,6 +123,13 @@ def test_a_choice_is_its_letter_or_its_option(gold: str, letter: str) -> None:
     assert read_gold(gold, choices=OPTIONS) == Answer(kind="choice", value=letter)
 
 
+@pytest.mark.parametrize("gold", ["B) {}", "(B) {}", "B. {}", "b : {}", "B - {}", "B {}", "{}"])
+@pytest.mark.parametrize("option", ["Rome (Italy)", "(2, 3)", "(0.1)^30", "f(x)", "[1, 2)"])
+def test_a_gold_may_be_the_letter_and_text_of_an_option_with_brackets(gold: str, option: str):
+    choices = ("2", option, "Italy", "x")
+    assert read_gold(gold.format(option), choices=choices) == Answer(kind="choice", value="b")
+
+
 @pytest.mark.parametrize(
     "gold", ["e", "b) Paris", "London", "30", "a or b", "10 or 20", "a dog", "b (10)", "B - -20"]
 )

@@ -369,7 +369,9 @@ def _letter(stated: object, choices: Sequence[str], reading: Reading) -> str:
         if not choices and (not said or rest[0] in ")].:"):
             return letter
         option = dict(zip(ascii_lowercase, choices, strict=False)).get(letter)
-        spellings = (said, re.sub(r"^[-—] *", "", said))
+        bracketed = rest.lstrip(" )]}.:,;")  # if the option's text ends in a bracket
+        undashed = (re.sub(r"^[-—] *", "", spelling) for spelling in (said, bracketed))
+        spellings = {said, bracketed, *undashed}
         if option is not None and (not said or any(same_option(s, option) for s in spellings)):
             return letter
     texts = [index for index, choice in enumerate(choices) if same_text(text, choice)]

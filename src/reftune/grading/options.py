@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from reftune.grading.decimals import with_points
 from reftune.grading.golds import is_opposite, number_in_gold, same_option
 from reftune.grading.numbers import same_number
-from reftune.grading.plain_text import first_line, same_text
+from reftune.grading.plain_text import first_line, plain, same_text
 from reftune.grading.sentences import parse_number, stated_number
 from reftune.grading.words import SORRY, TAKEN_BACK
 from reftune.types import Problem
@@ -18,7 +18,7 @@ _CHOICE = re.compile(
     r"(?!\(?[a-z] (?:is|=) ?[-\d]))?"
     r"(?:(?:the )?(?:correct )?(?:option|choice|letter|answer)\b["
     r" :.(\[\"'*]*(?:is )?[ (\[\"'*]*)?"
-    r"(?P<letter>[a-z])(?![^\W_])(?P<rest>.*)",
+    r"(?P<letter>(?-i:[a-zA-Z]))(?![^\W_])(?P<rest>.*)",
     re.IGNORECASE,
 )
 _SECOND_CHOICE = re.compile(
@@ -63,9 +63,9 @@ def read_choice(text: str, choices: Sequence[str]) -> str | None:
     if match is not None and _is_choice(match["letter"], match["rest"], choices):
         letter, said = match["letter"].lower(), match["rest"]
         position = ord(letter) - ord("a")
-        own = _after(said, choices[position]) if choices else None  # "No" in "B) No" is option B
-        rest = said if own is None else own
-        is_retracted = _SECOND_CHOICE.match(rest) or TAKEN_BACK.match(rest)
+        rest = _behind(choices[position], said) if choices else said  # "B) No" retracts nothing
+        is_taken_back = TAKEN_BACK.match(said) and TAKEN_BACK.match(rest)
+        is_retracted = is_taken_back or _SECOND_CHOICE.match(rest)
         return None if is_retracted or _names_another(said, choices, position) else letter
     return _option_with_value(line, choices)
 
@@ -79,7 +79,7 @@ def _is_choice(letter: str, rest: str, choices: Sequence[str]) -> bool:
     if not rest or re.match(r" ?[)\].,:;>}!?\"'\\]| -", rest):
         return True
     if letter == "a" or (letter == "A" and _NOT_AN_ARTICLE.match(rest) is None):
-        texts = (rest, rest.strip(" (–—)."))
+        texts = (rest, rest.strip(" (–—)."))  # "A (12,000)" chooses "12 000"
         return bool(choices) and any(_begins_with(text, choices[0]) for text in texts)
     return re.match(r" ?[-=+*/^<]|[^\s(—]", rest) is None  # C# and a² are not choices
 
@@ -96,24 +96,32 @@ def names_option(line: str, choices: Sequence[str]) -> bool:
     return letter is not None or any(_begins_with(line, choice) for choice in choices)
 
 
+_REASON = re.compile(r"[,.;:] | \(|[.!]$| - | because\b")
+"""Matches the punctuation or the word after which a reason for the choice may follow."""
+
+
 def _begins_with(line: str, choice: str) -> bool:
     """Whether a line is an option's text, alone or before punctuation or a reason."""
     if same_text(line, choice) or same_text(_REASON.split(line, maxsplit=1)[0], choice):
         return True
-    rest = _after(line, choice)
-    return rest is not None and (not rest.strip(" ).") or _REASON.match(rest) is not None)
+    rest = _behind(choice, line)
+    return rest != line and (not rest.strip(" ).") or _REASON.match(rest) is not None)
 
 
-_REASON = re.compile(r"[,.;:] | \(|[.!]$| - | because\b")
+def _behind(choice: str, line: str) -> str:
+    """What follows an option's text at the start of a line; the line if it begins otherwise. The
+    text may be in brackets, and punctuation may precede it."""
+    text, words = " ".join(plain(choice).split()).rstrip(".,;:!"), _BEFORE.sub("", line)
+    for begin in (text, f"({text})", f"({text}.)"):
+        rest = words[len(begin) :]
+        if text and words.lower().startswith(begin.lower()) and _IS_MORE.match(rest) is None:
+            return rest
+    return line
 
 
-def _after(line: str, choice: str) -> str | None:
-    """What follows an option's text at the start of a line, perhaps in brackets; None if the line
-    does not begin with this text."""
-    text = re.escape(first_line(choice))
-    begin = r"(?: [-–—] |[ ).:,]*)"
-    found = re.match(rf"{begin}(?:{text}(?!\.?\w)|\({text}\))", line, re.IGNORECASE)
-    return line[found.end() :] if text and found else None
+_BEFORE = re.compile(r"^(?:[)\]]? [-–—] |(?:(?!\. ?\d)[ )\].:,])*)")
+_IS_MORE = re.compile(r"\.?\w| [a-z]\b", re.IGNORECASE)
+"""Matches the rest of a longer text: neither "5.2" nor "5 C" begins with the option 5."""
 
 
 def _names_another(said: str, choices: Sequence[str], chosen: int) -> bool:
@@ -121,17 +129,19 @@ def _names_another(said: str, choices: Sequence[str], chosen: int) -> bool:
     "Paris? No, Rome". If Paris is option B, "Paris (C)" and "C) Paris" also name two options."""
     if named := _named(said, choices):
         return chosen not in named
-    if choices:  # "B) Rome (Italy)" does not name the option "Italy"
-        rest = _after(said, choices[chosen])
-        said = said if rest is None else rest
-    rest = re.sub("^[ );,:.]*(?:or |and )?", "", said)
-    parts = (_named(part, choices) for part in (rest, *_SEPARATOR.split(said[:500])))
-    return any(named and chosen not in named for named in parts)
+    rest = _behind(choices[chosen], said) if choices else said  # "Italy" in "B) Rome (Italy)"
+    parts = (_ADDED.sub("", rest), *_SEPARATOR.split(rest[:500]))
+    return any(named and chosen not in named for named in (_named(part, choices) for part in parts))
 
 
+_LINK = (
+    rf"(?:{SORRY}|i think|or|maybe|perhaps|possibly|so|option|choice"
+    r"|(?:which|that|it|the(?: correct)? answer) (?:is|should be)|it's)\b[, ]*"
+)
+_ADDED = re.compile(rf"^[ );,:.]*(?:{_LINK}|and\b[, ]*)*", re.IGNORECASE)
+"""Matches what may stand between an option and another one that is added to it or corrects it."""
 _SEPARATOR = re.compile(
-    r"(?:[;&?!()]|[,:.](?!(?<=\d.)\d)) ?"
-    rf"(?:(?:{SORRY}|or|maybe|perhaps|possibly|so|(?:which|that|it) is|option|choice)\b[, ]*)*"
+    rf"(?:[;&?!()]|[,:.](?!(?<=\d.)\d)) ?(?:{_LINK})*"
     r"| - |\b(?:or|and)\b(?= \(?[a-z]\b)",
     re.IGNORECASE,
 )
@@ -139,7 +149,7 @@ _SEPARATOR = re.compile(
 
 def _named(part: str, choices: Sequence[str]) -> list[int]:
     """The positions of the options that `part` of a line names by letter, by text, or by both."""
-    bare = part.strip(" ).:,(")
+    bare = _BEFORE.sub("", part).lstrip("(").rstrip(" ).:,(")
     lettered = re.fullmatch(r"([a-z])(?:[ ).:]+(.*))?", bare, re.IGNORECASE)
     letter, text = ("", "") if lettered is None else (lettered[1].lower(), lettered[2] or "")
     return [
@@ -157,10 +167,7 @@ def _option_with_value(line: str, choices: Sequence[str]) -> str | None:
         return _letter(equal[0])
     if not equal and not re.search(r"\bor\b", line):
         equal = [index for index, choice in enumerate(choices) if _begins_with(line, choice)]
-        # "Up, then down" begins with "Up", too
-        texts = [choices[index] for index in equal]
-        longest = [i for i in equal if all(_after(choices[i], text) is not None for text in texts)]
-        equal = longest if len(longest) == 1 else equal
+        equal = _longest(equal, choices)
     if len(equal) == 1 and _names_another(line, choices, equal[0]):
         return None
     number = None if equal else stated_number(line)
@@ -177,10 +184,20 @@ def _option_with_value(line: str, choices: Sequence[str]) -> str | None:
     return _letter(equal[0]) if len(equal) == 1 and not names_another else None
 
 
+def _longest(found: list[int], choices: Sequence[str]) -> list[int]:
+    """The option in `found` whose text begins with the texts of all others in `found`, such as "Up,
+    then down" if the other is "Up". If there is no such option, `found`."""
+    texts = {index: first_line(choices[index]) for index in found}
+    longest = [
+        i for i in found if all(i == j or _behind(texts[j], texts[i]) != texts[i] for j in found)
+    ]
+    return longest if len(longest) == 1 else found
+
+
 _LAST_LETTER = re.compile(
     r"(?<=\d)%? ?(?:\( ?(?:(?:option|choice) )?|(?:,|;|=>?) ?"
     r"(?:(?:(?:which|that|it) (?:is|corresponds to|matches)|corresponding to|matching|so) )?"
-    r"(?:(?:option|choice) |(?=(?-i:[A-Z])))\(?)([a-z])\W*$",
+    r"(?:(?:option|choice) |(?=(?-i:[A-Z])))\(?)((?-i:[a-zA-Z]))\W*$",
     re.IGNORECASE,
 )
 """Matches the letter of an option after a number, as in "12, which is option C" and "12 (C)"."""

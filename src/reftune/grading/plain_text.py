@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import unicodedata
 from collections.abc import Iterator
@@ -149,6 +150,7 @@ def same_text(first: str, second: str) -> bool:
     return _bare(first) == _bare(second) != ""
 
 
+@functools.lru_cache(maxsize=1024)
 def _bare(text: str) -> str:
     """`text`, case-folded and without gaps (see `without_gaps`) or final punctuation."""
     words = without_gaps(plain(text[:MAX_SEGMENT_CHARS]), underscores=r"(?<!\w)_+|_+(?!\w)")
