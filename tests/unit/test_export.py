@@ -191,7 +191,7 @@ def test_a_hub_that_refuses_is_one_line_and_the_folder_stays(
     out = export_model(run_folder, "reft", tmp_path / "model")
     with pytest.raises(
         ModelError,
-        match=r"^me/mine: cannot be pushed: 401 Unauthorized; the model stays in .*model \(to log in",
+        match=r"^me/mine: cannot be pushed: 401 Unauthorized; the model stays in .*model \(to log",
     ):
         push_model(out, "me/mine")
     assert (out / "model.safetensors").exists()
