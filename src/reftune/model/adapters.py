@@ -48,10 +48,13 @@ def export_adapters(run: RunFolder, method: str, model: Mapping[str, Any], folde
     table.
 
     If the base is not quantized, each stage trains new adapters on the merged model from which it
-    starts. The result is then the sum of the adapters of all stages that lead to `method`. If the
-    stages were saved in fp32, adding this sum to the base gives the model of `method`, up to
-    rounding. Raises: CheckpointError if a stage saved no adapters or belongs to another run;
-    ModelError if the adapters from which the first stage starts cannot be read.
+    starts. In this case, the sum of the adapters of all stages that lead to `method` is written,
+    including any adapters from which the run started. If the stages were saved in fp32, adding this
+    sum to the base gives the model of `method`, up to rounding. If the base is quantized, each
+    stage continues the adapters of the stage before it, and those of `method` are written.
+
+    Raises: CheckpointError if a stage saved no adapters or belongs to another run; ModelError if
+    the adapters from which the run started cannot be read.
     """
     from peft import LoraConfig
 

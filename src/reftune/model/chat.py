@@ -40,10 +40,9 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> str
 
 @lru_cache(maxsize=4096)
 def opened_thought(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> str:
-    """The prompt's text from the opening tag of a thought on, if the template opens a thought after
-    the last turn and does not close it. With DeepSeek-R1's template, this text is "<think>\\n". If
-    there is no open thought, the result is an empty string. Raises: RecipeError as `prompt_text`
-    does."""
+    """If the template opens a thought after the last turn and does not close it, the end of the
+    prompt, beginning with the thought's opening tag: "<think>\\n" with DeepSeek-R1's template. If
+    there is no open thought, an empty string. Raises: RecipeError as `prompt_text` does."""
     return _opened(prompt_text(tokenizer, prompt), prompt)
 
 

@@ -107,7 +107,7 @@ class Encoder:
 
 def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
     """The tokens' text. Special tokens are omitted, except tags that grading reads, such as
-    `</think>`. Spaces stay as sampled, because transformers' clean-up would change code."""
+    `</think>`. Spaces stay as sampled, because transformers' clean-up would change programs."""
     ids, (tags, others) = list(token_ids), _special_ids(tokenizer)
     has_tags = not tags.isdisjoint(ids)
     text = tokenizer.decode(

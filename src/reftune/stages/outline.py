@@ -189,7 +189,7 @@ class Outline:
     @torch.no_grad()
     def _prefill(self, prompt: int, rows: int, *, of_gathered: bool = False) -> Prefill:
         """The traced memory needed to read `rows` prompts. `of_gathered` does not change the trace.
-        It only makes the decorator cache the results for gathered weights separately."""
+        It only makes `@cache` store the results for gathered weights separately."""
         policy = self.policy
         with (
             self.mode,
