@@ -118,12 +118,12 @@ OPEN = [
     "(five seeds), questions need two steps, and half of the training solutions omit the working. "
     "There, GRPO after a longer SFT stage is 14.6 points [9.4, 19.8] better than further SFT from "
     "the same model ([log](experiments/smollm2-instruct.md)).",
-    "**On real data** (SVAMP programs, SmolLM2-135M, one seed), ReFT shows no gain if all training "
-    "questions have solutions: after a [finished](handover.md) warm-up, ReFT − SFT is −1.3 points "
-    "[−3.8, +1.2], n.s. ReFT had little to learn from, because 90% of the warm-up's samples for "
-    "training questions were already correct. If only 500 of 2,498 questions have solutions, "
-    "ReFT − SFT is +3.2 points [+0.7, +5.6] on the authors' test questions and +1.0 [−4.1, +6.1], "
-    "n.s., on held-out questions, also with one seed "
+    "**On real data** (SVAMP programs, SmolLM2-135M), ReFT shows no gain if all training "
+    "questions have solutions (one seed): after a [finished](handover.md) warm-up, ReFT − SFT is "
+    "−1.3 points [−3.8, +1.2], n.s. ReFT had little to learn from, because 90% of the warm-up's "
+    "samples for training questions were already correct. If only 500 of 2,498 questions have "
+    "solutions, the result is undecided after two seeds: ReFT − SFT is +3.2 points [+0.7, +5.6] "
+    "and +1.1 points [−1.4, +3.6] on the authors' test questions "
     "([log](experiments/smollm2-svamp.md)).",
     "**With solutions of 66 tokens on average**, the value head explains hardly any of the "
     "reward's variance. Over five seeds, after finished warm-ups, no RL method differs "
