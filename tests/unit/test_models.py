@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from reftune.errors import ModelError
+from reftune.errors import ModelError, RecipeError
 from reftune.model.weights import load_model, load_tokenizer, make_scratch, word_tokenizer
-from reftune.recipe import ModelTable, Recipe, ScratchTable
+from reftune.recipe import ModelTable, Recipe, ScratchTable, load_recipe, shipped_recipes
 from reftune.runs import models
 from reftune.runs.run import run_recipe
 from reftune.stages.stage import Progress
@@ -427,3 +427,25 @@ def test_a_run_reads_the_base_model_once_and_each_chosen_model_once(
     # the probes of choices use the evaluated model
     assert (recipe.folder / "eval" / "choices" / "reft.jsonl").exists() == bool(changes)
     assert read == ["base", "sft", "warmup", "reft"]
+
+
+def test_a_tilde_in_the_paths_of_a_recipe_is_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    # bash does not expand it in run_dir=~/runs/first
+    monkeypatch.setenv("HOME", str(tmp_path))
+    paths = ["run_dir=~/runs/first", "stages.reft.init=~/model", "evaluate.rerank=~/judge"]
+    recipe = load_recipe(shipped_recipes() / "demo" / "reranking.yaml", paths)
+    assert recipe.folder == tmp_path / "runs" / "first"
+    for folder, file in [("model", "config.json"), ("judge", models.WEIGHTS)]:
+        with pytest.raises(RecipeError, match=f"~/{folder} is not"):
+            models.check_stage_graph(recipe)
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / file).write_text("{}")
+    models.check_stage_graph(recipe)
+    assert models.stage_folder(recipe, "~/model").path == tmp_path / "model"
+
+
+def test_a_path_that_begins_with_an_unknown_user_is_no_traceback():
+    with pytest.raises(ModelError, match="~nobody-here/model: no such model folder"):
+        load_model(ModelTable(path="~nobody-here/model"))

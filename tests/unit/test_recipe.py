@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from reftune.errors import RecipeError
-from reftune.recipe import Recipe, dump_recipe, known_kinds, load_recipe, merge, shipped_recipes
+from reftune.recipe import Recipe, dump_recipe, known_kinds, load_recipe, merge
 
 PLUGINS = """
 from __future__ import annotations
@@ -276,24 +276,3 @@ def test_kinds_are_the_files_of_the_folder():
     assert "word_problems" in known_kinds("datasets")
     assert "sft" in known_kinds("stages")
     assert not any(kind.startswith("_") for kind in known_kinds("engines"))
-
-
-@pytest.mark.parametrize(
-    ("override", "value_of"),
-    [
-        ("run_dir={}", lambda recipe: recipe.run_dir),
-        ("stages.reft.init={}", lambda recipe: recipe.stages["reft"].init),
-        ("evaluate.rerank={}", lambda recipe: recipe.evaluate.rerank),
-    ],
-)
-def test_a_tilde_at_the_start_of_a_path_is_the_home_folder(monkeypatch, override, value_of):
-    # bash does not expand it in run_dir=~/runs/first
-    monkeypatch.setenv("HOME", "/home/ada")
-
-    def path(text: str) -> str:
-        return value_of(
-            load_recipe(shipped_recipes() / "demo/reranking.yaml", [override.format(text)])
-        )
-
-    assert path("~/runs/first") == "/home/ada/runs/first"
-    assert path("runs/~first") == "runs/~first"

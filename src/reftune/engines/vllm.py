@@ -36,7 +36,7 @@ from reftune.errors import EngineError, RecipeError
 from reftune.model.layers import plain_state
 from reftune.model.policy import Policy
 from reftune.processes import world
-from reftune.recipe import Component
+from reftune.recipe import Component, local_path
 from reftune.seeds import derive_seed
 from reftune.storage.files import make_readable
 from reftune.text import counted, shown
@@ -168,7 +168,8 @@ class Vllm(Component):
     @contextlib.contextmanager
     def _folder(self, policy: Policy, save: Callable[[Policy, Path], None]) -> Iterator[Path]:
         """A new folder, filled by `save` and deleted when the block ends."""
-        parent = self.weights_dir or (SHARED_MEMORY if SHARED_MEMORY.is_dir() else None)
+        given = None if self.weights_dir is None else local_path(self.weights_dir)
+        parent = given or (SHARED_MEMORY if SHARED_MEMORY.is_dir() else None)
         with tempfile.TemporaryDirectory(prefix="reftune-weights-", dir=parent) as name:
             folder = Path(name)
             folder.chmod(0o755)  # another user may run the server

@@ -65,9 +65,19 @@ def read_choice(text: str, choices: Sequence[str]) -> str | None:
         position = ord(letter) - ord("a")
         rest = _behind(choices[position], said) if choices else said  # "B) No" retracts nothing
         is_taken_back = TAKEN_BACK.match(said) and TAKEN_BACK.match(rest)
-        is_retracted = is_taken_back or _SECOND_CHOICE.match(rest)
+        is_retracted = is_taken_back or _has_second_letter(said, rest, choices)
         return None if is_retracted or _names_another(said, choices, position) else letter
     return _option_with_value(line, choices)
+
+
+def _has_second_letter(said: str, rest: str, choices: Sequence[str]) -> bool:
+    """Whether a second letter follows the chosen one. After the option's text, it must be the
+    letter of an option, unlike the h in "B) 20/h" and the x in "B) 20, x and y are even"."""
+    second = _SECOND_CHOICE.match(rest)
+    if second is None or rest == said or _SECOND_CHOICE.match(said):
+        return second is not None
+    letters = re.findall(r"(?<![^\W_])[a-z](?![^\W_])", second[0], re.IGNORECASE)
+    return ord(letters[-1].lower()) - ord("a") < len(choices)
 
 
 def _is_choice(letter: str, rest: str, choices: Sequence[str]) -> bool:
@@ -119,7 +129,8 @@ def _behind(choice: str, line: str) -> str:
     return line
 
 
-_BEFORE = re.compile(r"^(?:[)\]]? [-–—] |(?:(?!\. ?\d)[ )\].:,])*)")
+_BEFORE = re.compile(r"^(?:[)\]]? [-–—] |(?:(?!\. ?\d)[ )\].:,])*)")  # not the point of .5
+_MARKS = re.compile(r"^(?:(?!\. ?\d)[ ().:,])*")
 _IS_MORE = re.compile(r"\.?\w| [a-z]\b", re.IGNORECASE)
 """Matches the rest of a longer text: neither "5.2" nor "5 C" begins with the option 5."""
 
@@ -130,7 +141,10 @@ def _names_another(said: str, choices: Sequence[str], chosen: int) -> bool:
     if named := _named(said, choices):
         return chosen not in named
     rest = _behind(choices[chosen], said) if choices else said  # "Italy" in "B) Rome (Italy)"
-    parts = (_ADDED.sub("", rest), *_SEPARATOR.split(rest[:500]))
+    added = _ADDED.sub("", rest)
+    again = _behind(choices[chosen], added) if choices else added  # "B. It is Rome (Italy)"
+    rest = rest if again == added else again
+    parts = (added, *_SEPARATOR.split(rest[:500]))
     return any(named and chosen not in named for named in (_named(part, choices) for part in parts))
 
 
@@ -150,6 +164,7 @@ _SEPARATOR = re.compile(
 def _named(part: str, choices: Sequence[str]) -> list[int]:
     """The positions of the options that `part` of a line names by letter, by text, or by both."""
     bare = _BEFORE.sub("", part).lstrip("(").rstrip(" ).:,(")
+    signed = _MARKS.sub("", part).rstrip(" ).:,(").replace("—", "-")  # "A) - 5" is -5 or 5
     lettered = re.fullmatch(r"([a-z])(?:[ ).:]+(.*))?", bare, re.IGNORECASE)
     letter, text = ("", "") if lettered is None else (lettered[1].lower(), lettered[2] or "")
     return [
@@ -157,6 +172,7 @@ def _named(part: str, choices: Sequence[str]) -> list[int]:
         for index, choice in enumerate(choices)
         if same_option(part, choice)
         or same_option(bare, choice)
+        or same_option(signed, choice)
         or (letter == _letter(index) and (not text or same_option(text, choice)))
     ]
 

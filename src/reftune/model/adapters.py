@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from reftune.errors import CheckpointError, ModelError
 from reftune.model.policy import ADAPTERS, PEFT_ADAPTERS, peft_name
 from reftune.model.weights import ADAPTER_CONFIG, SMOLLM2, is_adapter_folder, smollm2_folder
-from reftune.recipe import LoraTable, ModelTable
+from reftune.recipe import LoraTable, ModelTable, local_path
 from reftune.storage.run_folder import RunFolder
 from reftune.text import brief
 
@@ -80,7 +80,7 @@ def _base_of(path: str | None) -> str | None:
     from-scratch model."""
     if path is None or path == SMOLLM2:
         return path and str(smollm2_folder())
-    folder = Path(path).expanduser()
+    folder = local_path(path)
     return str(folder.absolute()) if folder.exists() else path
 
 
@@ -202,8 +202,8 @@ def _chain(run: RunFolder, method: str, model: Mapping[str, Any]) -> list[Adapte
     chain: list[Adapters] = []
     while method != "base":
         stage = run.stage(method)
-        if not stage.is_done and is_adapter_folder(Path(method)):
-            return [read_adapters(Path(method)), *chain]
+        if not stage.is_done and is_adapter_folder(local_path(method)):
+            return [read_adapters(local_path(method)), *chain]
         if stage.run.path != run.path:
             raise CheckpointError(
                 f"{method}: is not part of {run.path}; --adapter expects stages that lead back to"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reftune.errors import ModelError
-from reftune.recipe import ModelTable, ScratchTable, shipped_recipes
+from reftune.recipe import ModelTable, ScratchTable, local_path, shipped_recipes
 from reftune.text import brief
 from reftune.types import Conversation
 
@@ -78,7 +78,7 @@ def resolve(path: str | None) -> Path | str:
     assert path is not None  # as in every recipe for a pretrained model
     if path == SMOLLM2:
         return smollm2_folder()
-    folder = Path(path).expanduser()
+    folder = local_path(path)
     if folder.exists():
         return folder
     if path.startswith((".", os.sep, "~")):

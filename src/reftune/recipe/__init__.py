@@ -1,7 +1,6 @@
 """Reads recipes, which are YAML files of settings, and loads the plug-ins that recipes name."""
 
 from reftune.recipe.kinds import Component as Component
-from reftune.recipe.kinds import LocalPath as LocalPath
 from reftune.recipe.kinds import Table as Table
 from reftune.recipe.kinds import component_class as component_class
 from reftune.recipe.kinds import known_kinds as known_kinds
@@ -20,3 +19,4 @@ from reftune.recipe.schema import Recipe as Recipe
 from reftune.recipe.schema import ScratchTable as ScratchTable
 from reftune.recipe.schema import TrackerName as TrackerName
 from reftune.recipe.schema import dump_recipe as dump_recipe
+from reftune.recipe.schema import local_path as local_path

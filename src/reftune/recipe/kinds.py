@@ -9,7 +9,6 @@ import functools
 import importlib
 import importlib.util
 import inspect
-import os
 import sys
 import zlib
 from collections.abc import Mapping, Sequence
@@ -17,20 +16,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, LiteralString
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    SerializeAsAny,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializeAsAny, model_validator
 from pydantic_core import PydanticCustomError
 
 from reftune.text import did_you_mean
-
-LocalPath = Annotated[str, AfterValidator(os.path.expanduser)]
-"""The path of a folder, or the name of a model. A `~` at its start is the home folder."""
 
 
 def refusal(kind: LiteralString, message: str) -> PydanticCustomError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 from pydantic import Field, PositiveInt, model_validator
 
-from reftune.recipe.kinds import LocalPath, Table, component_field, refusal
+from reftune.recipe.kinds import Table, component_field, refusal
 from reftune.types import Problem
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ class EvaluateTable(Table):
     temperature: float = Field(1.0, gt=0)
     top_k: int = Field(0, ge=0)
     """Sample only from the `top_k` most likely tokens. With 0, sample from all tokens."""
-    rerank: LocalPath | None = None
+    rerank: str | None = None
     """Reward model that scores the samples: a stage's name, or another run's stage folder."""
     stages: list[str] | None = None
     """Methods to evaluate. `base`, the model before training, is allowed if it is pretrained.
@@ -152,7 +153,7 @@ class Recipe(Table):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: int = 0
-    run_dir: LocalPath | None = None
+    run_dir: str | None = None
     """The run's folder. Default: `runs/NAME`."""
     threads: int | None = Field(None, gt=0)
     """Number of CPU threads. With 1, results do not depend on the number of cores. Default:
@@ -185,7 +186,7 @@ class Recipe(Table):
 
     @property
     def folder(self) -> Path:
-        return Path(self.run_dir) if self.run_dir is not None else Path("runs") / self.name
+        return local_path(self.run_dir) if self.run_dir is not None else Path("runs") / self.name
 
     def saved_by(self, stage: str) -> tuple[str, ...]:
         """The names of the models that a stage saves. The snapshots come first, in the recipe's
@@ -216,3 +217,8 @@ class Recipe(Table):
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML, which `load_recipe` reads back as an equal recipe."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def local_path(path: str) -> Path:
+    """The path, with `~` or `~USER` at its start replaced by the home folder of a known user."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111  (which raises if the user is unknown)

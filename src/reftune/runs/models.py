@@ -16,7 +16,7 @@ from reftune.model.encoder import stop_texts
 from reftune.model.policy import Policy
 from reftune.model.weights import is_adapter_folder, load_model, saved_dtype, scratch_texts
 from reftune.processes import sharding
-from reftune.recipe import Recipe
+from reftune.recipe import Recipe, local_path
 from reftune.runs.auto import choose_device
 from reftune.seeds import derive_seed
 from reftune.stages.reward_model import WEIGHTS
@@ -149,7 +149,7 @@ def check_stage_graph(recipe: Recipe) -> None:
                 )
     rerankers = [name for name, stage in recipe.stages.items() if not stage.is_method]
     rerank = recipe.evaluate.rerank
-    if rerank is not None and rerank not in rerankers and not (Path(rerank) / WEIGHTS).is_file():
+    if not (rerank is None or rerank in rerankers or (local_path(rerank) / WEIGHTS).is_file()):
         raise RecipeError(
             f"evaluate.rerank: {rerank} is not a reward model: neither one of this recipe's"
             f" ({', '.join(rerankers) or 'it has none'}) nor a folder with a {WEIGHTS}"
@@ -168,7 +168,7 @@ def require_trained(recipe: Recipe, names: Collection[str]) -> None:
                     " model folder"
                 )
             raise RecipeError(f"{folder.path}: not trained yet; `reftune run` trains it")
-        other = StageFolder(Path(name))
+        other = StageFolder(local_path(name))
         if not folder.is_done and not other.is_done and other.has_begun:
             raise RecipeError(
                 f"{name}: this stage is not finished; `reftune run` with its recipe continues it"
@@ -179,9 +179,10 @@ def stage_folder(recipe: Recipe, name: str) -> StageFolder:
     """The folder of the model `name` inside the run folder. If `name` is neither `base` nor a model
     that the recipe saves, `name` is itself the path of the folder."""
     own = {"base", *(saved for stage in recipe.stages for saved in recipe.saved_by(stage))}
-    return RunFolder(recipe.folder).stage(name) if name in own else StageFolder(Path(name))
+    return RunFolder(recipe.folder).stage(name) if name in own else StageFolder(local_path(name))
 
 
 def is_model_folder(name: str) -> bool:
     """Whether `name` is the path of a folder that contains a model or adapters."""
-    return (Path(name) / "config.json").is_file() or is_adapter_folder(Path(name))
+    folder = local_path(name)
+    return (folder / "config.json").is_file() or is_adapter_folder(folder)

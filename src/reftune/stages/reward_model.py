@@ -39,7 +39,6 @@ from reftune.model.encoder import Encoder
 from reftune.model.logprobs import token_logprobs
 from reftune.model.policy import Policy
 from reftune.processes import sharding, world
-from reftune.recipe import LocalPath
 from reftune.stages.loop import Look, Progression
 from reftune.stages.optimizer import accumulate_gradient
 from reftune.stages.plateau import Z95
@@ -66,7 +65,7 @@ class RewardModel(Schedule, Sampled):
     kind: str = "reward_model"
     lm_coef: float = Field(0.3, ge=0)
     """Weight of the language-modelling loss. With 0, the loss is the same as in the ReFT paper."""
-    init: LocalPath = "sft"
+    init: str = "sft"
     samples: int = Field(100, gt=0)
     dev_samples: int = Field(100, gt=0)
     """Samples per dev problem, ideally as many as `evaluate.samples`."""

@@ -33,7 +33,7 @@ from reftune.errors import RecipeError
 from reftune.model.batch import RolloutBatch, TokenBatch, token_batch
 from reftune.model.policy import AdapterReference, Policy, TokenScores
 from reftune.model.value_head import fit_value_head
-from reftune.recipe import LocalPath, load_component, refusal
+from reftune.recipe import load_component, refusal
 from reftune.seeds import endless_indices, generator
 from reftune.stages.loop import Loop, TrainingTable
 from reftune.stages.optimizer import accumulate_gradient
@@ -46,7 +46,7 @@ NEEDS_ADVANTAGES = "expected an algorithm with advantages (ppo, grpo, rloo)"
 
 class Rl(TrainingTable, Stage):
     kind: str = "rl"
-    init: LocalPath = "warmup"
+    init: str = "warmup"
     algorithm: SerializeAsAny[
         Annotated[
             Algorithm, BeforeValidator(partial(load_component, group="algorithms", default="ppo"))

@@ -19,7 +19,6 @@ from reftune.errors import DataError
 from reftune.grading.formats.nl import Nl
 from reftune.grading.markers import marker_pattern
 from reftune.processes.world import from_main
-from reftune.recipe import LocalPath
 from reftune.stages.loop import Progression
 from reftune.stages.rollouts import Solved
 from reftune.stages.sft import Example, Schedule, imitation, schedule_line, train_in_epochs
@@ -129,7 +128,7 @@ def describe(drawn: Sequence[Samples]) -> str:
 
 class SelfTrain(Sampled):
     kind: str = "self_train"
-    init: LocalPath = "base"
+    init: str = "base"
     keep: int = Field(10, gt=0)
     """Maximum number of distinct correct samples kept per problem."""
     gold: Literal["once", "paper"] = "once"

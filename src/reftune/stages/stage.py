@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from reftune.recipe import Component, LocalPath, Recipe
+from reftune.recipe import Component, Recipe
 from reftune.seeds import derive_seed
 
 if TYPE_CHECKING:  # the live view reads `Progress` without torch
@@ -133,7 +133,7 @@ class Stage(Component, ABC):
     """The base class of every stage. `check`, `plan` and runs use only this interface, so they
     treat your own stage like a built-in stage."""
 
-    init: LocalPath = "base"
+    init: str = "base"
     """Model to start from: `base` (the recipe's `model`), an earlier method, a folder of LoRA
     adapters, or another run's stage folder (`runs/RUN/stages/STAGE`)."""
 

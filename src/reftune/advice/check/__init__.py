@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from reftune.advice.check import data, model, tokens
 from reftune.advice.check.report import CheckReport, Finding, fail, ok
@@ -12,7 +11,7 @@ from reftune.advice.check.subject import Subject, preview_of, rl_inits, subject_
 from reftune.advice.golds import gold_kinds
 from reftune.datasets import Splits, load_splits
 from reftune.errors import DataError, RecipeError, RewardError
-from reftune.recipe import Component, ModelTable, Recipe, ScratchTable, shipped_recipes
+from reftune.recipe import Component, ModelTable, Recipe, ScratchTable, local_path, shipped_recipes
 from reftune.runs.auto import settled
 from reftune.runs.models import Models, check_stage_graph, is_model_folder
 from reftune.runs.run import threads_of
@@ -99,7 +98,7 @@ def _offline_dataset(recipe: Recipe) -> tuple[Component, str]:
     examples either."""
     dataset: Component = recipe.dataset
     source = getattr(dataset, "train", None)
-    if not isinstance(source, str) or Path(source).expanduser().exists():
+    if not isinstance(source, str) or local_path(source).exists():
         return dataset, "the recipe's own data"
     folder = shipped_recipes() / EXAMPLES / dataset.kind
     if not folder.is_dir():

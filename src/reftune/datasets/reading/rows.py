@@ -22,6 +22,7 @@ from reftune.datasets.reading.files import (
 )
 from reftune.errors import DataError
 from reftune.grading.golds import number_gold
+from reftune.recipe import local_path
 from reftune.text import shown
 from reftune.types import Answer
 
@@ -162,12 +163,8 @@ def is_single_split(source: str) -> bool:
 
 
 def _path(source: str) -> Path:
-    """The source as a path, with `~` and `~USER` expanded, unless the user is unknown. Raises:
-    DataError if the system rejects the path."""
-    try:
-        path = Path(source).expanduser()
-    except RuntimeError:
-        path = Path(source)
+    """The source as a path. Raises: DataError if the system rejects the path."""
+    path = local_path(source)
     try:
         path.exists()
     except OSError as error:
