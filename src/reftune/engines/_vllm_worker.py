@@ -12,11 +12,11 @@ class Repacking:
     model_runner: Any
 
     def repack(self) -> None:
-        """Repack the weights for matmuls on a CPU, because a reload does not repack an output head
-        that is tied to the embedding.
+        """After vLLM has reloaded the weights, repack those that it did not repack for matmuls on a
+        CPU, such as an output head that is tied to the embedding.
 
-        Layers that vLLM itself has repacked have an empty `weight` and are skipped. On a GPU,
-        nothing is repacked.
+        Layers that vLLM has repacked have an empty `weight` and are skipped. On a GPU, nothing is
+        repacked.
         """
         for module in self.model_runner.get_model().modules():
             if "cpu_linear" in vars(module) and module.weight.numel():
