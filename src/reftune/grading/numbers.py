@@ -215,6 +215,8 @@ def numbers_equal(predicted: Number, gold: Number) -> bool:
     is written as a fraction, the other number determines d. Two fractions must be exactly equal.
     A number that is written with all digits of a float is rounded first (see `FLOAT_DIGITS`).
     """
+    if predicted.value == gold.value:
+        return True
     predicted, gold = _without_float_noise(predicted), _without_float_noise(gold)
     gap = abs(predicted.value - gold.value)
     if gap == 0 or gold.value.denominator == 1:

@@ -364,13 +364,14 @@ def _listed_in(text: str, num_parts: int) -> str:
     lines = text.splitlines()
     first = _AFTER_LIST.split(lines[0], maxsplit=1)[0] if lines else ""
     formula = _FORMULA.fullmatch(first)
-    first = first if formula is None else formula[1].strip()
+    if formula is not None and num_parts > 1:
+        first = formula[1].strip()
     if num_parts > 1 and len(lines) > 1 and len(split_items(first)) <= 1:
         return text
     return first
 
 
-_FORMULA = re.compile(r"(?:\$\$?|\\[(\[])([^$]+)(?:\$\$?|\\[)\]])[ .!]*")
+_FORMULA = re.compile(r"(?:\$\$?|\\[(\[])((?:[^$\\]|\\[^()\[\]])+)(?:\$\$?|\\[)\]])[ .!]*")
 """Matches a line that consists of one formula."""
 _AFTER_LIST = re.compile(r",?\s+(?:because|since|as|so)\b|(?<=[^\d\s])\.\s|\.\s+(?=[A-Z])")
 

@@ -108,10 +108,8 @@ def states_words(text: str, gold: str) -> Literal["yes", "no", "unclear"]:
     for boundary in [*_BOUNDARY.finditer(line)][:8]:
         if same_words(line[: boundary.start()], gold):
             sign, rest = boundary[0].strip(), line[boundary.end() :]
-            start = line.lstrip("\"'*_`‘“ ")[:1]
-            is_name = start.isupper() and gold.strip().casefold() not in _OPPOSITE
-            names = re.split(r"[.!](?:\W|$)", rest, maxsplit=1)[0].rstrip("\"'*_`’”$")
-            if is_name and sign in _LISTS and _NAMES.fullmatch(names):
+            is_name = line[:1].isupper() and gold.strip().casefold() not in _OPPOSITE
+            if is_name and sign in _LISTS and _NAMES.fullmatch(rest.rstrip(".!")):
                 return "unclear"
             return _goes_on(sign, rest.casefold(), gold)
     head = re.split(r"\s+(?:or|and|but)\b", line, maxsplit=1, flags=re.IGNORECASE)[0]
