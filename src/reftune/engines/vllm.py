@@ -168,8 +168,8 @@ class Vllm(Component):
     @contextlib.contextmanager
     def _folder(self, policy: Policy, save: Callable[[Policy, Path], None]) -> Iterator[Path]:
         """A new folder, filled by `save` and deleted when the block ends."""
-        given = None if self.weights_dir is None else local_path(self.weights_dir)
-        parent = given or (SHARED_MEMORY if SHARED_MEMORY.is_dir() else None)
+        shared = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
+        parent = local_path(self.weights_dir) if self.weights_dir else shared
         with tempfile.TemporaryDirectory(prefix="reftune-weights-", dir=parent) as name:
             folder = Path(name)
             folder.chmod(0o755)  # another user may run the server

@@ -138,12 +138,15 @@ _IS_MORE = re.compile(r"\.?\w| [a-z]\b", re.IGNORECASE)
 def _names_another(said: str, choices: Sequence[str], chosen: int) -> bool:
     """Whether `said` names another option in addition to the chosen one, as in "Paris, Rome" and
     "Paris? No, Rome". If Paris is option B, "Paris (C)" and "C) Paris" also name two options."""
+    if not choices:
+        return False
     if named := _named(said, choices):
         return chosen not in named
-    rest = _behind(choices[chosen], said) if choices else said  # "Italy" in "B) Rome (Italy)"
+    rest = _behind(choices[chosen], said)  # "B) Rome (Italy)" does not name the option "Italy"
     added = _ADDED.sub("", rest)
-    again = _behind(choices[chosen], added) if choices else added  # "B. It is Rome (Italy)"
-    rest = rest if again == added else again
+    repeated = _behind(choices[chosen], added)
+    if repeated != added:  # "B. It is Rome (Italy)"
+        rest = repeated
     parts = (added, *_SEPARATOR.split(rest[:500]))
     return any(named and chosen not in named for named in (_named(part, choices) for part in parts))
 
@@ -164,15 +167,14 @@ _SEPARATOR = re.compile(
 def _named(part: str, choices: Sequence[str]) -> list[int]:
     """The positions of the options that `part` of a line names by letter, by text, or by both."""
     bare = _BEFORE.sub("", part).lstrip("(").rstrip(" ).:,(")
-    signed = _MARKS.sub("", part).rstrip(" ).:,(").replace("—", "-")  # "A) - 5" is -5 or 5
+    signed = _MARKS.sub("", part).rstrip(" ).:,(").replace("—", "-")
+    spellings = {part, bare, signed}  # "- 5" in "A) - 5" may be 5, after a dash, or -5
     lettered = re.fullmatch(r"([a-z])(?:[ ).:]+(.*))?", bare, re.IGNORECASE)
     letter, text = ("", "") if lettered is None else (lettered[1].lower(), lettered[2] or "")
     return [
         index
         for index, choice in enumerate(choices)
-        if same_option(part, choice)
-        or same_option(bare, choice)
-        or same_option(signed, choice)
+        if any(same_option(spelling, choice) for spelling in spellings)
         or (letter == _letter(index) and (not text or same_option(text, choice)))
     ]
 
