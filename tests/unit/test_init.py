@@ -134,6 +134,53 @@ def test_an_instruct_model_is_asked_in_its_own_template(here: Path, kind: str, s
     assert "about ten times the learning rates below" in (here / "mine.yaml").read_text()
 
 
+@pytest.mark.parametrize(
+    ("told", "is_kept"),
+    [
+        ("%s Put the final answer within \\boxed{}.", True),
+        ('%s Output the final answer after "####".', True),
+        ("The last line should be of the form Answer: $Answer.\n\n%s", True),
+        ("Answer the following question. %s", False),
+        ("Think step by step. %s", False),
+    ],
+)
+def test_no_instruction_is_added_to_questions_that_say_how_to_answer(
+    here: Path, told: str, is_kept: bool
+):
+    save_model("qwen2.5", here / "model")
+    questions = [told.replace("%s", f"How much is {n} + {n}?") for n in range(12, 24)]
+    rows = [{"question": q, "answer": str(2 * n)} for n, q in enumerate(questions, 12)]
+    (here / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert status("init", "--data", "mine.jsonl", "--model", str(here / "model")) == 0
+    recipe = load_recipe("mine.yaml")
+    assert recipe.format.style == "chat"
+    assert (recipe.format.instruction is None) == is_kept
+    assert ("already contain one" in (here / "mine.yaml").read_text()) == is_kept
+
+
+def test_a_system_message_that_says_how_to_answer_is_the_only_instruction(here: Path):
+    save_model("qwen2.5", here / "model")
+    system = {"role": "system", "content": "Think, then answer within <answer> tags."}
+    rows = [
+        {"prompt": [system, {"role": "user", "content": f"How much is {n} + {n}?"}], "solution": n}
+        for n in range(12, 24)
+    ]
+    (here / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert status("init", "--data", "mine.jsonl", "--model", str(here / "model")) == 0
+    assert load_recipe("mine.yaml").format.instruction is None
+
+
+def test_an_instruction_is_added_unless_all_questions_say_how_to_answer(here: Path):
+    save_model("qwen2.5", here / "model")
+    rows = [
+        {"question": f"How much is {n} + {n}?" + " Use \\boxed{}." * (n > 12), "answer": 2 * n}
+        for n in range(12, 24)
+    ]
+    (here / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert status("init", "--data", "mine.jsonl", "--model", str(here / "model")) == 0
+    assert load_recipe("mine.yaml").format.instruction is not None
+
+
 def test_adapters_are_trained_ten_times_as_fast_as_all_weights():
     whole, adapters = (load_recipe(find_recipe(f"instruct/{name}")) for name in ("rl", "lora"))
     rates = [recipe.stages["rl"].optimizer.learning_rate for recipe in (adapters, whole)]

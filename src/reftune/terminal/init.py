@@ -33,6 +33,11 @@ INSTRUCTIONS: Mapping[str, str] = {
     "program": "Write a Python function solution() that returns the answer.",
 }
 """Kind of format → the instruction that precedes each question for an instruct model."""
+_SAYS_HOW: Mapping[str, re.Pattern[str]] = {
+    "nl": re.compile(r"\\boxed|####|<answer>|\banswer(?: is|:)", re.IGNORECASE),
+    "program": re.compile(r"\bsolution\("),
+}
+"""Kind of format → matches an instruction on how to state the answer."""
 TEMPLATE = Path(__file__).with_name("init.yaml.j2")
 SCRATCH = "scratch"
 """The name that stands for a model trained from scratch, whose vocabulary comes from the data."""
@@ -145,8 +150,9 @@ def _recipe_text(wishes: Wishes, splits: Splits, name: str) -> str:
             "a model trained from scratch learns from rationales, but the data has none; choose"
             " another --model"
         )
-    instruction = INSTRUCTIONS.get(kind) if tokenizer.chat_template else None
-    if instruction is not None:
+    is_chat = kind in INSTRUCTIONS and bool(tokenizer.chat_template)
+    instruction = INSTRUCTIONS[kind] if is_chat and not _has_instruction(splits, kind) else None
+    if is_chat:
         chat = {"kind": kind, "style": "chat", "instruction": instruction}
         format_ = load_component(chat, group="formats")
     context = getattr(config, "max_position_embeddings", None)
@@ -165,12 +171,19 @@ def _recipe_text(wishes: Wishes, splits: Splits, name: str) -> str:
         one_thread=is_scratch or getattr(config, "hidden_size", math.inf) <= SMALL_HIDDEN_SIZE,
         columns=renamed,
         splits=splits,
+        is_chat=is_chat,
         instruction=instruction,
         has_rationales=has_rationales,
         max_new=max_new,
         context=context,
         drops=drops,
     )
+
+
+def _has_instruction(splits: Splits, kind: str) -> bool:
+    """Whether every training prompt already contains an instruction on how to answer."""
+    prompts = ("\n".join(turn.content for turn in p.messages) or p.question for p in splits.train)
+    return all(_SAYS_HOW[kind].search(prompt) for prompt in prompts)
 
 
 def _lengths(
