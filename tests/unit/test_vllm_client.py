@@ -481,12 +481,21 @@ def test_a_server_that_dies_costs_nothing_but_a_line(server, make_recipe, tmp_pa
     assert_same_outcome(run(tmp_path / "killed"), straight)
 
 
+@pytest.mark.parametrize(
+    ("prefit", "nth", "saved"),
+    [
+        (0, -1, "step-000003"),  # in the last step
+        (2, 0, None),  # while the value head is fitted
+    ],
+)
 def test_a_signal_that_stops_the_server_too_costs_no_step(
-    server, make_recipe, tmp_path, monkeypatch
+    server, make_recipe, tmp_path, monkeypatch, prefit, nth, saved
 ):
+    stages = {**STAGES, "reft": {**STAGES["reft"], "value_prefit": prefit}}
+
     def run(folder):
         changes = {"engine": {"kind": "vllm", "server": server.address}, "run_dir": str(folder)}
-        with open_run(make_recipe(stages=STAGES, **changes), Progress()) as run:
+        with open_run(make_recipe(stages=stages, **changes), Progress()) as run:
             run.train("reft")
         return folder
 
@@ -495,7 +504,7 @@ def test_a_signal_that_stops_the_server_too_costs_no_step(
     answer = server.answer
 
     def stop(path, body):
-        if body.get("seed") != sampled[-1]:  # a rollout of the last step
+        if body.get("seed") != sampled[nth]:
             return answer(path, body)
         os.kill(os.getpid(), signal.SIGTERM)
         return 200, {"choices": [{**each, "finish_reason": "abort"} for each in choices(body)]}
@@ -503,7 +512,7 @@ def test_a_signal_that_stops_the_server_too_costs_no_step(
     monkeypatch.setattr(server, "answer", stop)
     with pytest.raises(Interrupted):
         run(tmp_path / "stopped")
-    checkpoint = max((tmp_path / "stopped/stages/reft/checkpoints").glob("step-*"))
-    assert checkpoint.name == "step-000003"
+    checkpoints = sorted((tmp_path / "stopped/stages/reft/checkpoints").glob("step-*"))
+    assert [each.name for each in checkpoints][-1:] == ([saved] if saved else [])
     monkeypatch.setattr(server, "answer", answer)
     assert_same_outcome(run(tmp_path / "stopped"), straight)

@@ -82,8 +82,8 @@ BEST = "best.json"
 
 
 class Interrupted(Exception):
-    """The run was asked to stop, and has saved a checkpoint or finished a stage. `str(self)` is the
-    folder of the checkpoint or stage."""
+    """The run was asked to stop, and has saved a checkpoint or finished a stage, unless it was
+    still before step 1. `str(self)` is the folder of the checkpoint or stage, or empty."""
 
 
 @contextmanager
@@ -152,7 +152,7 @@ class Loop:
         self.samples = JsonLines(context.folder.samples)
         self.state = start or Progression()
         self.until_plateau = until_plateau
-        self._stop = self._is_saved = False
+        self._stop, self._is_saved = False, True  # before step 1, there is nothing to save
         self._initial = fingerprint(context.policy.base.config)
         sharding.current.distribute(model)
         self.optimizer = make_optimizer(model, table.optimizer)
@@ -168,10 +168,11 @@ class Loop:
         started, last_save = time.perf_counter() - self.state.seconds, time.perf_counter()
         with stop_signals(self._on_signal):
             if not resumed:
-                if before is not None:
-                    before()
-                if self.is_worth_a_look:
-                    self._look()
+                with self._saving():
+                    if before is not None:
+                        before()
+                    if self.is_worth_a_look:
+                        self._look()
                 self._save()
             while self.state.is_open or self.state.step < self.last_step:
                 with self._saving():
@@ -231,17 +232,17 @@ class Loop:
 
     @contextmanager
     def _saving(self) -> Iterator[None]:
-        """If the engine fails inside the block, save a checkpoint. The engine's error must be
-        raised in every process, before the step or the evaluation changes the stage's state.
-        Raises: Interrupted, not the engine's error, if a signal has come, because the signal may
-        have stopped the engine too."""
+        """If the engine fails inside the block, save a checkpoint of the steps taken, if any. The
+        engine's error must be raised in every process, before the step or the evaluation changes
+        the stage's state. Raises: Interrupted, not the engine's error, if a signal has come,
+        because the signal may have stopped the engine too."""
         try:
             yield
         except EngineError as error:
             if not self._is_saved:
                 self._save()
             if any(world.any_of(self._stop)):
-                raise Interrupted(str(self.context.folder.checkpoints)) from error
+                raise Interrupted from error
             raise
 
     def spend(self, metrics: Mapping[str, float]) -> None:
