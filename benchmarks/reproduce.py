@@ -102,7 +102,7 @@ NOTES = {
 }
 """Recipe → text above its table."""
 SETTINGS = (
-    "In this table, ReFT does not have the authors' settings: it draws four samples per question, "
+    "In this table, ReFT does not use the authors' settings: it draws four samples per question, "
     "fits the value head before PPO, lets the learning rate fall, and sets `value_coef: 1.0` and "
     "`kl_coef: 0.02`. With the coefficients and value head of the authors' code, we tested only "
     "*ReFT beats SFT*, and only for programs. This finding holds with those settings, too "
@@ -116,18 +116,19 @@ OPEN = [
     "points [5.7, 18.5] better than GRPO (this difference is not paired). After a longer "
     "warm-up, GRPO gains 1.7 points [−4.8, 8.1] over that warm-up, n.s. In another experiment "
     "(five seeds), questions need two steps, and half of the training solutions omit the working. "
-    "There, GRPO after a longer SFT stage is 14.6 points [9.4, 19.8] better than further SFT from "
-    "the same model ([log](experiments/smollm2-instruct.md)).",
+    "There, GRPO and further SFT both start from the model of a longer SFT stage, and GRPO is 14.6 "
+    "points [9.4, 19.8] better ([log](experiments/smollm2-instruct.md)).",
     "**On real data** (SVAMP programs, SmolLM2-135M), ReFT shows no gain if all training "
     "questions have solutions (one seed): after a [finished](handover.md) warm-up, ReFT − SFT is "
     "−1.3 points [−3.8, +1.2], n.s. ReFT had little to learn from, because 90% of the warm-up's "
     "samples for training questions were already correct. If only 500 of 2,498 questions have "
-    "solutions, the result is undecided after two seeds: ReFT − SFT is +3.2 points [+0.7, +5.6] "
-    "and +1.1 points [−1.4, +3.6] on the authors' test questions "
+    "solutions, the result is undecided after two seeds: on the authors' test questions, ReFT − "
+    "SFT is +3.2 points [+0.7, +5.6] with one seed and +1.1 points [−1.4, +3.6] with the other "
     "([log](experiments/smollm2-svamp.md)).",
     "**With solutions of 66 tokens on average**, the value head explains hardly any of the "
     "reward's variance. Over five seeds, after finished warm-ups, no RL method differs "
-    "significantly from another or from further SFT (RLOO − PPO: +1.1 points [−0.1, 2.4]). We "
+    "significantly from another or from further SFT (for example, RLOO − PPO is +1.1 points [−0.1, "
+    "2.4]). We "
     "tried four changes to how PPO fits the value head or computes advantages. We also started "
     "samples from prefixes of the gold solution. None of this made a significant difference "
     "([log](experiments/critic.md)).",
@@ -206,8 +207,8 @@ def page(tables: Mapping[str, Mapping[str, Any]], *, ours: bool) -> str:
         "# Results\n\n"
         "This page reports which findings of the ReFT paper (arXiv:2401.08967) hold on small "
         "generated tasks. `make reproduce` trains all models, which takes roughly seven hours on "
-        "two CPU cores. It then overwrites this page, [the log of PPO with changes that later "
-        "papers propose](experiments/modern.md) and, in `docs/results/`, the tables of these two "
+        "two CPU cores. It then overwrites this page, [the log of PPO with changes from later "
+        "papers](experiments/modern.md) and, in `docs/results/`, the tables of these two "
         "pages. To write to `runs/reproduce` instead, run "
         "`python benchmarks/reproduce.py 0 1 2 3 4`. "
         "Accuracies are in percent. Differences are in percentage points and paired by problem. "

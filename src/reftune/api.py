@@ -138,12 +138,11 @@ def evaluate(
     keys `question`, `answer` and, optionally, `id`, `choices` and `answer_kind`. `max_new` is the
     maximum number of tokens per solution.
 
-    For a folder `stages/NAME`, mappings are read as in the run's dataset, `format` and `max_new`
-    default to the run's settings, and the model computes in the run's dtype. If the run's
+    For a folder `stages/NAME`, answers and choices are read as in the run's dataset, `format` and
+    `max_new` default to the run's settings, and the model computes in the run's dtype. If the run's
     `lengths.too_long` is `drop`, a problem whose prompt is too long counts as unanswered. For any
-    other model, mappings are read as in `grade`, `format` defaults to `nl`, and `max_new` to 256.
-    A `Policy` keeps its dtype; the others of these models get the dtype that `model.dtype: auto`
-    chooses.
+    other model, answers and choices are read as in `grade`, `format` defaults to `nl`, `max_new` to
+    256, and the dtype is chosen as by `model.dtype: auto`. A `Policy` keeps its own dtype.
 
     Raises: ReftuneError if the model, a problem, the format or `max_new` cannot be used.
     """
@@ -200,8 +199,8 @@ def _asked(row: Mapping[str, Any], where: str, golds: GoldReader) -> Problem:
 
 
 def _policy(model: str | Path, recipe: Mapping[str, Any]) -> Policy:
-    """The model as a policy that cannot be trained. Its dtype is that of `recipe`, the recipe of
-    the model's run. If `recipe` is empty, `auto` chooses the dtype."""
+    """Load the model as a policy that cannot be trained. Its dtype is the one in `recipe`, the
+    recipe of the run that trained the model. If `recipe` is empty, `auto` chooses the dtype."""
     import torch
 
     from reftune.model.policy import Policy
@@ -236,9 +235,9 @@ def _dataset(recipe: Mapping[str, Any]) -> Any:
 
 
 def _component(spec: Any, table: str) -> Any:
-    """The component that `spec` describes. `table` is a recipe key, such as `format`. If `spec` is
-    neither a string nor a mapping, such as a component, it is returned unchanged. Raises:
-    RecipeError if the description is wrong."""
+    """The component that `spec`, a string or a mapping, describes. Any other `spec`, for example a
+    component, is returned unchanged. `table` is a recipe key, such as `format`. Raises: RecipeError
+    if the description is wrong."""
     if not isinstance(spec, str | Mapping):
         return spec
     try:

@@ -54,9 +54,9 @@ def measure_speed(
     rows: int,
     max_tokens: int,
 ) -> Speed:
-    """Measure the speed of training on `rows` sequences and the speed of sampling the same number
-    of solutions. An untimed pass precedes each measurement. A training pass reads at most
-    `max_tokens` tokens and takes no optimizer step."""
+    """Measure the speed of sampling for the first `rows` prompts, and of training on these prompts
+    and their targets. An untimed pass precedes each measurement. A training pass takes no optimizer
+    step, and omits rows that do not fit in `max_tokens` tokens or the time budget."""
     batch = token_batch(prompts[:rows], targets[:rows], device=policy.device)
     length = math.ceil(sum(map(len, targets)) / len(targets))
     return Speed(
@@ -90,8 +90,8 @@ def _training_pass(policy: Policy, batch: TokenBatch) -> None:
 def _sample_speed(
     policy: Policy, engine: Engine, prompts: Sequence[list[int]], num_tokens: int
 ) -> float:
-    """Tokens sampled per second, over all rows, if solutions have `num_tokens` tokens. If there is
-    only time to sample the beginnings of solutions, the speed is extrapolated."""
+    """Tokens per second, summed over all prompts, if each solution has `num_tokens` tokens. If
+    there is only time to sample shorter solutions, the speed is extrapolated from them."""
 
     longest = max(map(len, prompts))
 
@@ -119,8 +119,8 @@ def _seconds(act: Callable[[], object]) -> float:
 
 
 def available_bytes(device: torch.device) -> float:
-    """The device's free memory in bytes. On a CPU, the result is at most this process's share of
-    the memory of the machine or container."""
+    """The device's free memory in bytes. On a CPU, the result is at most the total memory of the
+    machine or container, divided by the number of reftune's processes there."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     meminfo = Path("/proc/meminfo")

@@ -141,11 +141,11 @@ def make_plan(
     response: int | None = None,
     only: str | None = None,
 ) -> Plan:
-    """The plan for all stages, or for the one that `only` names. `prompt` and `response` are
-    lengths in tokens. Their defaults are `lengths.max_prompt` (256 if unset) and `lengths.max_new`.
+    """Plan memory and step times of all stages or of the stage `only`. `prompt` and `response` are
+    lengths in tokens, by default `lengths.max_prompt` (256 if unset) and `lengths.max_new`.
 
-    Raises: RecipeError if none of these stages states its cost; ModelError if the configuration
-    cannot be read; DataError as in `load_splits`.
+    Raises: RecipeError if none of these stages can predict its cost; ModelError if the model's
+    configuration cannot be read; DataError as in `load_splits`.
     """
     if recipe.model.dtype == "auto":  # every GPU in `GPUS` supports bf16
         table = recipe.model.model_copy(update={"dtype": "bfloat16"})
@@ -291,8 +291,8 @@ class Planner:
         )
 
     def update(self, gpus: int) -> Phase:
-        """Time per sequence of the forward and backward passes, including recomputed blocks. DDP
-        sums gradients after the passes; FSDP2 moves weights and gradients during them."""
+        """Time per sequence to compute gradients, including recomputation, and to communicate. DDP
+        does one after the other. With FSDP2, the two overlap, and the slower one counts."""
         compute_s = self.flops(backward=True) / gpus / self.rate
         exchange_s = self.communication(gpus) / self.estimate.cost.batch
         moving = "moving weights and gradients between GPUs"
@@ -303,8 +303,8 @@ class Planner:
         )
 
     def communication(self, gpus: int) -> float:
-        """Seconds spent moving data in one pass over the batch. DDP sums gradients once. For each
-        micro-batch, FSDP2 gathers weights twice and scatters gradients once."""
+        """Seconds spent moving data between GPUs in one pass over the batch. DDP sums gradients
+        once. For each micro-batch, FSDP2 gathers weights twice and scatters gradients once."""
         made, share = self.estimate, (gpus - 1) / gpus
         gradients = FP32 * made.outline.trained
         if made.sharding != "fsdp2":
@@ -314,9 +314,9 @@ class Planner:
         return micro_batches * share * (2 * made.outline.weights + gradients) / self.hardware.link
 
     def best_split(self) -> dict[str, Any]:
-        """How many GPUs should only sample, and how many only train, so that a step takes the least
-        time, and the seconds that it then takes. The two groups take turns, because samples come
-        from the newest weights."""
+        """The fastest division of the GPUs into those that only sample and those that only train,
+        and the seconds that a step then takes. The two groups take turns, because samples come from
+        the newest weights."""
         seconds = {n: self.step(samplers=n).seconds for n in range(1, self.hardware.gpus)}
         best = min(seconds, key=seconds.__getitem__)
         train = self.hardware.gpus - best

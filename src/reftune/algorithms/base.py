@@ -76,9 +76,9 @@ class Algorithm(Component, ABC):
 
     @abstractmethod
     def credit(self, batch: RolloutBatch) -> RolloutBatch:
-        """A copy of `batch` to which fields such as advantages and returns are added, for `weights`
-        and `loss` to read. `batch` contains all selected samples of a step. This method must be
-        pure."""
+        """A copy of `batch` with added fields, such as advantages and returns, which `weights` and
+        `loss` read. `batch` contains the solutions that `select` returned for a step. This method
+        must be pure."""
 
     def weights(self, batch: RolloutBatch) -> Tensor:
         """The weights (B, R) of the tokens in the loss of a minibatch. This method must be pure."""

@@ -30,12 +30,12 @@ class Grpo(Clipped):
         return 2
 
     def credit(self, batch: RolloutBatch) -> RolloutBatch:
-        """Every token of a sample gets the advantage
+        """A copy of `batch` in which every token of a sample has the advantage
 
             A = (r - mean of the group) / (standard deviation of the group + 1e-4)
 
         With `scale: none`, only the numerator is used. Source: GRPO (arXiv:2402.03300), §4.1.2.
-        Differences: 1e-4 is added, and the variance is the unbiased one.
+        Differences: 1e-4 is added, and the standard deviation uses the unbiased variance.
         """
         advantages = batch.rewards - group_means(batch.rewards, batch.groups)
         if self.scale == "std":

@@ -19,8 +19,8 @@ from reftune.model.policy import TokenScores
 
 
 class Ppo(Clipped):
-    """The KL penalty is part of the reward. The paper sets the penalty's weight β to 0.01 for
-    programs and 0.05 for solutions in words."""
+    """The KL penalty is part of the reward. The ReFT paper sets the penalty's weight β to
+    0.01 for programs and 0.05 for natural-language solutions."""
 
     kind: str = "ppo"
     gamma: float = Field(1.0, gt=0, le=1)
@@ -80,7 +80,7 @@ def whiten(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def value_terms(values: Tensor, old_values: Tensor, returns: Tensor, *, clip: float) -> Tensor:
-    """Clipped value loss of each token, (B, R).
+    """Clipped value loss of each token, (B, R). G is the return, and ε is `clip`.
 
         L = ½ max((V - G)², (clip(V, V_old ± ε) - G)²)
 

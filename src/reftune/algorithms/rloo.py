@@ -22,7 +22,7 @@ class Rloo(Clipped):
         return 2
 
     def credit(self, batch: RolloutBatch) -> RolloutBatch:
-        """Every token of a sample gets the advantage
+        """A copy of `batch` in which every token of a sample has the advantage
 
             A_i = R_i - mean of the group's other R_j      R = r - β Σ_t log (π / π_ref)
 

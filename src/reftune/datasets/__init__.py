@@ -21,9 +21,9 @@ class Dataset(Protocol):
     """The interface of every dataset."""
 
     def load(self, *, seed: int) -> Splits:
-        """The splits. Random choices, such as which questions are drawn for dev, depend on `seed`.
-        Raises: DataError if the data is unusable. The message names the source and, if known, the
-        line."""
+        """The train, dev and test splits. Random choices, such as which questions are drawn for
+        dev, depend on `seed`. Raises: DataError if the data is unusable. The message names the
+        source and, if known, the line."""
 
 
 def load_dataset(dataset: Dataset, *, seed: int) -> Splits:

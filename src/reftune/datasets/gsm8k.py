@@ -68,8 +68,8 @@ class Gsm8k(PaperDataset):
 
 
 def program_of(solution: str) -> str | None:
-    """A program that computes the annotated steps of a solution. None if no step contains an
-    operator, or if any step is not plain arithmetic.
+    """A program that computes a solution's annotated steps, such as `<<48/2=24>>`. None if no step
+    contains an operator, or if any step is not plain arithmetic.
 
     Each step assigns its result to a variable, which is named after the words that follow the
     step's annotation. This variable replaces later numbers that equal the result. If several

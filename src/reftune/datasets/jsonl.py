@@ -96,10 +96,10 @@ class Jsonl(FileDataset):
         return self.answer_kind == "choice" or self.positions_from is not None
 
     def _columns(self, rows: Sequence[Row], *, is_train: bool) -> Columns:
-        """The columns that the user named. The columns of all other fields are recognised by their
-        names. Raises: DataError if no question or answer is recognised, or if a named column is
-        missing. In dev and test, only the first column of the question and the columns of options
-        are required."""
+        """The column of each field, such as `question`: the one that the user named, or else one
+        with a usual name. Raises: DataError if no question or answer is found, or if a named column
+        is missing. In dev and test, the only named columns that must exist are the question's first
+        one and those of the options."""
         named = {} if self.columns is None else self.columns.model_dump()
         for field, value in named.items():
             names = [value] if isinstance(value, str) else value or []
@@ -125,8 +125,8 @@ class Jsonl(FileDataset):
         return options
 
     def _hint(self, row: Row, columns: Columns) -> str:
-        """Text for the end of an error's message: what to set if columns such as `a` and `b` were
-        wrongly recognised as options. Empty if the user's settings say that there are options."""
+        """The end of an error message: what to set if columns such as `a` and `b` were wrongly
+        recognised as options. Empty if the user's settings say that there are options."""
         if self._names("choices") or self._says_options:
             return ""
         which, shows = f"column {columns.choices}", ""
@@ -143,8 +143,8 @@ class Jsonl(FileDataset):
         return self.columns is not None and field in self.columns.model_fields_set
 
     def _id(self, row: Row, column: str | None) -> str:
-        """The id in `column`. `row.id` is used instead if there is no such column, if the cell is
-        null, or if the user did not name the column and the cell contains no id."""
+        """The id in `column`, or `row.id` if there is no such column or the cell is null. If the
+        user did not name the column, a cell that is neither text nor a number counts as null."""
         if column is None or (value := row.get(column)) is None:
             return row.id
         if isinstance(value, int | float):
@@ -184,8 +184,8 @@ class Jsonl(FileDataset):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Read:
-    """A row's problem. In `problem`, a gold answer that is the label of one option and the text of
-    another is read as the label."""
+    """A row that has been read. If the gold answer is both one option's label and another option's
+    text, `problem` takes it as the label, and `as_text` as the text."""
 
     problem: Problem
     gold: str
@@ -196,8 +196,8 @@ class _Read:
 
     @property
     def votes(self) -> int:
-        """1 if the gold answer is an option's text but not a label, −1 if it is a label but not a
-        text, and 0 otherwise."""
+        """A vote on whether gold answers are texts of options: 1 if this one is only a text, −1 if
+        it is only a label, and 0 otherwise."""
         is_label = bare(self.gold) in self.labels
         return bool(self._letters_of_text) - is_label if self.labels else 0
 
@@ -220,10 +220,9 @@ class _Read:
 
 
 def _with_contexts(splits: dict[Split, list[Problem]]) -> dict[Split, list[Problem]]:
-    """The problems of each split. Some questions may occur with several system messages. If most of
-    these questions also have several gold answers, answers depend on the system message, so it is
-    put before every question. If not, a system message is only an instruction, and the problems are
-    returned unchanged."""
+    """The problems of each split. If answers seem to depend on the system message, it is put before
+    every question. This is the case if most of the questions that occur with several system
+    messages also have several gold answers. Otherwise, the problems are returned unchanged."""
     first: dict[str, Problem] = {}
     agree: dict[str, bool] = {}
     for problem in chain.from_iterable(splits.values()):
@@ -246,8 +245,8 @@ def _system(problem: Problem) -> str:
 
 def _question(row: Row, columns: Columns) -> tuple[str, tuple[Message, ...]]:
     """The question as one string and, if one of its columns is a conversation, the turns before the
-    answer. The other columns of the question become part of the conversation's first question.
-    Raises: DataError if there is no question, or if a prompt contains the beginning of a reply."""
+    reply. The question's other columns are then added to the first turn after the system message.
+    Raises: DataError if there is no question, or if a column for prompts contains a reply."""
     names = columns.asked
     for place, name in enumerate(names):
         if (conversation := read_conversation(row, name)) is not None:

@@ -81,9 +81,9 @@ class Mathqa(PaperDataset):
         return GoldReader(kind="choice" if self.answer == "choice" else "auto")
 
     def trainable(self, splits: Splits) -> Splits:
-        """As in `PaperDataset`, with two exceptions for `nl`. Problems without a rationale are also
-        removed. For multiple choice, a rationale contradicts the gold answer only if it ends by
-        naming another letter."""
+        """`splits` without the training problems that `PaperDataset` removes, with two exceptions
+        for `nl` rationales. Problems without a rationale are also removed. For multiple choice, a
+        rationale contradicts the gold answer only if it ends by naming another letter."""
         if self.rationale == "program":
             return super().trainable(splits)
         splits = drop_untrainable(splits, "no_rationale", lambda problem: not problem.rationale)
@@ -115,8 +115,8 @@ class Mathqa(PaperDataset):
         return problems
 
     def authors_problem(self, row: Row) -> Problem:
-        """The problem in a row of the authors' files. With `choice`, the last line of the question
-        lists the options, and the gold answer is a letter."""
+        """The problem in a row of the files by ReFT's authors. If `answer` is `choice`, the last
+        line of the question lists the options, and the gold answer is a letter."""
         question = repaired(row.text("question"))
         if self.answer == "numeric":
             return replace(super().authors_problem(row), question=question)
@@ -133,8 +133,8 @@ class Mathqa(PaperDataset):
         )
 
     def published_problem(self, row: Row) -> Problem:
-        """The problem in a row of the published files. Raises: DataError if the row cannot be read;
-        Unusable if a numeric gold answer is requested and the gold option is not a number."""
+        """The problem in a row of MathQA's published files. Raises: DataError if the row cannot be
+        read; Unusable if `answer` is `numeric` and the gold option is not a number."""
         stem, (options, letter) = repaired(row.text("Problem")), _gold_of(row)
         problem = Problem(
             id=row.id,

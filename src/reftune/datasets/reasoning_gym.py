@@ -41,8 +41,8 @@ class ReasoningGym(Component):
     run's seed."""
 
     def load(self, *, seed: int) -> Splits:
-        """Generate all splits. Raises: RecipeError if the package is missing, or if it rejects the
-        task or a setting; DataError if the task has too few different questions."""
+        """Generate all splits. Raises: RecipeError if reasoning-gym is not installed, or if it
+        rejects the task or a setting; DataError if the task has too few different questions."""
         test = self._draw("test", self.test_size, without=[])
         rest = self._draw("train", self.train_size + self.dev_size, without=test)
         splits = draw_splits(train=rest, dev=None, test=test, dev_size=self.dev_size, seed=seed)

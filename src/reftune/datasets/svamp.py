@@ -25,8 +25,8 @@ class Svamp(PaperDataset):
     authors_name: ClassVar[str] = "svamp"
 
     def trainable(self, splits: Splits) -> Splits:
-        """As in `PaperDataset`, but an `nl` rationale must also end by stating its answer. Raises:
-        DataError if `nl` is requested and the data has no rationales."""
+        """Like `PaperDataset.trainable`, but also removes problems whose `nl` rationale does not
+        end with its answer. Raises: DataError if `nl` rationales are requested but missing."""
         if self.rationale == "nl":
             if all(problem.rationale is None for problem in splits.train):
                 raise DataError(

@@ -382,8 +382,8 @@ _PROGRAM_STYLES = [
 
 
 def _write_prose(story: _Story, style: int) -> str:
-    """The computed quantities as sentences. The style determines how a sentence begins, or that a
-    single equation computes the answer, as in `(12 - 4) * 3 = 24.`"""
+    """A worked solution with one sentence per computed quantity. The style determines how sentences
+    begin. In some styles, the solution is a single equation, such as `(12 - 4) * 3 = 24.`"""
     begin, swap = _PROSE_STYLES[style]
     needed = dict.fromkeys((*story.quantities, story.answer))
     computed = [quantity for quantity in needed if quantity.symbol]

@@ -12,11 +12,11 @@ class Repacking:
     model_runner: Any
 
     def repack(self) -> None:
-        """After vLLM has reloaded the weights, repack those that it did not repack for matmuls on a
-        CPU, such as an output head that is tied to the embedding.
+        """After a reload, some weights lack vLLM's layout for matmuls on a CPU, such as an output
+        head that is tied to the embedding. This method converts them.
 
-        Layers that vLLM has repacked have an empty `weight` and are skipped. On a GPU, nothing is
-        repacked.
+        Layers that vLLM has converted have an empty `weight` and are skipped. On a GPU, nothing is
+        converted.
         """
         for module in self.model_runner.get_model().modules():
             if "cpu_linear" in vars(module) and module.weight.numel():

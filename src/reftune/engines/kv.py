@@ -82,9 +82,9 @@ class Kv(Component):
 
 @contextmanager
 def reader(policy: Policy, *, copies: llama.Copies = "reordered") -> Iterator[Reader]:
-    """A `Reader` for `policy`. It uses `model.speed.llama` if that module supports the model, and
-    transformers otherwise. `llama.Copies` explains the values of `copies`. With `reordered`,
-    `model.speed.llama` prefills without padding, but the reader cannot run on fake tensors."""
+    """A `Reader` for `policy`. It uses `model.speed.llama` if that supports the model, and
+    transformers otherwise. See `llama.Copies` for `copies`. With `reordered`, `model.speed.llama`
+    skips the padding of prompts, but the reader cannot run on PyTorch's fake tensors."""
     if llama.is_written_out(policy.model):
         decoder = llama.Decoder(policy.model, policy.compute_dtype, copies=copies)
         yield Reader(decoder, decoder.logits)
@@ -173,8 +173,8 @@ class _Decoder:
 
     def _draw_uniforms(self, requests: list[_Request]) -> Tensor:
         """Random numbers (B, M) in [0, 1), for up to M tokens per row. A row's numbers depend only
-        on the seed and its request's position. Greedy decoding needs no random numbers, so they are
-        0."""
+        on the seed and on the position of the row's prompt. Greedy decoding needs no random
+        numbers, so they are 0."""
         shape = (len(requests), self.params.max_new_tokens)
         if self.params.temperature == 0:
             return torch.zeros(shape, dtype=widest(self.device), device=self.device)
@@ -318,8 +318,8 @@ def draw_tokens(
 
     `logits` are (B, V) in fp32. Sampling inverts the cumulative distribution at `uniforms`, which
     has shape (B,) and values in [0, 1). A row's token therefore depends only on the row's logits
-    and uniform number. In greedy decoding, log-probabilities are computed at temperature 1, and
-    entropies are 0. In sampling, entropies are NaN if `with_entropy` is False.
+    and uniform number. Greedy decoding returns log-probabilities at temperature 1, and entropies of
+    0. Sampling returns NaN for entropies if `with_entropy` is False.
     """
     if params.temperature == 0:
         largest, tokens = logits.max(1)
@@ -369,8 +369,8 @@ def _first_past(cumulative: Tensor, threshold: Tensor) -> Tensor:
 
 def _restrict(scores: Tensor, params: SamplingParams) -> Tensor:
     """`scores`, with -inf for all tokens that must not be drawn. `top_k` keeps only the `top_k`
-    likeliest tokens. Of these, `top_p` keeps the smallest set whose share of their total
-    probability is at least `top_p`."""
+    likeliest tokens. Their probabilities are then renormalised, and `top_p` keeps the smallest set
+    with a total probability of at least `top_p`."""
     if 0 < params.top_k < scores.shape[1]:
         kth = scores.topk(params.top_k, dim=1).values[:, -1:]
         scores = scores.masked_fill(scores < kth, -torch.inf)

@@ -1,8 +1,8 @@
 """Samples with vLLM, either in a process that reftune starts (colocated) or on servers that you
 start.
 
-Each call of `generate` first passes the policy's current weights to vLLM through a folder, by
-default in memory. With LoRA, servers that already have the base model get only the adapter. A
+Each call of `generate` first passes the policy's current weights to vLLM through a folder, which is
+in memory by default. With LoRA, servers that already have the base model get only the adapter. A
 colocated engine always gets the merged weights. vLLM's log-probabilities differ slightly from the
 trainer's. An RL stage's `mismatch_cap` can correct for the difference.
 """
@@ -143,9 +143,9 @@ class Vllm(Component):
         return world.from_main(lambda: adapter)
 
     def _have_base(self, policy: Policy, before: _Served | None) -> bool:
-        """Whether all servers still have the base model of `policy`. To find out, this method
-        unloads the adapter that they had `before`. A server without this adapter was restarted, so
-        it has lost the base model too."""
+        """Whether all servers still have the base model of `policy`. `before` is what they loaded
+        last. To find out, this method unloads the adapter in `before`. A server that lacks it was
+        restarted, so it has lost the base model too."""
         if before is None or before[0]() is not policy:
             return False
         with ThreadPoolExecutor(len(self.servers)) as pool:
@@ -404,9 +404,9 @@ def own_servers(servers: Sequence[Server]) -> list[Server]:
 
 def requests(prompts: Sequence[Any], params: SamplingParams, at_most: int) -> list[slice]:
     """Slices of up to `at_most` consecutive prompts, one slice per request. A greedy request may
-    contain any prompts. A sampling request contains only equal prompts, because it has only one
-    seed: vLLM uses this seed for the first sample of a prompt, and the following seeds for the
-    other samples."""
+    contain any prompts. A sampling request contains copies of one prompt, because it has only one
+    seed: vLLM draws the prompt's first sample with this seed, the second with seed + 1, and so
+    on."""
     starts = [0] if prompts else []
     for position in range(1, len(prompts)):
         is_full = position - starts[-1] == at_most
@@ -427,9 +427,9 @@ def longest_sequence(policy: Policy, params: SamplingParams) -> int | None:
 
 
 def request(policy: Policy, params: SamplingParams, position: int) -> dict[str, Any]:
-    """vLLM's sampling parameters for the prompt at `position`, including every field that a model's
-    generation config could change. Consecutive positions get consecutive seeds, just as vLLM gives
-    consecutive seeds to the samples of a prompt."""
+    """vLLM's sampling parameters for the prompt at `position`. They include every parameter whose
+    default a model's generation config could change. Consecutive positions get consecutive seeds,
+    just as vLLM gives consecutive seeds to the samples of a prompt."""
     return {
         "max_tokens": params.max_new_tokens,
         "temperature": params.temperature,

@@ -23,10 +23,10 @@ _KEPT: tuple[AnswerKind, ...] = ("text", "latex", "regex")
 
 def with_points(cell: object, decimal: str, kind: AnswerKind | None = None) -> str:
     """The text of `cell`, with the separator `decimal` in its numbers replaced by decimal points.
-    If `cell` is an answer, `kind` is its kind. With a decimal comma, "3,5" becomes "3.5", and
-    "1.250,75" becomes "1,250.75". A point that cannot group thousands stays a decimal point. Pairs
-    such as "(1,2)" stay unchanged unless the answer is a number. A cell that is not a string needs
-    no conversion."""
+    With a decimal comma, "3,5" becomes "3.5", and "1.250,75" becomes "1,250.75". A point that
+    cannot separate thousands, as in "2.5", stays a decimal point. A pair such as "(1,2)" stays
+    unchanged unless `kind`, the kind of the answer in `cell`, is `number`. Answers of `kind` text,
+    latex or regex keep their separators, and so do cells that are not strings."""
     if not isinstance(cell, str) or decimal == "." or kind in _KEPT:
         return str(cell)
     parts = [cell] if kind == "number" else _PAIR.split(cell)
@@ -44,8 +44,8 @@ def _with_point(match: re.Match[str]) -> str:
 
 
 def with_separator(text: str, decimal: str, kind: AnswerKind | None = None) -> str:
-    """`text`, with the decimal points in its numbers replaced by the separator `decimal`. If `text`
-    is an answer, `kind` is its kind. With a comma, "1,250.75" becomes "1.250,75"."""
+    """`text`, with the decimal points in its numbers replaced by the separator `decimal`. With a
+    comma, "1,250.75" becomes "1.250,75". Answers of `kind` text, latex or regex stay unchanged."""
     if decimal == "." or kind in _KEPT:
         return text
     return _DIGITS.sub(

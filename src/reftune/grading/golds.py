@@ -53,8 +53,8 @@ def read_gold(
     in brackets, or text. If the cell marks its answer ("#### 78", "\\boxed{78}", "The answer is
     78"), only the marked part is read, except for the kind `regex`.
 
-    Raises: DataError if the cell has no answer of this kind. The caller adds the cell's location to
-    the message.
+    Raises: DataError if the cell has no answer of the requested kind. The caller adds the cell's
+    location to the message.
     """
     if kind == "regex":
         return _pattern(raw)
@@ -124,8 +124,8 @@ _NOT_WHOLE = re.compile(
 
 
 def stated_gold(raw: object, reading: Reading = DEFAULT) -> object:
-    """The last answer that a marker in a cell announces. Without a marker, the answer is the text
-    after the last `</think>` or, if there is none, the whole cell.
+    """The last answer that a marker ("The answer is") announces in a cell. Without a marker, the
+    answer is the text after the last `</think>` or, if there is none, the whole cell.
 
     Raises: DataError if different answers stand side by side, as in "\\boxed{3} or \\boxed{4}", or
     if there are markers but none announces an answer.
@@ -146,9 +146,9 @@ def stated_gold(raw: object, reading: Reading = DEFAULT) -> object:
 
 
 def listed_item(stated: object, reading: Reading = DEFAULT) -> object:
-    """If `stated` is text that spells a list of one quoted item, this item: `3` for '["3"]'. Other
-    answers stay unchanged. Raises: DataError if the list has several items, unless `worded_gold`
-    reads the text as a list of the same items."""
+    """The answer `stated`. If it is text that spells a list of one quoted item, such as '["3"]',
+    the item `3` is returned instead. Raises: DataError if the text spells a list of several items,
+    unless `worded_gold` reads it as a list of the same items."""
     text = stated.strip() if isinstance(stated, str) else ""
     if not (text.startswith("[") and re.search("[\"']", text)):
         return stated
@@ -167,9 +167,9 @@ would read the lone backslash and the letter f as a form feed."""
 
 
 def _stated(text: str, reading: Reading) -> list[str]:
-    """The last marked answer, together with any marked answers beside it and an unmarked number
-    after "or", in the order of the text. Two marked answers are beside each other if there is
-    hardly anything between them except a marker, symbols, "or" or "and"."""
+    """The last answer that a marker ("the answer is") announces, any marked answers beside it, and
+    an unmarked number after "or", in text order. Two marked answers are beside each other if little
+    more than a marker, symbols or a word such as "or" separates them."""
     found = [each for each in statements(text, reading) if each.text is not None]
     following = [each.start for each in found[1:]] + [len(text)] * bool(found)
     pairs = zip(found, following, strict=True)
@@ -248,8 +248,8 @@ _LISTED = re.compile(r"\[\s*(.+?)\s*\]", re.DOTALL)
 
 
 def _option_gold(text: str, reading: Reading) -> Answer | None:
-    """The answer in a gold text that is an option's letter in brackets. If the option's text
-    follows, as in "\\textbf{(B)}\\ 12", both are accepted spellings. None for any other text."""
+    """The gold answer in a text such as "(B)" or "\\textbf{(B)}\\ 12": the letter B and, if the
+    option's text follows, this text as another accepted spelling. None for any other text."""
     found = _OPTION.fullmatch(" ".join(plain(text).split()))
     if found is None:
         return None
@@ -260,9 +260,9 @@ def _option_gold(text: str, reading: Reading) -> Answer | None:
 
 
 def worded_gold(text: str, reading: Reading = DEFAULT) -> Answer:
-    """The answer in a gold text that is not a number: an option's letter (see `_option_gold`), a
-    list in square brackets (of three or more items, or two words), an expression (`latex`) or plain
-    `text`."""
+    """The gold answer in a text that is not a number: an option's letter (see `_option_gold`), an
+    expression (kind `latex`), words (kind `text`), or a list in square brackets. A list must have
+    at least three items, or consist of two words."""
     text = text.strip()
     if option := _option_gold(text, reading):
         return option
@@ -276,9 +276,9 @@ def worded_gold(text: str, reading: Reading = DEFAULT) -> Answer:
 
 
 def _several(raw: object, kind: Literal["any_of", "list", "set"], reading: Reading) -> Answer:
-    """A gold answer with parts: accepted spellings (`any_of`), an ordered `list` or a `set`. The
-    cell may be a list, text that spells one ("[1, 2]"), or text that marks each part. For a `list`
-    or `set`, it may also be text such as "1, 2" that `split_items` splits."""
+    """A gold answer with several parts: accepted spellings (`any_of`), a `list` or a `set`. The
+    cell may be a list, text that spells one ("[1, 2]"), or text with a marker before each part. For
+    a `list` or `set`, it may also be text such as "1, 2", which `split_items` splits."""
     values = list(_values(raw, kind, reading))
     parts = tuple(dict.fromkeys(values) if kind in ("any_of", "set") else values)
     if not parts or not all(part.strip() for part in parts):
@@ -322,9 +322,9 @@ def _pattern(raw: object) -> Answer:
 
 def split_items(text: str, words: str = "and") -> tuple[str, ...]:
     """The items of a written list, with or without brackets. Commas, semicolons, line breaks and
-    `words` (a pattern) separate items, except inside inner brackets. If a space follows at least
-    one comma, commas with no space after them separate nothing. If no comma is followed by a space,
-    but there are other separators, commas that may group thousands separate nothing."""
+    matches of the pattern `words` separate items, except inside inner brackets. If any comma has a
+    space after it, commas without one do not separate: "1,000, 2" has two items. Commas that may
+    group thousands do not separate either if there are other separators, as in "1,000; 2"."""
     text = re.sub(r"\\(?:left|right)\b|\\(?=[{}])", "", text.strip().strip("$")).strip()
     if _BRACKETED.fullmatch(text):
         text = text.rstrip(".")[1:-1]

@@ -73,14 +73,14 @@ _PHRASES = (
 
 
 def statements(completion: str, reading: Reading = DEFAULT) -> list[Statement]:
-    """The statements announced by the last `MAX_STATEMENTS` markers of a completion, in order.
-    Markers include "the answer is", "answer:", "####", the heading "Final Answer", `\\boxed{…}`,
-    `<answer>…</answer>` and `reading.markers`.
+    """The statements of a completion, in order: the texts that its last `MAX_STATEMENTS` markers
+    announce. Markers include "the answer is", "answer:", "####", the heading "Final Answer",
+    `\\boxed{…}`, `<answer>…</answer>` and `reading.markers`.
 
     A completion that ends inside `<think>` has no statements. Otherwise, only text after the last
-    `</think>` and before any run-on text counts. A heading is a marker only if there is no other
-    marker and one short line follows the heading. A remark on an earlier statement, such as "so our
-    answer is correct", is not a statement.
+    `</think>` and before any question that the model asks itself (see `Reading.stop_at`) counts. A
+    heading is a marker only if there is no other marker and one short line follows the heading. A
+    remark on an earlier statement, such as "so our answer is correct", is not a statement.
     """
     start, end = _answering_part(completion, reading)
     marker = marker_pattern(reading.markers)
@@ -97,10 +97,10 @@ def statements(completion: str, reading: Reading = DEFAULT) -> list[Statement]:
 
 
 def _is_remark(completion: str, before: Statement, statement: Statement) -> bool:
-    """Whether `statement` only says that the statement `before` is right. Because "right" may also
-    be a direction, one of three conditions must hold: the marker of `statement` begins with "our"
-    or "my", `before` is closed, or the text of `before` begins with a number. A doubt, as in "check
-    whether the answer is right", is not a remark."""
+    """Whether `statement` only says that the statement `before` is right. Because "right" may
+    itself be an answer (a direction), one of three conditions must hold: the marker of `statement`
+    begins with "our" or "my", `before` is a closed box or tag, or the text of `before` begins with
+    a number. A doubt, as in "check whether the answer is right", is not a remark."""
     text = statement.text or ""
     phrase = completion[statement.start : statement.end - len(text)]
     if statement.is_closed or not _SAYS_IS.search(phrase) or not _REMARK.match(text):
@@ -148,8 +148,8 @@ def is_alternative(completion: str, before: Statement, after: Statement) -> bool
 
 
 def alternative_behind(completion: str, statement: Statement) -> str | None:
-    """If "or" and a number follow a closed box or tag, the rest of the line after "or", such as "4"
-    in "\\boxed{3} or 4"; None otherwise."""
+    """The alternative that follows a closed box or tag, such as "4" in "\\boxed{3} or 4": the rest
+    of the line after "or". None unless "or" and a number follow the box or tag."""
     found = _OR_NUMBER.match(completion, statement.end) if statement.is_closed else None
     return None if found is None else completion[found.end() :].partition("\n")[0]
 

@@ -1,8 +1,8 @@
 """Compares expressions, equations, intervals, tuples and matrices with math-verify.
 
-A comparison might never end, so it runs in a worker process, which ends if the time runs out.
-The limit is on CPU time, so that verdicts do not depend on how busy the machine is. Workers start
-when they are first needed, and then keep running. Each worker serves one thread at a time.
+A comparison might never end, so it runs in a worker process with a time limit. The limit is on CPU
+time, so that verdicts do not depend on how busy the machine is. Workers start when they are first
+needed, and then keep running. Each worker serves one thread at a time.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def looks_like_math(text: str) -> bool:
 
 def expression_in(text: str) -> str:
     """The expression in `text`. If `text` has exactly one pair of math delimiters, the expression
-    is the text between them. Otherwise, it is the text before the first aside, such as a reason.
+    is the text between them. Otherwise, it is the text before the first aside, such as "because …".
     Symbols such as π become LaTeX commands, and final punctuation is removed."""
     text = "".join(_SIGNS.get(char, char) for char in text.strip()[: 2 * MAX_EXPRESSION_CHARS])
     parts: list[str] = [next(filter(None, each.groups())) for each in _DELIMITED.finditer(text)]
@@ -125,10 +125,10 @@ def same_expression(gold: str, answer: str) -> Comparison:
 
 
 def _in_order(expression: str, other: str) -> str:
-    """Turn assignments to several variables into a tuple of the values, sorted by variable:
-    "y = 2, x = 3" becomes "(3, 2)". This requires that `other` assigns to the same variables, or
-    that `other` is a tuple and the variables are consecutive letters. Any other expression is
-    returned unchanged."""
+    """Turn assignments to several variables into a tuple of the values, sorted by variable: "y = 2,
+    x = 3" becomes "(3, 2)". This is done only if the other side of the comparison, `other`, assigns
+    to the same variables, or if it is a tuple and the variables are consecutive letters. Otherwise,
+    the expression stays unchanged."""
     values, others = _assigned(expression), _assigned(other)
     names = sorted(values)
     is_same = names == sorted(others)

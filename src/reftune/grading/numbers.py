@@ -102,8 +102,8 @@ def _decimal(digits: str, power: str = "0") -> Number | None:
 
 
 def _repeating(head: str, period: str) -> Number:
-    """The value of a decimal such as 0.1(6), which is 1/6. If n digits that form the integer b
-    repeat after d decimals, they add b / ((10^n − 1)·10^d) to the value."""
+    """The value of a repeating decimal: 1/6 for 0.1(6). The n repeating digits, read as an integer
+    b, add b / ((10^n − 1)·10^d) to the value if d decimals precede them."""
     decimals = len(head.partition(".")[2])
     tail = Fraction(int(period), (10 ** len(period) - 1) * 10**decimals)
     return Number(tail + Fraction(head + "0"))
@@ -119,8 +119,8 @@ def _endless(decimal: str) -> Number | None:
 
 
 def _in_base(digits: str, word: str) -> Number | None:
-    """The digits before the `_`, read in base ten, because graders of the MATH benchmark read 52_8
-    as 52. None if a digit does not exist in the stated base."""
+    """A number with a stated base, such as 52_8. Graders of the MATH benchmark read it as 52, and
+    so does this function. None if a digit does not exist in the stated base."""
     base = int(word) if word.isdigit() else _BASES.get(word.lower(), 0)
     is_in_base = 2 <= base <= 36 and all(int(digit) < base for digit in digits)
     return Number(Fraction(digits), 0) if is_in_base else None

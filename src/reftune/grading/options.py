@@ -54,9 +54,9 @@ def option_values(problem: Problem) -> list[str]:
 
 
 def read_choice(text: str, choices: Sequence[str]) -> str | None:
-    """The letter of the option that `text` chooses, by this letter or by a value or text that
-    equals exactly one of the `choices`. Without `choices`, any letter is accepted. None if `text`
-    does not choose a single option, for example if it names two letters."""
+    """The letter of the option that `text` chooses. The text may state this letter, or a value or
+    words that match exactly one of the `choices`. Without `choices`, any letter is accepted. None
+    if `text` does not choose a single option, for example if it names two letters."""
     line, choices = _NEGATED.sub("", first_line(text)), unlettered(choices)
     line = re.sub(r"\b(?:i\. ?e|e\. ?g)\b\.?", "that is", line, flags=re.IGNORECASE)
     match = _CHOICE.match(line)
@@ -71,8 +71,8 @@ def read_choice(text: str, choices: Sequence[str]) -> str | None:
 
 
 def _has_second_letter(said: str, rest: str, choices: Sequence[str]) -> bool:
-    """Whether a second letter follows the chosen one. After the option's text, it must be the
-    letter of an option, unlike the h in "B) 20/h" and the x in "B) 20, x and y are even"."""
+    """Whether a second letter follows the chosen one. After the option's text, only the letter of
+    an option counts, unlike h in "B) 20/h" and x in "B) 20, x and y are even"."""
     second = _SECOND_CHOICE.match(rest)
     if second is None or rest == said or _SECOND_CHOICE.match(said):
         return second is not None
@@ -119,8 +119,8 @@ def _begins_with(line: str, choice: str) -> bool:
 
 
 def _behind(choice: str, line: str) -> str:
-    """What follows an option's text at the start of a line; the line if it begins otherwise. The
-    text may be in brackets, and punctuation may precede it."""
+    """The rest of a line that begins with an option's text; the whole line if it begins with other
+    text. The option's text may be in brackets, and punctuation may precede it."""
     text, words = " ".join(plain(choice).split()).rstrip(".,;:!"), _BEFORE.sub("", line)
     for begin in (text, f"({text})", f"({text}.)"):
         rest = words[len(begin) :]
@@ -203,8 +203,8 @@ def _option_with_value(line: str, choices: Sequence[str]) -> str | None:
 
 
 def _longest(found: list[int], choices: Sequence[str]) -> list[int]:
-    """The option in `found` whose text begins with the texts of all others in `found`, such as "Up,
-    then down" if the other is "Up". If there is no such option, `found`."""
+    """A list with the position of the one option in `found` whose text begins with the texts of all
+    others, as "Up, then down" begins with "Up"; `found` itself if there is no such option."""
     texts = {index: first_line(choices[index]) for index in found}
     longest = [
         i for i in found if all(i == j or _behind(texts[j], texts[i]) != texts[i] for j in found)

@@ -21,9 +21,9 @@ def grade_completion_paper(completion: str, problem: Problem) -> Graded:
 
 
 def grade_value_paper(value: Any, problem: Problem) -> Graded:
-    """The authors' rule for a program's value. If the gold answer is a number, `float(value)` may
-    differ from this number by at most 0.01; nan and inf are wrong. Any other gold answer is
-    compared with the value's text, ignoring case and quotation marks."""
+    """Grade a program's value as the authors of the ReFT paper do. If the gold answer is a number,
+    `float(value)` may differ from this number by at most 0.01; nan and inf are wrong. Any other
+    gold answer is compared with the value's text, ignoring case and quotation marks."""
     gold = problem.answer.value
     if not isinstance(gold, Fraction):
         text = value if isinstance(value, str) else value_text(value) or describe(value)
@@ -38,6 +38,6 @@ def grade_value_paper(value: Any, problem: Problem) -> Graded:
 
 
 def paper_response(completion: str) -> str:
-    """The part of a completion that the authors' code grades: the text after the last
-    `PAPER_HEADER`, or the whole completion if it has none. The prompt contains this header too."""
+    """The part of a completion that the ReFT authors' code grades: the text after the last
+    `PAPER_HEADER`. If it has none, the whole completion counts, because the prompt has one."""
     return (PAPER_HEADER + completion).split(PAPER_HEADER)[-1].strip()

@@ -33,8 +33,8 @@ class Perturbed:
 
 def wrong_solutions(problem: Problem, target: str, decimal: str = ".") -> Iterator[Perturbed]:
     """Solutions that look like the gold solution `target` but state another answer, two answers or
-    none. Yields nothing if `target` is a solution in words and its answer cannot be found. Outside
-    programs, numbers have the decimal separator `decimal`."""
+    none. Yields nothing if `target` is text, not a program, and its answer cannot be found. In
+    text, numbers are written with the decimal separator `decimal`."""
     end = _RETURN.search(target)
     return _wrong_programs(problem, end) if end else _wrong_words(problem, target, decimal)
 

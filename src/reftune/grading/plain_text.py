@@ -158,8 +158,8 @@ def _bare(text: str) -> str:
 
 
 def without_gaps(text: str, *, underscores: str = "_+") -> str:
-    """`text` without spaces, quotation marks, emphasis and `underscores` (a pattern). Between two
-    digits, these stay, because "1 2" is not 12, but spaces that group thousands are removed."""
+    """`text` without spaces, quotation marks, emphasis marks and `underscores` (a pattern). Between
+    digits, they are kept, because "1 2" is not 12; only spaces that group thousands are removed."""
     text = without_grouping_spaces(text)
     return re.sub(rf"{_BETWEEN_DIGITS}|[\s\"'`*]+|{underscores}", _kept_gap, text)
 

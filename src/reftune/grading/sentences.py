@@ -167,8 +167,8 @@ _IN_ANGLES = re.compile(rf"^({_LEAD_IN.pattern})<([^ <>][^<>]*)>(?!\d)", re.IGNO
 
 
 def _only_number(line: str) -> Number | None:
-    """The only number in the first sentence of a line of plain text, if it follows words that do
-    not change its meaning: in "each child gets 12 sweets", but not in "at least 12"."""
+    """The only number in the first sentence of a line of plain text, as in "each child gets 12
+    sweets". None if the words before the number may change its meaning, as in "at least 12"."""
     sentence = _SENTENCE_END.split(line, maxsplit=1)[0].lstrip(" :,*\"'")
     digit = _DIGIT.search(sentence)
     if digit is None:
@@ -207,8 +207,8 @@ _LOOKAHEAD_CHARS = 120
 
 
 def _is_part_of_more(rest: str) -> bool:
-    """Whether the text after a number makes the number part of something larger. The kinds of the
-    next words and symbols decide this (see `_KINDS`)."""
+    """Whether the text after a number makes the number part of something larger, as in "5 or 6".
+    This depends on the kinds of the next words and symbols (see `_KINDS`)."""
     shape = _KIND.sub(lambda match: _LETTERS[match.lastindex or 0], rest[:_LOOKAHEAD_CHARS])
     return (
         _CONTINUES.match(shape) is not None

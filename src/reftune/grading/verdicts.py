@@ -75,8 +75,8 @@ def grade_completion(completion: str, problem: Problem, reading: Reading = DEFAU
 
 
 def _in_boxes(completion: str, found: Sequence[Statement]) -> str | None:
-    """The contents of the last boxes and the text between them, such as "1 and 2" for "\\boxed{1}
-    and \\boxed{2}". None unless the last two statements are adjacent boxes of one item each."""
+    """The contents of the last LaTeX boxes and the text between them: "1 and 2" for "\\boxed{1} and
+    \\boxed{2}". None unless the last two answers are in adjacent boxes with one item each."""
     text, after = found[-1].text or "", found[-1]
     for before in reversed(found[:-1]):
         is_item = before.is_closed and len(split_items(before.text or "")) == 1
@@ -134,8 +134,8 @@ def grade_sentence(text: str, problem: Problem) -> Graded:
 
 
 def value_text(value: Any) -> str | None:
-    """A program's value as text. None unless the value is a string, a finite float or `Decimal`,
-    or an integer that is not too long."""
+    """A program's value as text. None unless the value is a string, a finite float or `Decimal`, or
+    an integer (but not a boolean) of at most about 900 digits."""
     if isinstance(value, bool):
         return None
     if isinstance(value, int):
@@ -201,8 +201,8 @@ def _as_letter(text: str, problem: Problem) -> str:
 
 def _without_bold(text: str) -> str:
     """`text` without the `**` around bold words in its first line. An unpaired `**` is removed too,
-    because bold text may begin before the words that announce the answer: of "**The answer is
-    x + 1.**", `text` is only "x + 1.**"."""
+    because `text` may begin inside bold text: in "**The answer is x + 1.**", the answer's text is
+    only "x + 1.**"."""
     line, newline, rest = text.lstrip().partition("\n")
     line = _BOLD.sub(r"\1", line)
     if line.count("**") % 2:
@@ -288,7 +288,7 @@ _PLAIN_NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:/\d+)?")
 
 def _grade_by_scorer(text: str, problem: Problem, scorer: Callable[[str], float]) -> Graded:
     """Grade with the task's scorer. The scorer expects the bare answer, so it gets several versions
-    of the text. The answer is right if any version gets a score of 1."""
+    of the text, such as its first line. The answer is right if any version gets a score of 1."""
     words = text.strip()
     first = words.splitlines()[0].strip()
     candidates = [words, words.rstrip(".!"), first, first_line(words).rstrip(".!")]
@@ -358,8 +358,8 @@ def _whole_list(
 
 
 def _listed_in(text: str, num_parts: int) -> str:
-    """The first line of `text`, without any words after the list. If the gold answer has several
-    parts but the first line has only one, the result is the whole text."""
+    """The list in an answer: the first line of `text`, without any words after the list. If the
+    gold answer has several parts but the first line has only one, the result is the whole text."""
     text = text.strip()[:MAX_SEGMENT_CHARS]
     lines = text.splitlines()
     first = _AFTER_LIST.split(lines[0], maxsplit=1)[0] if lines else ""

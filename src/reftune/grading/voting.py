@@ -2,9 +2,9 @@
 estimates pass@k.
 
 A sample votes for the answer that was read from it, if any. Equal answers, such as 0.5, 1/2 and
-50%, pool their votes and are represented by the spelling with the most votes. Under the paper's
-rules, answers are equal only if they have the same spelling. In a tie, the answer seen first wins.
-If there are no votes, the result counts as wrong.
+50%, pool their votes and are represented by the spelling with the most votes. Under the rules of
+the ReFT paper, answers are equal only if they have the same spelling. In a tie, the answer seen
+first wins. If there are no votes, the result counts as wrong.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def has_letter(graded: Graded) -> bool:
 
 
 def voters(grading: str | None, *, is_choice: bool) -> Callable[[Graded], bool]:
-    """The function that decides whether a sample may vote. Under the paper's rules, it is
-    `has_letter` for multiple choice. In all other cases, it is `has_value`. `grading` is the value
-    of the format's key `grading`."""
+    """The function that decides whether a sample may vote. Under the rules of the ReFT paper, it is
+    `has_letter` for multiple-choice questions. In all other cases, it is `has_value`. `grading` is
+    the recipe's `format.grading`."""
     return has_letter if grading == "paper" and is_choice else has_value
 
 
@@ -51,8 +51,8 @@ def same_answer(first: str, second: str) -> bool:
     or expressions with the same spelling. The grader usually gives equal expressions the same
     spelling.
 
-    Numbers are equal if each is right when the other is the gold answer. If neither is whole, as in
-    1/3 and 0.33, it is enough that one is right when the other is the gold answer.
+    Two numbers are equal if each is right when the other is the gold answer. If neither is whole,
+    as in 1/3 and 0.33, it is enough that this holds for one of them.
     """
     if first == second:
         return True
@@ -81,9 +81,9 @@ def majority_curve(
     same: Same = same_answer,
 ) -> list[Graded | None]:
     """For each k up to the number of samples, the winner of the vote among the first k samples.
-    Equal values pool their votes. In the pool with the most votes, the value with the most votes
-    wins. The winner is the first sample with this value; None if none of the k samples is `valid`.
-    Votes may have `weights`, such as a reward model's scores (DiVeRSe, arXiv:2206.02336).
+    Equal values, such as 0.5 and 1/2, pool their votes, and the largest pool wins. The winner is
+    the first sample whose value has the most votes in that pool; None if none of the k samples is
+    `valid`. Votes may have `weights`, such as a reward model's scores (DiVeRSe, arXiv:2206.02336).
 
     The first k samples are k independent draws from the model. Therefore, the share of problems for
     which the k-th winner is correct is an unbiased estimate of maj@k.

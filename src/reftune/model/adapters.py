@@ -44,14 +44,14 @@ _A = re.compile(r"_A(?=(\.weight)?$)")
 
 
 def export_adapters(run: RunFolder, method: str, model: Mapping[str, Any], folder: Path) -> None:
-    """Write the adapters of `method` to `folder`, in PEFT's format. `model` is the recipe's `model`
-    table.
+    """Write the adapters of the trained model `method`, such as `reft`, to `folder`, in PEFT's
+    format. `model` is the recipe's `model` table.
 
-    If the base is not quantized, each stage trains new adapters on the merged model from which it
-    starts. In this case, the sum of the adapters of all stages that lead to `method` is written,
-    including any adapters from which the run started. If the stages were saved in fp32, adding this
-    sum to the base gives the model of `method`, up to rounding. If the base is quantized, each
-    stage continues the adapters of the stage before it, and those of `method` are written.
+    If the base model is not quantized, each stage trains new adapters on the merged model from
+    which it starts. In this case, the sum of the adapters of all stages leading to `method` is
+    written, including any adapters from which the run started. If the stages were saved in fp32,
+    adding this sum to the base gives the model of `method`, up to rounding. If the base is
+    quantized, each stage trains the adapters it starts from, and those of `method` are written.
 
     Raises: CheckpointError if a stage saved no adapters or belongs to another run; ModelError if
     the adapters from which the run started cannot be read.
@@ -137,9 +137,9 @@ def _readable(folder: Path) -> Iterator[None]:
 
 
 def _paired(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Adapter]:
-    """The adapters to which `tensors` belong. `config` is their configuration in PEFT's format.
-    Raises: ValueError for a tensor that is neither a matrix A nor the matrix B of an A; KeyError if
-    a B is missing."""
+    """The LoRA adapters whose matrices A and B are in `tensors`. `config` is their configuration in
+    PEFT's format. Raises: ValueError if a tensor is neither an A nor a B, or if a B has no A;
+    KeyError if an A has no B."""
     from peft.utils.other import get_pattern_key
 
     firsts = [name for name in tensors if _A.search(name)]
@@ -172,9 +172,9 @@ def require_continuable(folder: Path, table: ModelTable) -> None:
 
 
 def side_by_side(chain: Sequence[Adapters]) -> dict[str, Adapter]:
-    """One set of adapters that is the sum of the sets in `chain`. All adapters in the sum have
-    scaling 1 and, padded with zeros, the same rank. If `chain` contains a single set, that set is
-    returned unchanged.
+    """One set of adapters that has the same effect as all sets in `chain` together. Its adapters
+    have scaling 1 and are padded with zeros to the same rank. If `chain` contains a single set,
+    that set is returned unchanged. Set i adds sᵢ Bᵢ Aᵢ to a layer's weight; the result adds B A:
 
         Σ sᵢ Bᵢ Aᵢ = B A,    B = [s₁ B₁  s₂ B₂ …  0],    A = [A₁; A₂; …; 0]
     """
@@ -194,10 +194,10 @@ def side_by_side(chain: Sequence[Adapters]) -> dict[str, Adapter]:
 
 
 def _chain(run: RunFolder, method: str, model: Mapping[str, Any]) -> list[Adapters]:
-    """The sets of adapters that turn the base into the model of `method`, oldest first. If the run
-    began with adapters, they are the first set. Then comes one set for each stage that leads to
-    `method`. With a 4-bit base, a stage continues training the set of the stage from which it
-    starts, so only the last set is returned."""
+    """The sets of adapters that turn the base into the model of the stage `method`, oldest first.
+    If the run began with adapters, they are the first set. Then comes one set for each stage up to
+    `method`. With a 4-bit base, each stage continues training the adapters of the stage before it,
+    so only the last set is returned."""
     table = LoraTable(**(model.get("lora") or {}))
     chain: list[Adapters] = []
     while method != "base":

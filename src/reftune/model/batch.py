@@ -130,8 +130,8 @@ class TokenBatch:
 
 
 class Packing(NamedTuple):
-    """The layout of T packed tokens in S slots during attention. Sequences are grouped by length.
-    Within a group, sequences are padded on the right to the length of the longest."""
+    """The layout of T packed tokens in S slots during attention. A slot holds a token or padding.
+    Sequences are grouped by length, and padded on the right to the longest in their group."""
 
     slots: Tensor
     """(S,) The index, from 0 to T - 1, of each slot's token; arbitrary if the slot is empty."""
@@ -279,12 +279,12 @@ def micro_batches(
 def own_micro_batches(
     batch: TokenBatch, *, max_tokens: int, packed: bool = False, even: bool = False
 ) -> Iterator[tuple[Tensor, bool]]:
-    """Yields, for each micro-batch of this process, the indices of its sequences and whether the
-    micro-batch counts.
+    """Yields, for each micro-batch of this process, the indices of its sequences and whether it
+    counts. If it does not, it is a filler, and its results must be ignored.
 
-    Over all processes, the micro-batches that count contain every sequence once. Each process gets
-    at least one micro-batch. With `even`, all processes get the same number. If this requires extra
-    micro-batches, they contain only the first sequence and do not count.
+    Apart from fillers, the micro-batches of all processes together contain each sequence once. A
+    process without any micro-batch gets a filler. With `even`, processes get fillers until all have
+    the same number of micro-batches. A filler contains only the batch's first sequence.
     """
     rank, size = world.rank(), world.world_size()
     lengths = batch.lengths

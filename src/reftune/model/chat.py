@@ -23,7 +23,7 @@ OURS = ("messages", "tokenize", "add_generation_prompt", "continue_final_message
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> str:
-    """The turns as the template writes them, up to where the assistant's reply begins. Raises:
+    """The prompt as the chat template renders it, up to where the assistant's reply begins. Raises:
     RecipeError if the tokenizer has no template, or if the template rejects the turns, omits the
     last turn or the system message, or does not accept one of the `template_args`."""
     text = _render(tokenizer, prompt)
@@ -40,9 +40,9 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> str
 
 @lru_cache(maxsize=4096)
 def opened_thought(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> str:
-    """If the template opens a thought after the last turn and does not close it, the end of the
-    prompt, beginning with the thought's opening tag: "<think>\\n" with DeepSeek-R1's template. If
-    there is no open thought, an empty string. Raises: RecipeError as `prompt_text` does."""
+    """The end of the prompt, from an unclosed `<think>` or `<thinking>` tag onwards: "<think>\\n"
+    with DeepSeek-R1's template. An empty string if the template leaves no thought open. Raises:
+    RecipeError as `prompt_text` does."""
     return _opened(prompt_text(tokenizer, prompt), prompt)
 
 
@@ -100,10 +100,10 @@ def _omits_last(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> boo
 
 
 def _begin(begun: str, before: str, said: str, *, asked: str) -> str:
-    """`said`, preceded by the text that the template inserts between the prompt `begun` and a
-    reply. `before` is the text before the reply in the rendered conversation. After the last
-    question, `asked`, the inserted text is what `before` has in addition to `begun`. The texts
-    before `asked` may differ in other ways."""
+    """`said`, preceded by the text that the template inserts between a prompt and a reply. `begun`
+    is the prompt rendered without a reply; `before` is the text before the reply when both are
+    rendered. Only the parts after the last question, `asked`, are compared, because the template
+    may change the parts before it. If they do not match, nothing is inserted."""
     if asked and asked in begun and asked in before:
         ours, theirs = begun.rpartition(asked)[2], before.rpartition(asked)[2]
         if theirs.startswith(ours):  # Mistral's template moves the system message to the last turn
@@ -117,9 +117,9 @@ def _opened(begun: str, prompt: Conversation) -> str:
 
 
 def _continue_thought(opened: str, said: str) -> str:
-    """`said`, adapted so that it continues a prompt that ends inside the thought `opened`. If
-    `said` has no part of this thought, the thought is closed first, as in Qwen3's empty block,
-    "<think>\\n\\n</think>\\n\\n"."""
+    """`said`, adapted to follow a prompt that ends inside a thought. `opened` is the end of the
+    prompt, from the thought's opening tag onwards. If `said` contains no part of the thought, the
+    thought is closed first, as in Qwen3's empty thought, "<think>\\n\\n</think>\\n\\n"."""
     tag = opened[: opened.index(">") + 1]
     closing = tag.replace("<", "</")
     rest = said.removeprefix(tag).lstrip("\n")
@@ -131,9 +131,9 @@ def _continue_thought(opened: str, said: str) -> str:
 
 
 def _ending(tokenizer: PreTrainedTokenizerBase, after: str) -> tuple[str, str | None]:
-    """The part of `after` up to and including the token that ends the turn, and this token. The
-    turn ends at the first special token. If there is no special token, it ends at the first added
-    token. If there is no added token either, the result is an empty string and None."""
+    """The text `after` a reply, up to and including the token that ends the turn. Also returns that
+    token. The turn ends at the first special token or, if there is none, at the first added token.
+    If there is neither, the result is an empty string and None."""
     added = sorted(tokenizer.added_tokens_decoder.values(), key=lambda token: len(str(token)))
     for tokens in ([token for token in added if token.special], added):
         found = {after.index(str(token)): str(token) for token in tokens if str(token) in after}

@@ -69,9 +69,8 @@ class Encoder:
         return grades_of(self.format, problems, self.with_thoughts(problems, texts))
 
     def with_thoughts(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[str]:
-        """The `texts`, each of which follows a problem's prompt. If the prompt ends inside a
-        thought, the text is preceded by the end of the prompt, from the thought's opening tag
-        onwards."""
+        """`texts`, each of which follows a problem's prompt. If that prompt ends inside a thought,
+        the end of the prompt, from the thought's opening tag onwards, is put before the text."""
         distinct = {problem.id: problem for problem in problems}
         opened = {
             id_: opened_thought(self.tokenizer, prompt)
@@ -92,7 +91,7 @@ class Encoder:
 
     def text_after(self, prompt: str | Conversation, text: str) -> str:
         """The text that follows the prompt if the model writes `text`. In a chat, this is the reply
-        and its end, as the template writes them."""
+        and its end, as the template writes them. Without a chat, it is `text` itself."""
         if isinstance(prompt, Conversation):
             return reply_text(self.tokenizer, prompt, text)
         return text

@@ -1,9 +1,9 @@
 """Modifies the layers of a loaded model: casts or quantizes frozen weights, speeds up dropout, and
 adds gradient checkpointing.
 
-The weights of an evaluated model, of a reference and of a base with adapters are never trained.
-Their matrices are kept in 4 bits or in the compute dtype, to which autocast would cast the matrices
-of linear layers at every use anyway. Vectors, such as biases and norm weights, stay in fp32.
+Weights are frozen if the model is only evaluated or serves as a reference, or if only adapters are
+trained. Frozen matrices are kept in 4 bits or in the compute dtype, to which autocast would cast
+linear layers at every use anyway. Vectors, such as biases and norm weights, stay in fp32.
 """
 
 from __future__ import annotations

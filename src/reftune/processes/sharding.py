@@ -48,10 +48,9 @@ class Sharding:
     def whole(self, model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
         """Inside the `with` block, every process can read all the weights of `model`, so a forward
         pass involves no other process. All processes must enter the block. If the weights are split
-        over the processes, the child modules of `model` are replaced by unsplit copies inside the
-        `with` block. Call these copies, not `model` itself. If `dtype` is given, the weight
-        matrices in the copied transformer blocks are cast to `dtype`, as autocast would do
-        anyway."""
+        over the processes, unsplit copies replace the child modules of `model` during that time.
+        Call these child modules, not `model` itself. If `dtype` is given, the weight matrices of
+        their transformer blocks are cast to `dtype`, as autocast would do anyway."""
         if not self.is_split(model):
             yield
             return
@@ -171,8 +170,8 @@ def whole_tensor(tensor: Tensor) -> Tensor:
 
 
 def whole_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """In the main process, which saves the tensors: all tensors, whole. Those that were split are
-    moved to the CPU. In the other processes: an empty dict."""
+    """`tensors`, with each split tensor gathered and moved to the CPU. Only the main process, which
+    saves the tensors, gets this result. The other processes get an empty dict."""
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         value = whole_tensor(tensor).detach()

@@ -93,10 +93,10 @@ def known_kinds(group: str) -> list[str]:
 
 
 def load_component(spec: Any, *, group: str, default: str | None = None) -> Any:
-    """The plug-in that `spec` describes. `spec` is a kind, a mapping of a plug-in's recipe keys, or
-    a plug-in, which is returned unchanged. If a mapping lacks the key `kind`, the argument
-    `default` is its kind. Raises: PydanticCustomError if `spec` names no plug-in; ValidationError
-    if a key or value is wrong."""
+    """The plug-in that `spec` describes. `spec` is a kind, a mapping from recipe keys to values, or
+    a plug-in, which is returned unchanged. `default` is the kind of a mapping without the key
+    `kind`. Raises: PydanticCustomError if `spec` names no plug-in; ValidationError if a key or
+    value is wrong."""
     if isinstance(spec, Component):
         return spec
     if isinstance(spec, str):
@@ -178,8 +178,8 @@ def _user_object(kind: str) -> Any:
 
 @functools.cache
 def _user_module(path: Path, changed_ns: int, size: int) -> ModuleType | None:
-    """The module in the file `path`; None if the file is not a Python file. The file is loaded
-    again only if `changed_ns` or `size` changes, so that all its names share one state."""
+    """The module in the file `path`; None if it is not a Python file. The file is loaded again only
+    if its modification time (`changed_ns`) or `size` differs, so its plug-ins share one module."""
     name = f"reftune_user_{path.stem}_{zlib.crc32(bytes(path)):08x}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:

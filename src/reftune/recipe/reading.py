@@ -19,8 +19,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     The key `extends` contains the path of another recipe, or a list of such paths, relative to the
     recipe's folder. Later recipes in the list override earlier recipes, and the recipe's own keys
-    override all of them. `merge` describes how one recipe overrides another. An override with the
-    value null removes a table, such as a stage. It sets any other key to null.
+    override all of them. `merge` describes how one recipe overrides another. The override
+    `key=null` removes a table, such as a stage, and sets any other key to null.
     Raises: RecipeError if a recipe or an override cannot be read, or if the result is not valid.
     """
     data = read_yaml(Path(path))
@@ -94,9 +94,9 @@ def read_yaml(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of `base`, changed by `over`. If a key's value is a mapping in both, the two mappings
-    are merged, unless `over` names a different `kind`. If one value is a string and the other is a
-    mapping, the string counts as a mapping with only a `kind`. Any other value in `over` replaces
-    the value in `base`. If a key of `base` is null in `over`, the key is removed."""
+    are merged, unless they have different values of `kind`. If one value is a string `s` and the
+    other is a mapping, the string counts as `{kind: s}`. Any other value in `over` replaces the
+    value in `base`. If a key of `base` is null in `over`, the key is removed."""
     result = dict(base)
     for key, value in over.items():
         old = result.get(key)
@@ -137,8 +137,8 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
 
 
 def _value(text: str) -> Any:
-    """The value of an override. It is read as YAML, except that `#` does not begin a comment
-    and a mapping needs braces, so that "Think: end with ####" is text."""
+    """The value in a `key=value` override. `text` is read as YAML, but `#` does not begin a
+    comment, and a mapping needs braces. So "Think: end with ####" stays text."""
     is_enclosed = text.strip()[:1] + text.strip()[-1:] in ("{}", "[]", "''", '""')
     if not is_enclosed and re.search(r"(^|\s)#|:(\s|$)", text):
         return text

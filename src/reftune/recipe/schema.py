@@ -194,8 +194,8 @@ class Recipe(Table):
         return (*self.stages[stage].produces, stage)
 
     def methods_of(self, stage: str) -> tuple[str, ...]:
-        """The names of a stage's methods, which are the models that the stage saves. The final
-        model is left out if the stage's `is_method` is false."""
+        """The names of a stage's methods: all models that the stage saves, except a final model
+        that does not solve problems, such as a reward model (`is_method` is false)."""
         saved = self.saved_by(stage)
         return saved if self.stages[stage].is_method else saved[:-1]
 

@@ -79,9 +79,9 @@ def _order(place: Place) -> tuple[Any, ...]:
 
 
 def cells(runs: Sequence[RunResults], *, k: int | None = None) -> list[Cell]:
-    """One cell for each combination of model, task and kind of rationale; see `score_table` for
-    `k`. Raises: the errors of `comparable_groups` and `score_table`; DataError if two recipes would
-    fill the same cell."""
+    """One cell, with the scores of all methods, for each combination of model, task and kind of
+    rationale. Votes use the first `k` samples, as in `score_table`. Raises: the errors of
+    `comparable_groups` and `score_table`; DataError if two recipes would fill the same cell."""
     places: dict[Place, list[RunResults]] = {}
     for run in runs:
         places.setdefault(_place(run), []).append(run)
@@ -110,9 +110,9 @@ def _cell(place: Place, runs: Sequence[RunResults], k: int | None) -> Cell:
 
 
 def _score(place: Place, table: ScoreTable, method: MethodScore, rule: str) -> dict[str, Any]:
-    """A method's score under a decision rule, as JSON. The key `paper` contains the score that the
-    paper reports, in percent. It is None unless the paper has a score for the same model, task,
-    rationale, method and decision rule, on the same number of test questions."""
+    """A method's score under a decision rule, such as `greedy` or `maj@8`, as JSON. The key `paper`
+    contains the paper's score in percent, or None if the paper has none for the same model, task,
+    rationale, method, decision rule and number of test questions."""
     model, *of = place
     column, suffix = " ".join(of), "" if rule == GREEDY else f" {rule}"
     against = table.between(method.label + suffix, table.baseline + suffix)

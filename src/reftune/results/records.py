@@ -48,8 +48,8 @@ class TrainingSample:
 
 @dataclass(frozen=True, slots=True)
 class SampleFile:
-    """Iterates over the solutions in a stage's `samples.jsonl`; over none if the file does not
-    exist. Iterating may raise a DataError for a damaged line."""
+    """Iterates over the solutions in a stage's `samples.jsonl`. If the file does not exist, there
+    are none. Reading a damaged line raises a DataError."""
 
     path: Path
 
@@ -133,8 +133,8 @@ class RunResults:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The recipe without the keys in which runs of one recipe may differ: name, seed, and the
-        keys that change results by rounding at most."""
+        """The recipe without the keys in which runs of one recipe may differ: name, seed, and keys
+        that do not change results beyond rounding."""
         return without(self.recipe, {"name", "seed", *CHANGES_NO_RESULT, *CHANGES_ROUNDING})
 
     def stage(self, method: str) -> StageResults:
@@ -241,9 +241,9 @@ def _read_recipe(path: Path) -> tuple[dict[str, Any], str]:
 def _with_snapshots(
     name: str, spec: Any, infos: Mapping[str, Mapping[str, Any]]
 ) -> list[tuple[str, Mapping[str, Any]]]:
-    """The name and recipe keys of each snapshot of a stage, followed by the name and keys of the
-    stage itself. A snapshot has its stage's keys. `infos` contains every `stage.json`, which may
-    name snapshots that the recipe does not."""
+    """Pairs (name, recipe keys): one for each snapshot of a stage, then one for the stage itself.
+    All have the stage's keys. `infos` maps each saved model to its `stage.json`, including any
+    snapshots that the recipe does not list."""
     keys = dict(spec) if isinstance(spec, Mapping) else {"kind": spec}
     saved = [each for each, info in infos.items() if info.get("snapshot_of") == name]
     saved.sort(key=lambda each: int(infos[each].get("chosen_step", 0)))
@@ -254,11 +254,10 @@ def _with_snapshots(
 def _whole(
     evals: Mapping[str, tuple[EvalRow, ...]], recipe: Mapping[str, Any], sizes: Mapping[str, int]
 ) -> dict[str, tuple[EvalRow, ...]]:
-    """The evaluations that are complete. An evaluation is incomplete if it contains only the first
-    part of the longest evaluation's problems. It is also incomplete if it has fewer problems than
-    the split, whose size is in `sizes` (from data.json), and than the recipe's limit, if there is
-    one. But if its problems are not the first ones of the longest evaluation, it counts as
-    complete, so that the caller can report the difference."""
+    """The complete evaluations. An evaluation is incomplete if it has fewer problems than the
+    longest evaluation, or than the recipe asks for; `sizes` contains the split sizes from
+    data.json. But if its problems differ from the first problems of the longest evaluation, it
+    counts as complete, so that the caller can report the difference."""
     ids = {name: [row.id for row in rows] for name, rows in evals.items()}
     longest = max(ids.values(), key=len, default=[])
     size = sizes.get(evaluated_split(recipe), 0)

@@ -118,8 +118,8 @@ def compare(a: str, correct_a: ArrayLike, b: str, correct_b: ArrayLike) -> Compa
 
 
 def mcnemar_exact(only_a: int, only_b: int) -> float:
-    """Two-sided p-value of the hypothesis that, if only one of two methods solves a problem, each
-    method is equally likely to be the one that solves it.
+    """Two-sided p-value of the hypothesis that a problem solved by only one of two methods is
+    equally likely to be solved by either.
 
         p = min(1, 2 Σ_{i ≤ min(only_a, only_b)} C(m, i) / 2^m),   m = only_a + only_b
 
@@ -136,14 +136,14 @@ def mcnemar_exact(only_a: int, only_b: int) -> float:
 
 
 def paired_interval(differences: ArrayLike) -> Interval:
-    """95% interval of the mean of `differences`, each of which is one problem's outcome with one
-    method minus its outcome with another, between −1 and 1.
+    """95% interval of the mean of `differences`: for each of n problems, the outcome of one method
+    minus that of another, between −1 and 1.
 
         d ± z √((q − d²) / m),   d = Σ differences / m,   q = (Σ differences² + 2) / m,   m = n + 2
 
     This is the normal interval after two problems are added: one that only the first method solves,
-    and one that only the second solves. It has a width even if all differences are equal. Source:
-    Bonett and Price (2012), for outcomes that are 0 or 1.
+    and one that only the second solves. Its width is positive even if all differences are equal.
+    Source: Bonett and Price (2012), for outcomes that are 0 or 1.
     """
     own = np.asarray(differences, dtype=float)
     n = own.size + 2
@@ -161,16 +161,17 @@ def seeds_interval(
     *,
     same_problems: bool,
 ) -> Interval:
-    """95% interval of the average of the seeds' means. It covers chance in the choice of seeds and
-    of problems. `values` has one array per seed. `over_problems` returns an interval of one array's
-    mean that covers only the choice of problems. With a single seed, this interval is the result.
+    """95% interval of a score averaged over seeds. It accounts for the random choice of seeds and
+    of problems. `values` has one array per seed, with a number for each problem. `over_problems`
+    returns an interval of an array's mean that accounts only for the choice of problems. With a
+    single seed, the result is that interval.
 
-    If each seed has its own problems, the spread of the seeds' means also reflects the choice of
-    problems. The result is Student's t interval of the means, widened where necessary to contain
-    the interval of all problems together. If all seeds have the same problems, the choice of
-    problems affects all means alike. Two margins are then added in quadrature: that of Student's
-    interval, and that of `over_problems` for the problems' averages over the seeds. Source: Student
-    (1908); Zou and Donner (2008).
+    If each seed has its own problems, the seeds' means vary with both choices. The result is
+    Student's t interval of these means, widened if necessary to contain `over_problems` of all
+    values together. If all seeds have the same problems, the choice of problems shifts all means
+    alike, and Student's interval does not cover it. So the problems' averages over the seeds are
+    passed to `over_problems`, and the margins of both intervals are added in quadrature. Source:
+    Student (1908); Zou and Donner (2008).
     """
     seeds = [np.asarray(each, dtype=float) for each in values]
     if len(seeds) == 1:

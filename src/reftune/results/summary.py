@@ -1,5 +1,5 @@
-"""Computes and compares the scores of runs from the files in their folders. Also determines
-whether a warm-up was finished when RL began, and whether a reward model beats a random choice."""
+"""Computes and compares the scores of runs from the files in their folders. Also determines whether
+a warm-up was finished when RL began, and whether a reward model beats chance."""
 
 from __future__ import annotations
 
@@ -184,9 +184,9 @@ def read_groups(run_dirs: Sequence[Path | str], *, finished: bool = True) -> lis
 
 
 def comparable_groups(runs: Sequence[RunResults]) -> list[Group]:
-    """The groups that `group_runs` makes. Raises: DataError if the methods of a run answered
-    different problems. With several groups, it is also raised if two runs answered different
-    problems, or if the groups have different numbers of seeds."""
+    """The runs in groups, as `group_runs` returns them. Raises: DataError if the methods of a run
+    answered different problems; with several groups, also if two runs answered different problems,
+    or if the groups have different numbers of seeds."""
     for run in runs:
         if not _same_problems(run.evals.values()):
             raise DataError(
@@ -247,7 +247,7 @@ def _same_problems(evals: Iterable[Sequence[EvalRow]]) -> bool:
 
 def score_table(groups: Sequence[Group], *, k: int | None = None) -> ScoreTable:
     """Scores and paired comparisons of all methods. Votes use the first `k` samples of each
-    problem. If `k` is None, each method uses its smallest number of samples per problem.
+    problem. If `k` is None, each method uses the largest `k` that its samples allow.
 
     Raises: DataError if `k` is given and no method has samples, or if a method with samples has
     fewer than `k` samples for some problem.
@@ -306,7 +306,7 @@ def _comparisons(
     methods: Sequence[MethodScore], baseline: str, shared: bool
 ) -> Iterator[Comparison]:
     """Compares each method with the methods before it in `methods`. Two methods of one group are
-    always compared. But if both are the same model, only their greedy answers are compared, because
+    always compared. If they have the same weights, only their greedy answers are compared, because
     their samples differ only by chance. Two methods of different groups are compared only if the
     groups can be paired, and if the methods have the same name or one of them is the baseline."""
     for b, a in combinations(methods, 2):
@@ -325,9 +325,8 @@ def _are_one_model(a: MethodScore, b: MethodScore) -> bool:
 
 
 def _model_of(run: RunResults, method: str) -> str:
-    """The method with which `method` shares its model. If `method` never beat its `init` on dev,
-    this is the `init`. If `method` is a snapshot of its stage's chosen step, it is the stage. If
-    neither is true, it is `method` itself."""
+    """The name of the model that `method` uses: its `init` if it never beat that model on dev, its
+    stage if it is a snapshot taken at the stage's chosen step, and otherwise `method` itself."""
     stage = run.stages.get(method)
     if stage is None:
         return method
@@ -356,8 +355,8 @@ def _compare(a: MethodScore, b: MethodScore, rule: str, shared: bool) -> Compari
 
 
 def outcomes(rows: Sequence[EvalRow], k: int | None = None) -> dict[str, Outcomes]:
-    """Decision rule → outcomes, in the order of `rows`. Votes use the first `k` samples of each
-    problem. If `k` is None, they use the first `num_samples(rows)` samples."""
+    """Decision rule (such as `greedy` or `maj@8`) → one outcome per row of `rows`. Votes use the
+    first `k` samples of each problem, or the first `num_samples(rows)` if `k` is None."""
     result = {GREEDY: np.array([row.greedy.correct for row in rows], dtype=float)}
     if drawn := num_samples(rows):
         curves = voting_curves(rows, k or drawn)
@@ -371,12 +370,12 @@ def num_samples(rows: Sequence[EvalRow]) -> int:
 
 
 def voting_curves(rows: Sequence[EvalRow], max_k: int) -> dict[str, NDArray[np.float64]]:
-    """Decision rule → outcomes with k = 1 … `max_k` samples. The rules are `maj`, `pass` and, if
-    every sample has a score, `weighted` and `rerank`.
+    """Decision rule → outcomes with k = 1 … `max_k` samples. The rules are `maj`, `pass` and, if a
+    reward model scored every sample, `weighted` and `rerank`.
 
     Each array has the shape (problems, max_k). Votes and reranking use a problem's first k samples.
-    pass@k is the exact mean over all sets of k of the problem's samples. Raises: DataError if a
-    problem has fewer than `max_k` samples.
+    pass@k is the exact mean over all ways to choose k of the problem's samples. Raises: DataError
+    if a problem has fewer than `max_k` samples.
     """
     voting.check_k(max_k, num_samples(rows))
     is_scored = all(sample.score is not None for row in rows for sample in row.samples)
@@ -450,10 +449,10 @@ def handovers(run: RunResults) -> list[Handover]:
 
 
 def last_rise(run: RunResults, method: str) -> tuple[Rise, float] | None:
-    """The last rise in dev accuracy that was measured in a supervised method's training, and the
-    accuracy reached. For a snapshot, only evaluations up to its step count. For a stage, all
-    evaluations count, because those after the chosen model show that dev accuracy no longer rose.
-    None if the method is unknown, not supervised or not finished, or had too few evaluations."""
+    """The last rise in dev accuracy measured while a supervised method was trained, and the dev
+    accuracy after it. For a snapshot, evaluations after its step are ignored. For a stage, those
+    after its chosen step are included, because they show whether dev accuracy still rose. None if
+    the method is unknown, not supervised or not finished, or had too few evaluations."""
     found = run.stages.get(method)
     if found is None or "chosen_step" not in found.info:
         return None

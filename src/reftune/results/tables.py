@@ -167,7 +167,7 @@ def _rise_text(rise: Rise) -> str:
 
 def remarks(run: RunResults) -> list[str]:
     """Sentences on three questions: whether the warm-up before each RL stage was finished, which
-    methods share a model, and whether each reward model beats a random choice."""
+    methods share a model, and whether each reward model picks samples better than chance."""
     rankings = map(reranker_sentence, rerankers(run))
     return [*map(sentence, handovers(run)), *same_models(run), *rankings]
 
@@ -327,8 +327,8 @@ def _aligned(head: Row, body: Sequence[Row]) -> list[str]:
 
 
 def choices_table(summary: Mapping[str, Any]) -> str:
-    """A table of the warning signs of reward hacking that a run's summary contains. If the run has
-    no multiple-choice questions, the result is an empty string."""
+    """The warning signs of reward hacking in a run's summary, as a table. If the run has no
+    multiple-choice questions, the result is an empty string."""
     methods = summary["methods"].items()
     found = {name: scores["choices"] for name, scores in methods if "choices" in scores}
     if not found:

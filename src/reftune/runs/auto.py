@@ -44,9 +44,9 @@ VOCABULARY = 4096
 
 
 def settled(recipe: Recipe) -> Recipe:
-    """A copy of `recipe` in which each key in `KEYS` that was `auto` has a value. The value comes
-    from the run folder's recipe. If that recipe has none, the value is chosen for this machine. All
-    processes use the main process's values."""
+    """A copy of `recipe` in which each `auto` among the `KEYS` is replaced by a value: the one in
+    the run folder's recipe or, if that has none, one chosen for this machine. All processes use the
+    main process's values."""
     if not _open_keys(recipe):
         return recipe
     return _with(recipe, world.from_main(lambda: _choices(recipe)))
@@ -87,8 +87,8 @@ def _sizes(recipe: Recipe, device: torch.device) -> Sizes:
 
 
 def _is_tiny(scratch: ScratchTable, room: float) -> bool:
-    """Whether no estimate is needed, because even the largest sizes take less than a quarter of
-    `room` bytes. A block is assumed to keep at most 400 bytes per token and hidden unit."""
+    """Whether even the largest micro-batch of a from-scratch model fills less than a quarter of
+    `room` bytes. A layer is assumed to keep at most 400 bytes per token and hidden unit."""
     return bool(LARGEST_TOKENS[0] * scratch.layers * scratch.hidden_size * 400 < room / 4)
 
 
@@ -152,8 +152,8 @@ def total_bytes(device: torch.device) -> float:
 @cache
 def fastest_dtype(device: torch.device) -> Dtype:
     """The dtype that `auto` chooses for a device. A CUDA GPU gets bfloat16 if it supports bfloat16
-    natively. Any other device gets bfloat16 if its matrix products are then at least as fast as in
-    fp32. Otherwise, the dtype is float32."""
+    natively. Any other device gets bfloat16 if its matrix products are at least as fast in bfloat16
+    as in float32. Otherwise, the dtype is float32."""
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return "bfloat16" if native else "float32"

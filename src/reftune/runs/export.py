@@ -42,10 +42,10 @@ def export_model(run_folder: Path, method: str, out: Path, *, adapter: bool = Fa
     """Write a method's model to the folder `out`, and return the folder. Without `adapter`, the
     folder contains the whole model. Any adapters are merged into the model, so plain
     `from_pretrained` and vLLM can load it. With `adapter`, the folder contains only the adapters.
-    Raises: CheckpointError if there is no such run; if the method is not finished, is a reward
-    model or has weights that cannot be read; if `out` exists or cannot be written; or if `adapter`
-    is set but the method has no adapters. ModelError if the adapters from which the first stage
-    starts cannot be read."""
+    Raises: CheckpointError if the run or the finished method does not exist, if the method is a
+    reward model, if its weights cannot be read, if `adapter` is set but there are no adapters, or
+    if `out` exists or cannot be written; ModelError if the run started from adapters that cannot be
+    read."""
     run = RunFolder(run_folder)
     if not run.recipe.is_file():
         raise CheckpointError(f"{run_folder}: not a run folder: it has no recipe.yaml")
@@ -103,8 +103,8 @@ def _require_weights(stage: Path) -> None:
 
 def push_model(folder: Path, repository: str, *, public: bool = False) -> str:
     """Upload an exported model to the Hub repository `OWNER/NAME`, and return the repository's
-    address. If the repository does not exist, it is created, and it is private unless `public` is
-    set. Raises: ModelError if the Hub cannot be reached or rejects the upload; the folder stays."""
+    address. A missing repository is created; it is private unless `public` is set. Raises:
+    ModelError if the Hub cannot be reached or rejects the upload; the local folder is kept."""
     from huggingface_hub import HfApi
 
     try:
@@ -170,9 +170,9 @@ MADE_UP = Problem(
 
 
 def _serving(table: dict[str, Any], stage: Path) -> Serving | None:
-    """The settings of a stage's model, from the recipe `table` and the stage's files. If a setting
-    can no longer be read, a warning is logged and the result is None. The export then leaves the
-    tokenizer and the generation config as they are."""
+    """The settings for serving a stage's model, read from the recipe `table` and the stage's files.
+    If a setting can no longer be read, a warning is logged and the result is None. The export then
+    leaves the tokenizer and the generation config as they are."""
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     model = table.get("model") or {}
@@ -203,8 +203,8 @@ def _serving(table: dict[str, Any], stage: Path) -> Serving | None:
 
 
 def _example(table: dict[str, Any], stage: Path) -> Problem:
-    """A problem from the data of the recipe `table`. If the data can no longer be read, a warning
-    is logged, and the result is `MADE_UP`."""
+    """A problem from the dataset that the recipe `table` names. If the data can no longer be read,
+    a warning is logged, and the result is the made-up problem `MADE_UP`."""
     try:
         splits = load_splits(parse_recipe(table))
     except (ReftuneError, OSError, ValueError) as error:
@@ -215,8 +215,9 @@ def _example(table: dict[str, Any], stage: Path) -> Problem:
 
 
 def _ask_as_trained(tokenizer: PreTrainedTokenizerBase, prompt: str | Conversation) -> None:
-    """Change the tokenizer's defaults to what training used: no BOS before a `BareText`, no end
-    token after a text, and the recipe's template arguments, which a client can override."""
+    """Make the tokenizer encode as in training by default: no end token after a text, no BOS before
+    a `BareText` (a prompt without special tokens) and, for a chat, the recipe's template arguments,
+    which a client can override."""
     if isinstance(prompt, Conversation):
         defaults = "".join(
             f"{{%- if {name} is not defined -%}}{{%- set {name} = {value!r} -%}}{{%- endif -%}}"

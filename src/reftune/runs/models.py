@@ -37,10 +37,10 @@ class Models:
 
     def load(self, name: str, *, trained: bool = False) -> Policy:
         """The model `name` as a policy. With `trained`, the policy is built for training: if the
-        recipe sets `lora`, the policy has adapters. With a 4-bit base, these are the model's own
-        adapters; otherwise, they are new. The caller must not change the policy. `take` returns a
-        policy that may be changed. Raises: RecipeError if the method is not trained yet, or if this
-        machine or FSDP2 does not support a setting; ModelError if the model cannot be used."""
+        recipe sets `lora`, it has adapters to train, which are new or, on a 4-bit base, the model's
+        own. The caller must not change the policy; for one that may be changed, call `take`.
+        Raises: RecipeError if the method is not trained yet, or if this machine or FSDP2 does not
+        support a setting; ModelError if the model cannot be used."""
         table = self.recipe.model
         is_other = table.lora is not None or table.gradient_checkpointing
         key = (name, trained and is_other)
@@ -64,9 +64,8 @@ class Models:
 
     def _restored(self, name: str, *, trained: bool) -> Policy:
         """The model `name` as a policy, with its value head and the recipe's settings, on the
-        recipe's device. A policy to train on a 4-bit base is restored from the model's adapters.
-        Any other policy is restored from the model's weights. If such a policy is to be trained
-        with adapters, the adapters are new."""
+        recipe's device. For training on a 4-bit base, the model's own adapters are loaded. In all
+        other cases, the model's weights are loaded, and training with `lora` adds new adapters."""
         table = self.recipe.model
         require_trained(self.recipe, [name])
         continues = trained and table.quantize is not None
@@ -119,7 +118,7 @@ class Models:
 
 
 def check_stage_graph(recipe: Recipe) -> None:
-    """Raises: RecipeError if a stage reads anything but `base`, earlier methods and model folders,
+    """Raises: RecipeError if a stage uses any model but `base`, earlier methods and model folders,
     if two stages save the same method, or if `evaluate` names an unknown method or reward model."""
     known, made = ["base"], {"base"}
     for name, stage in recipe.stages.items():

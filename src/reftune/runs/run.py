@@ -52,9 +52,9 @@ def run_recipe(recipe: Recipe, *, progress: Progress) -> dict[str, Any]:
 
 
 def run_stages(recipe: Recipe, *, kind: str, progress: Progress) -> dict[str, dict[str, Any]]:
-    """Run only the stages of this kind. If these stages start from or sample from the methods of
-    other stages, those methods must already be trained. Returns: the content of each stage's
-    `stage.json`, keyed by stage name. Raises: the errors of `run_recipe`."""
+    """Run only the stages of kind `kind`. If they use models that other stages save, those models
+    must already be trained. Returns: the content of each stage's `stage.json`, keyed by stage name.
+    Raises: the errors of `run_recipe`."""
     check_stage_graph(recipe)
     stages = recipe.stages
     names = [name for name, stage in stages.items() if stage.kind == kind]
@@ -72,10 +72,10 @@ def run_stages(recipe: Recipe, *, kind: str, progress: Progress) -> dict[str, di
 def evaluate_methods(
     recipe: Recipe, methods: Collection[str], *, progress: Progress
 ) -> dict[str, Any]:
-    """Evaluate `methods`. If `methods` is empty, evaluate all methods that the recipe evaluates.
-    Returns: the summary of all methods evaluated so far. Raises: RecipeError if a method is not in
-    the recipe or in its `evaluate.stages`, or if a method or the reranking reward model is not
-    trained yet; the errors of `run_recipe`."""
+    """Evaluate `methods` or, if there are none, all methods that the recipe evaluates. Returns: the
+    summary of all methods evaluated so far. Raises: RecipeError if a method is not among those that
+    the recipe evaluates, or if a method or the reward model for reranking is not trained yet; the
+    errors of `run_recipe`."""
     check_stage_graph(recipe)
     for method in methods:
         if method not in recipe.methods_to_evaluate:
@@ -97,8 +97,8 @@ def evaluate_methods(
 def open_run(recipe: Recipe, progress: Progress) -> Iterator[Run]:
     """Open or create a recipe's run folder, and lock it against other runs. Raises: CheckpointError
     if the folder cannot be written, is in use or is not a run folder; RecipeError if the folder
-    contains the run of a different recipe, or if the stage graph is wrong; DataError or ModelError
-    if the data or the model cannot be used."""
+    contains the run of a different recipe, or if `check_stage_graph` finds an error; DataError or
+    ModelError if the data or the model cannot be used."""
     check_stage_graph(recipe)
     recipe, folder = settled(recipe), RunFolder(recipe.folder)
     with readable_errors(folder):
@@ -134,7 +134,7 @@ class Run:
         """Load the model and encode the problems, to find unusable inputs before the run starts.
         Raises: ModelError or RecipeError if the model cannot be used, for example because it has no
         embedding for a token; DataError if a prompt is too long and the recipe does not drop such
-        prompts, or if no training row is left; the errors of `verify_engine`."""
+        prompts, or if no training problem can be used; the errors of `verify_engine`."""
         self.verify_engine()
         policy, stages = self.models.load("base", trained=True), self.recipe.stages.values()
         collector = collector_of(self.recipe, policy)

@@ -19,9 +19,9 @@ from reftune.types import Attempt, Problem
 def sample_method(
     recipe: Recipe, method: str, *, split: str, num: int, temperature: float
 ) -> list[dict[str, Any]]:
-    """The rows of `sample_rows` for the first `num` problems of a split. `method` is `base` or a
-    finished method of the recipe's run. Raises: RecipeError if `method` is a stage that trains no
-    method, or is not trained yet; DataError if the split is empty."""
+    """Solutions to the first `num` problems of a split, as rows of `sample_rows`. `method` is
+    `base` or a finished method of the recipe's run. Raises: RecipeError if `method` is not trained
+    yet, or is a stage whose model does not solve problems; DataError if the split is empty."""
     if method in recipe.stages and not recipe.stages[method].is_method:
         raise RecipeError(f"{method}: not a method, so its model answers no questions")
     recipe = settled(recipe)

@@ -107,8 +107,8 @@ class Estimate:
         return self.prompt + self.response
 
     def micro_batch(self, tokens: int) -> float:
-        """The size of a step's largest pass if a pass may read up to `tokens` tokens. The size is
-        given in sequences of `length` tokens and is at least 1."""
+        """Size of the largest pass in a step if a pass has at most `tokens` tokens. It is measured
+        in sequences of maximum length (`length` tokens) and is at least 1."""
         packs = self.outline.policy.packs
         mean = ((packs and self.mean_prompt) or self.prompt) + self.response
         share = math.ceil(self.cost.batch / self.devices) * mean
@@ -184,9 +184,9 @@ class Estimate:
         return 2 * outline.gathered - FP32 * (outline.total - outline.backbone)
 
     def _sampler(self, copies: float) -> float:
-        """Bytes of a model that is loaded only to sample, and of the engine's copies of its
-        weights. Every device holds all of this. `copies` is the size of the copies that the engine
-        makes of the policy's weights, in bytes."""
+        """Bytes that each device needs for a model that is loaded only to sample, including the
+        copies that the engine makes of its weights. `copies` is the size of the engine's copies of
+        the policy's weights, in bytes."""
         outline, table = self.outline, self.outline.table
         is_frozen = table.lora is not None or table.gradient_checkpointing
         if is_frozen:
@@ -194,8 +194,8 @@ class Estimate:
         return outline.weights + copies
 
     def _sampling(self, rows: int) -> tuple[dict[str, float], float]:
-        """Two results for an engine that decodes with the policy's weights: the bytes needed to
-        sample, by purpose, and the bytes of the engine's copies of weights that are not split."""
+        """Bytes needed to sample up to `rows` sequences at once, by purpose, and bytes of the
+        copies that the engine makes of the policy's weights if FSDP2 does not split them."""
         if self.requests is not None:
             rows = min(rows, math.ceil(self.requests / self.devices))
         outline = self.outline
@@ -226,9 +226,9 @@ class Estimate:
 def estimates(
     recipe: Recipe, outline: Outline, *, prompt: int | None = None
 ) -> dict[str, Estimate]:
-    """The estimate of each stage, for one process on one device. Stages that cannot predict their
-    cost are left out. `prompt` is the length of the longest prompt, in tokens. If it is None, the
-    recipe's limit is used, or `PROMPT` if there is no limit."""
+    """A memory estimate for each stage, with one process on one device. Stages that cannot predict
+    their cost are left out. `prompt` is the length of the longest prompt, in tokens. If it is None,
+    the recipe's limit is used, or `PROMPT` if there is no limit."""
     prompt = prompt or recipe.lengths.max_prompt or PROMPT
     return {
         name: Estimate(recipe=recipe, cost=cost, outline=outline, prompt=prompt)
@@ -239,8 +239,9 @@ def estimates(
 def stage_costs(
     recipe: Recipe, *, num_train: int = 1, num_rationales: int | None = None, num_dev: int = 1
 ) -> dict[str, Cost]:
-    """The cost of each stage. Stages that cannot predict their cost are left out. Of `num_train`
-    training problems, `num_rationales` have a rationale; by default, all have one."""
+    """The `Cost` of each stage that can predict it. Of `num_train` training problems,
+    `num_rationales` have a rationale; by default, all have one. `num_dev` is the number of dev
+    problems."""
     supervised = num_train if num_rationales is None else num_rationales
     costs = {
         name: stage.cost(

@@ -277,10 +277,10 @@ class Loop:
         gradient: Callable[[], dict[str, float]],
         rows: Callable[[], Sequence[Mapping[str, Any]]],
     ) -> dict[str, float]:
-        """Take an optimizer step as part of step `n`. `gradient()` accumulates the gradient and
-        returns metrics. Return these metrics and the gradient's norm. If the loss or the gradient
-        is not finite, leave the weights unchanged, save the samples that `rows()` returns, and
-        return no metrics. Raises: NonFiniteError if the recipe does not allow skipping the step."""
+        """Take an optimizer step within the stage's step `n`. `gradient()` accumulates the gradient
+        and returns metrics. Return these metrics and the gradient's norm. If the loss or the
+        gradient is not finite, leave the weights unchanged, save the samples that `rows()` returns,
+        and return no metrics. Raises: NonFiniteError if the recipe does not allow skipped steps."""
         table = self.table.optimizer
         try:
             metrics = gradient()
@@ -293,8 +293,8 @@ class Loop:
         return {**metrics, "grad/norm": norm}
 
     def _leave_out(self, n: int, error: NonFiniteError, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Skip step `n`, whose loss or gradient is not finite: save its batch, clear the gradient,
-        and count the step as skipped. Raises: NonFiniteError unless the recipe allows this."""
+        """Skip step `n`, whose loss or gradient is not finite: save its samples `rows`, clear the
+        gradient and count the skip. Raises: NonFiniteError unless the recipe allows skips."""
         self.optimizer.zero_grad(set_to_none=True)
         path, reason = self.context.folder.nonfinite(n), f"{self.context.name} step {n}: {error}"
         unsound = [name for name, value in self.model.named_parameters() if not is_finite(value)]
@@ -336,9 +336,9 @@ class Loop:
         write_atomically(folder / BEST, json.dumps(facts))
 
     def _adopt_best(self) -> None:
-        """If the best model is newer than the checkpoint that the stage resumes from, take the best
-        model's step and accuracy from its folder. The steps after the checkpoint are repeated, but
-        on a GPU, they may not produce as good a model again."""
+        """If the best model so far is newer than the checkpoint from which the stage resumes, keep
+        this model: read its step and accuracy from its folder. The stage repeats the steps after
+        the checkpoint, but on a GPU, they may not lead to an equally good model again."""
         restore_folder(self.context.folder.best)
         path = self.context.folder.best / BEST
         facts = world.from_main(
@@ -349,9 +349,9 @@ class Loop:
             self.state.best_accuracy = facts["dev_accuracy"]
 
     def _follow(self, look: Look) -> dict[str, float]:
-        """The recent rise in dev accuracy, as metrics. With `until_plateau`, set the stage's last
-        step once dev accuracy has reached a plateau. After the plateau, there are no such metrics,
-        because the cooldown alone may raise dev accuracy."""
+        """Return the recent rise in dev accuracy, up to the evaluation `look`, as metrics. With
+        `until_plateau`, set the stage's last step once accuracy has reached a plateau. From then
+        on, return no metrics, because the falling learning rate alone may raise accuracy."""
         if not look.correct or self.state.ends_at is not None:
             return {}
         history = History(**self.state.history)
@@ -453,8 +453,8 @@ class Loop:
     def _describe(
         self, folder: StageFolder, step: int, accuracy: float, *, snapshot_of: str | None = None
     ) -> None:
-        """Write `stage.json`, with the chosen step, its accuracy on dev, and the stage's cost so
-        far. A snapshot's cost is also included in its stage's cost."""
+        """Write `stage.json`, with the saved model's step and dev accuracy, and the stage's cost so
+        far. The final cost of a stage includes the cost recorded for its snapshots."""
         document = {
             "stage": folder.path.name,
             "kind": self.context.stage.kind,
@@ -475,8 +475,8 @@ class Loop:
 def _is_candidate(context: StageContext) -> bool:
     """Whether the initial model is evaluated on dev too, so that the stage may choose it. A model
     other than `base` is always evaluated; an untrained `base` never is. A pretrained `base` usually
-    does not know the form of an answer yet, so it is evaluated only if the stage learns from
-    samples and reads no other model."""
+    does not know the answer format yet, so it is evaluated only if the stage learns from samples
+    and uses no model but `base`."""
     stage, is_pretrained = context.stage, context.recipe.model.path is not None
     learns_from_itself = stage.reads_questions and set(stage.needs) == {"base"}
     return stage.init != "base" or (is_pretrained and learns_from_itself)
@@ -493,9 +493,9 @@ class Look:
 
 
 def look_at_dev(context: StageContext, *, probe_choices: bool = False) -> Look:
-    """Solve the dev problems greedily and grade the solutions. The metrics contain `dev/accuracy`.
-    With `probe_choices`, if all problems are multiple choice, the metrics also contain the warning
-    signs of `probes.choices`."""
+    """Evaluate the policy on dev: solve the problems greedily and grade the solutions. The metrics
+    contain `dev/accuracy`. With `probe_choices`, if all problems are multiple choice, the metrics
+    also contain the warning signs of reward hacking from `probes.choices`."""
     problems = context.splits.dev
     solved = context.collector.solve(context.policy, problems)
     correct = tuple(graded.verdict is Verdict.CORRECT for graded in solved.graded)

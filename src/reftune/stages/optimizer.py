@@ -113,8 +113,8 @@ def _adamw(groups: list[dict[str, Any]], table: OptimizerTable) -> torch.optim.O
 
 
 def rate(table: OptimizerTable, *, step: int, total_steps: int) -> float:
-    """The learning rate at `step`, counted from 1, as a share of its peak. If a stage has only one
-    step, that step has the peak rate, because the last rate of `linear` and `cosine` is 0."""
+    """The learning rate at `step` (counted from 1) as a share of its peak. If a stage has only one
+    step, the share is 1, because `linear` and `cosine` would give this step a share of 0."""
     if total_steps == 1:
         return 1.0
     warmup_steps = round(table.warmup * total_steps)

@@ -120,8 +120,8 @@ class Outline:
 
     @cached_property
     def gathered(self) -> float:
-        """Bytes of the full copy of the weights that FSDP2 gathers to decode and score. The blocks'
-        matrices are gathered in the compute dtype, all other weights in their original dtype."""
+        """Bytes of all weights when FSDP2 gathers them for sampling and scoring: the transformer
+        blocks' matrices in the compute dtype, all other weights in their original dtype."""
         width = float(self.policy.compute_dtype.itemsize)
         return self._bytes(dict.fromkeys(block_matrices(self.policy), width))
 
@@ -188,8 +188,8 @@ class Outline:
     @cache  # noqa: B019
     @torch.no_grad()
     def _prefill(self, prompt: int, rows: int, *, of_gathered: bool = False) -> Prefill:
-        """The traced memory needed to read `rows` prompts. `of_gathered` does not change the trace.
-        It only makes `@cache` store the results for gathered weights separately."""
+        """The memory needed to read `rows` prompts of `prompt` tokens at once, computed on fake
+        tensors. `of_gathered` only makes `@cache` store results for gathered weights separately."""
         policy = self.policy
         with (
             self.mode,

@@ -1,5 +1,5 @@
-"""Decides whether dev accuracy still rises during a warm-up and, if not, how long the learning rate
-falls before the warm-up ends. This last part is the cooldown (docs/handover.md)."""
+"""Decides when dev accuracy has levelled off in the supervised warm-up, and how many steps then
+follow at a falling learning rate. These steps are the cooldown (docs/handover.md)."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ class Rise:
 
 
 def rise(before: Sequence[bool], after: Sequence[bool]) -> Rise:
-    """The change in accuracy and its Wald interval, paired by problem.
+    """The change d in accuracy and its 95% Wald interval d ± margin, paired by problem.
 
         d = (c - b) / n        margin = 1.96 √(b + c - (b - c)² / n) / n
 
-    Of the n problems, b were solved only before, and c only after. Source: Agresti, Categorical
-    Data Analysis, §10.1.
+    Of the n problems, b are solved only in `before`, and c only in `after`. Source: Agresti,
+    Categorical Data Analysis, §10.1.
     """
     lost = sum(x and not y for x, y in zip(before, after, strict=True))
     won = sum(y and not x for x, y in zip(before, after, strict=True))
@@ -74,9 +74,9 @@ class History:
         return rise(self.recent[0], self.recent[-1]) if len(self.recent) > LOOKS else None
 
     def is_flat(self) -> bool:
-        """Whether dev accuracy has risen beyond chance since the first evaluation, has reached
-        `NEEDED_ACCURACY`, and no longer rises. Accuracy is also flat before a model begins to
-        learn, but that does not count."""
+        """Whether dev accuracy has risen significantly since the first evaluation, has reached
+        `NEEDED_ACCURACY`, and no longer rises. The first two conditions exclude a model that has
+        not begun to learn yet, whose accuracy is flat too."""
         latest = self.latest_rise()
         if latest is None:
             return False

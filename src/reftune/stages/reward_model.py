@@ -10,8 +10,8 @@ language-modelling loss on correct solutions keeps this likelihood meaningful.
 The weights w, a and b are trained. Without the likelihood, the sample with the highest score is
 often a wrong solution that the classifier overrates; most such solutions have a low likelihood.
 Source: the language-modelling loss comes from Cobbe et al. (arXiv:2110.14168); the log-likelihood
-as a score comes from implicit reward models (arXiv:2412.01981). Differences: there is no reference
-model.
+as a score comes from implicit reward models (arXiv:2412.01981). Differences: unlike those, this
+classifier uses no reference model.
 """
 
 from __future__ import annotations

@@ -178,8 +178,9 @@ class Trainer:
         return {**metrics, **self.update(batch, n)}
 
     def sample(self, n: int, purpose: str) -> tuple[list[Solution], dict[str, float]]:
-        """Sample rollout `n` and return it with its metrics. `purpose` is `rollout` or `prefit`.
-        For a given recipe, the samples depend only on the weights, `n` and `purpose`."""
+        """Sample and return rollout `n`, with metrics. `purpose` is `rollout` or `prefit` (for
+        fitting the value head). For a given recipe, samples depend only on the weights, `n` and
+        `purpose`."""
         train, seed = self.context.splits.train, self.context.seed
         indices = endless_indices(
             len(train),
@@ -240,9 +241,9 @@ class Trainer:
         return batch, {**metrics, "time/score_s": time.perf_counter() - started}
 
     def _policy_scores(self, solutions: Sequence[Solution], batch: RolloutBatch) -> TokenScores:
-        """The samples' scores under the policy that drew them. If the engine scored every sample
-        and `mismatch_cap` is unset, these are the engine's scores. Otherwise, a new forward pass
-        computes them."""
+        """The samples' log-probabilities, values and entropies under the policy that drew them.
+        They come from the engine if it has computed them for every sample and `mismatch_cap` is
+        unset, and from a new forward pass if not."""
         completions = [s.completion for s in solutions]
         if self.stage.mismatch_cap is not None or not all(c.values for c in completions):
             return self.policy.score(batch.tokens, temperature=self.stage.temperature)
@@ -311,9 +312,10 @@ class Trainer:
         )
 
     def _features_and_returns(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each additional rollout that has rewards, yield the hidden states (N, H) and the
-        discounted returns (N,) of its N response tokens. The returns include no KL penalty, because
-        the policy still equals its reference. The tokens count towards the stage's cost."""
+        """Sample rollouts for fitting the value head. For each that has rewards, yield the hidden
+        states (N, H) and discounted returns (N,) of its N response tokens. The returns include no
+        KL penalty, because the policy still equals its reference. The tokens count towards the
+        stage's cost."""
         for n in range(1, self.stage.value_prefit + 1):
             solutions, metrics = self.sample(n, "prefit")
             self.loop.spend(metrics)
@@ -360,9 +362,9 @@ def per_token(tokens: TokenBatch, numbers: Sequence[Sequence[float]]) -> Tensor:
 
 
 def credited_by(algorithm: Algorithm, batch: RolloutBatch) -> RolloutBatch:
-    """The batch that the algorithm's `credit` returns. Raises: RecipeError if it is not a
-    `RolloutBatch` of the same size, or if it contains returns of a shape other than (B, R), or
-    advantages of a shape other than (B, R) or (B, 1)."""
+    """The result of the algorithm's `credit(batch)`. Raises: RecipeError if it is not a
+    `RolloutBatch` of the same size as `batch`, or if a tensor has the wrong shape: returns must be
+    (B, R), and advantages (B, R) or (B, 1)."""
     credited: object = algorithm.credit(batch)
     where = f"algorithm {algorithm.kind}: credit returned"
     if not isinstance(credited, RolloutBatch) or len(credited) != len(batch):

@@ -235,8 +235,8 @@ def _require_whole(
 
 
 def _fault(completion: object, *, max_new: int, vocabulary: int) -> str | None:
-    """What is wrong with a completion; None if nothing is. All checks of tokens are sums, minima or
-    maxima, because a step may sample a million tokens."""
+    """What is wrong with a completion; None if nothing is. Because a step may sample a million
+    tokens, they are checked only by sums, minima and maxima, which are fast."""
     if not isinstance(completion, Completion):
         return f"expected a Completion, got {type(completion).__name__}"
     ids: Any = completion.token_ids

@@ -68,9 +68,9 @@ class Sampled(Stage, ABC):
         self, context: StageContext, problems: Sequence[Problem], path: Path, *, num: int
     ) -> list[Samples]:
         """Draw `num` solutions to every problem and return them. The solutions are also written to
-        `path`, one line per problem. After an interruption, sampling continues as `SAMPLES_AT_ONCE`
-        describes. For given settings, a problem's samples depend only on the sampler's weights, the
-        seed and the problem's position in `problems`."""
+        `path`, one line per problem, so that sampling can continue after an interruption. For given
+        settings, a problem's samples depend only on the sampler's weights, the seed and the
+        problem's position in `problems`."""
         rows = from_main(JsonLines(path).rows)
         if len(rows) < len(problems):
             context.progress.note(
@@ -193,8 +193,8 @@ Same = Callable[[str], str]
 
 
 def distinct(texts: Sequence[str], same: Same = str.strip) -> list[str]:
-    """The first of every group of solutions for which `same` returns equal texts. By default, the
-    solutions of a group differ only in leading or trailing white space."""
+    """`texts` without repeats. Texts for which `same` returns equal results count as repeats, by
+    default those that differ only in leading or trailing white space. The first of them is kept."""
     first: dict[str, str] = {}
     for text in texts:
         first.setdefault(same(text), text)
@@ -202,9 +202,9 @@ def distinct(texts: Sequence[str], same: Same = str.strip) -> list[str]:
 
 
 def less_answer(text: str) -> str:
-    """A solution in words, without outer white space. If its last line contains an answer marker,
-    such as `####`, the text from this marker on is dropped too, so that 1/2 and 0.5 count as the
-    same answer."""
+    """A natural-language solution, stripped of its final answer and of leading and trailing white
+    space. The answer begins at a marker, such as `####`, in the last line. Solutions that differ
+    only in writing 1/2 or 0.5 thus become equal."""
     *_, begins = 0, *(marker.start() for marker in marker_pattern(()).finditer(text))
     is_last_line = "\n" not in text[begins:].strip()
     return (is_last_line and text[:begins].strip()) or text.strip()
@@ -222,6 +222,6 @@ def join_as_paper(
     correct: Sequence[str], gold: Sequence[str], keep: int, same: Same = str.strip
 ) -> list[str]:
     """The result of `join_once`, then the gold solution again. Source: ReFT's code
-    (arXiv:2401.08967, §4.2). Differences: solutions keep their outer white space, which programs
-    need, and solutions in words that differ only in how they write the answer count as repeats."""
+    (arXiv:2401.08967, §4.2). Differences: white space at both ends is kept, because programs need
+    it, and solutions in words are repeats if they differ only in how the answer is written."""
     return [*join_once(correct, gold, keep, same), *gold]

@@ -39,8 +39,8 @@ class StageContext:
 
     @cached_property
     def policy(self) -> Policy:
-        """The model that was loaded from the stage's `init`. The stage trains it in place. It is
-        loaded at its first use, so a stage that first uses another model never holds both."""
+        """The model that the stage trains in place, loaded from `init` at its first use. If the
+        stage has used another model before, that model is first removed from memory."""
         return self.take(self.stage.init)
 
     def seed(self, *parts: int | str) -> int:
@@ -167,4 +167,4 @@ class Stage(Component, ABC):
     @abstractmethod
     def run(self, context: StageContext) -> None:
         """Train, then save the chosen model and `stage.json` in `context.folder`. `stage.json`
-        needs the keys in `FACTS` and, if the stage is not a method, `is_method: false`."""
+        needs the keys in `FACTS` and, if the model does not solve problems, `is_method: false`."""

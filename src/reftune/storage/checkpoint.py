@@ -1,9 +1,9 @@
 """Saves and loads checkpoints. A checkpoint contains everything that changes during a stage and
 affects the stage's later steps.
 
-A checkpoint is a folder, such as `step-000120`, of safetensors and JSON files. Loading these files
-cannot run code. The folder gets this name only once it is complete. The tensors are whole, even if
-each process held only a part of every tensor, so any number of processes can continue from a
+A checkpoint is a folder of safetensors and JSON files. Loading these files cannot run code. The
+folder gets its name, such as `step-000120`, only once it is complete. The tensors are whole, even
+if each process held only a part of every tensor, so any number of processes can continue from a
 checkpoint.
 """
 
@@ -53,9 +53,9 @@ def save_checkpoint(
     state: Mapping[str, Any],
     keep: int = 2,
 ) -> Path:
-    """Write the checkpoint of `step`, completely or not at all. Of the other checkpoints, keep only
-    the latest `keep` - 1 from earlier steps. Return the path `folder/step-…`. Raises:
-    CheckpointError for a disk error; older checkpoints then remain."""
+    """Write the checkpoint of `step`, completely or not at all. Then delete all others except the
+    latest `keep` - 1 from earlier steps. Return the path `folder/step-…`. Raises: CheckpointError
+    for a disk error; older checkpoints then remain."""
     from safetensors.torch import save_file
 
     def fill(partial: Path) -> None:
@@ -109,8 +109,8 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
 
 def _flat(state: Mapping[str, Any]) -> dict[str, Any]:
     """One parameter's optimizer state, with the tensors of nested dicts moved to the top level.
-    bitsandbytes nests its quantized state, but can load the flat form too. All parameters share its
-    tables `qmap…`. These are copied, because safetensors rejects shared tensors."""
+    bitsandbytes nests its quantized state, but can load the flat form too. Its tables `qmap…` are
+    copied, because all parameters share them, and safetensors rejects shared tensors."""
     flat: dict[str, Any] = {}
     for key, value in state.items():
         flat |= value if isinstance(value, Mapping) else {key: value}

@@ -1,7 +1,7 @@
-"""Writes files that survive if the process is killed. Text files and folders are complete before a
-rename puts them in place. JSON Lines files can be cut back to the length that they had at a
-checkpoint. If there are several processes, only the main process writes. A disk error in
-writing is raised as a CheckpointError, unless a function says otherwise."""
+"""Writes files that stay intact if the process is killed. Text files and folders are written under
+a temporary name, and renamed once they are complete. JSON Lines files can be cut back to the length
+that they had at a checkpoint. If there are several processes, only the main process writes. A disk
+error while writing is raised as a CheckpointError, unless a function's docstring says otherwise."""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
 
 
 def make_readable(folder: Path) -> None:
-    """Let everyone who may read `folder` read what is in it. safetensors writes files that only
-    their owner may read. Raises: OSError for a disk error."""
+    """Let everyone who may read `folder` also read the files in it, because safetensors writes
+    files that only their owner may read. Raises: OSError for a disk error."""
     readable = folder.stat().st_mode & 0o444
     for path in folder.rglob("*"):
         path.chmod(path.stat().st_mode | readable)
@@ -209,9 +209,9 @@ def in_parts(
     *,
     at_once: int,
 ) -> list[dict[str, Any]]:
-    """Write one line per problem to `path`, in parts of `at_once` problems, and return the objects
-    on all lines. `answer(start, part)` returns one object per problem of `part`, in order. `start`
-    is the index of the part's first problem. Parts that are complete in the file are kept."""
+    """Get an object for every problem, write it as a JSON line to `path`, and return all objects.
+    `answer(start, part)` returns the objects of `part`, up to `at_once` problems from index `start`
+    on. Parts that are already complete in the file are not computed again."""
     results = JsonLines(path)
     done = len(from_main(results.rows))
     if done < len(problems):  # redo an incomplete part, because samples are drawn part by part

@@ -71,9 +71,9 @@ class RunFolder:
 
 
 class StageFolder:
-    """The folder `stages/NAME`. It contains a model in Hugging Face format, and the files below.
-    The model in a stage's folder was chosen on dev. The model in a snapshot's folder is the model
-    at the snapshot's step."""
+    """The folder `stages/NAME` of a stage or a snapshot. It contains a model in Hugging Face format
+    and the files whose paths are attributes of this class. The model in a stage's folder was chosen
+    on dev. The model in a snapshot's folder is the one at the snapshot's step."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -138,11 +138,11 @@ CHANGES_ROUNDING = (
 
 @contextmanager
 def claimed(folder: RunFolder, recipe: Recipe, splits: Splits) -> Iterator[list[str]]:
-    """Claim the folder for this run, and lock it inside the block. `recipe` replaces the folder's
-    old recipe. A stage with more steps or epochs than in the old recipe is reopened: its training
-    continues, and its evaluation is set aside. If the two recipes evaluate differently, all
-    evaluations are set aside. The old summary is deleted if a stage is reopened, or if the recipes
-    differ in their stages or in `evaluate`.
+    """Claim the folder for this run, and lock it during the `with` block. `recipe` replaces the
+    folder's old recipe. A stage with more steps or epochs than in the old recipe is reopened: its
+    training continues, and its evaluation is moved to another folder. If the two recipes evaluate
+    differently, all evaluations are moved. The old summary is deleted if a stage is reopened, or
+    if the recipes differ in their stages or in `evaluate`.
 
     Yields: notes for the user on changes that affect results. Raises: the errors of
     `refuse_foreign`; DataError if the problems have changed since the run began; CheckpointError if
@@ -254,9 +254,9 @@ def refuse_changed_data(folder: RunFolder, splits: Splits) -> None:
 
 
 def refuse_foreign(folder: RunFolder, recipe: Recipe) -> bool:
-    """Return True if no run has claimed the folder yet, and False if this run has. Raises: the
-    errors of `lengthened_stages`; CheckpointError if no run has claimed the folder, but it contains
-    files that are not in `BEFORE_CLAIM`."""
+    """Return True if the folder is unclaimed, and False if this run has claimed it. Raises: the
+    errors of `lengthened_stages` if the folder's recipe does not fit `recipe`; CheckpointError if
+    an unclaimed folder contains files other than a killed run's (`BEFORE_CLAIM`)."""
     if folder.is_run:
         lengthened_stages(folder, recipe)
         return False
@@ -267,14 +267,14 @@ def refuse_foreign(folder: RunFolder, recipe: Recipe) -> bool:
 
 
 def lengthened_stages(folder: RunFolder, recipe: Recipe) -> list[str]:
-    """The names of the stages that have begun and get more steps or epochs from `recipe` than from
-    the folder's recipe. Such a stage must train a method. Stages that have not begun may be
-    lengthened too. `recipe` may also add stages, because a new stage does not affect the existing
-    ones. The table `evaluate` may change, because `claimed` then sets the evaluations aside.
+    """The names of the stages that have begun and are lengthened: `recipe` gives them more steps or
+    epochs than the folder's recipe does. This is allowed only if the stage's model solves problems.
+    `recipe` may also lengthen stages that have not begun, add stages and change `evaluate`, because
+    none of this affects a trained model.
 
-    Raises: RecipeError if the recipes differ in anything else that affects results, or if a stage
-    on the list cannot continue, because a later stage has begun or its own final checkpoint is
-    gone; CheckpointError if the folder's recipe cannot be read."""
+    Raises: RecipeError if the recipes differ in anything else that affects results, or if a
+    lengthened stage cannot continue, because a later stage has begun or its own final checkpoint
+    is gone; CheckpointError if the folder's recipe cannot be read."""
     own, wanted = _own_and_wanted(folder, recipe)
     own["stages"] = {**wanted["stages"], **(own.get("stages") or {})}
     longer = []
@@ -305,9 +305,9 @@ def length_table(stage: dict[str, Any]) -> dict[str, Any]:
 
 
 def without(recipe: Mapping[str, Any], keys: Collection[str], where: str = "") -> dict[str, Any]:
-    """A copy of a recipe, or of its table at the path `where`, without the keys and tables in
-    `keys`, such as `engine.server`. In these paths, the name `TRAINING` stands for any table that
-    has all `TRAINING_KEYS`."""
+    """A copy of a recipe without the keys and tables at the paths `keys`, such as `engine.server`.
+    In a path, `training` stands for any table with all `TRAINING_KEYS`. If only a table of a recipe
+    is given, `where` is its path."""
     kept = {}
     for name, value in recipe.items():
         place = f"{where}.{name}".lstrip(".")
@@ -342,8 +342,8 @@ def _stretched_rates(recipe: dict[str, Any], longer: Collection[str]) -> Iterato
 
 
 def _changed_environment(folder: RunFolder) -> Iterator[str]:
-    """Notes for a run that began on a GPU if there is no GPU now, and for a run that began with
-    another version of torch or transformers."""
+    """Yield a note if the run began on a GPU but there is none now, and a note for each of torch
+    and transformers whose version has changed since the run began."""
     try:
         old = dict(json.loads(folder.environment.read_text(encoding="utf-8")))
     except (ValueError, TypeError):
@@ -357,9 +357,9 @@ def _changed_environment(folder: RunFolder) -> Iterator[str]:
 
 
 def _set_aside(folder: RunFolder, own: dict[str, Any], wanted: dict[str, Any]) -> Iterator[str]:
-    """If the recipe `wanted` evaluates differently from `own`, rename the folder of evaluations,
-    and yield a note. Evaluating other methods does not count as a difference, and neither does
-    adding a reranker where there was none."""
+    """If the new recipe `wanted` evaluates differently from the folder's recipe `own`, rename the
+    folder of evaluations, and yield a note. Which methods are evaluated does not matter, and
+    `wanted` may add a reranker if `own` has none."""
     old, new = (each.get("evaluate") or {} for each in (own, wanted))
     free = {"stages", "rerank"} if old.get("rerank") is None else {"stages"}
     change = first_difference(without(old, free), without(new, free), "evaluate")
@@ -369,8 +369,8 @@ def _set_aside(folder: RunFolder, own: dict[str, Any], wanted: dict[str, Any]) -
 
 
 def _free_place(folder: RunFolder) -> Path:
-    """The first folder of `eval.1`, `eval.2` and so on that does not exist yet. Old evaluations are
-    kept, because they show how often a split was looked at."""
+    """The first of the paths `eval.1`, `eval.2`, … that does not exist yet. Old evaluations are
+    moved there and not deleted, because they show how often a split was evaluated."""
     places = (folder.evaluations.with_suffix(f".{number}") for number in count(1))
     return next(path for path in places if not path.exists())
 
@@ -394,8 +394,8 @@ def _require_open(folder: RunFolder, recipe: Recipe, name: str) -> None:
 
 
 def _reopen(folder: RunFolder, name: str) -> Iterator[str]:
-    """Let a stage continue from its last checkpoint and be evaluated again. If it has an old
-    evaluation, move it to another folder, and yield a note."""
+    """Let a stage continue from its last checkpoint and be evaluated again. Move any old evaluation
+    of the stage to another folder, and yield a note about this."""
     folder.stage(name).info.unlink(missing_ok=True)
     aside = _free_place(folder)
     for path in filter(Path.is_file, (folder.evaluation(name), folder.choices(name))):
@@ -407,8 +407,8 @@ def _reopen(folder: RunFolder, name: str) -> Iterator[str]:
 
 
 def _own_and_wanted(folder: RunFolder, recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The folder's recipe and `recipe`, both with all keys. If the folder's recipe is no longer
-    valid, it is returned as stored. Raises: CheckpointError if it cannot be read."""
+    """The folder's recipe and `recipe` as dicts, with defaults filled in. If the folder's recipe is
+    no longer valid, it is left as stored. Raises: CheckpointError if it cannot be read."""
     try:
         own = yaml.safe_load(folder.recipe.read_bytes())
     except (yaml.YAMLError, ValueError):
@@ -421,8 +421,8 @@ def _own_and_wanted(folder: RunFolder, recipe: Recipe) -> tuple[dict[str, Any], 
 
 
 def first_difference(old: Any, new: Any, where: str = "") -> str | None:
-    """A text with the first key, in the order of `old`, whose value differs between two tables, and
-    with both values. None if all values are equal. `where` is the path of the tables."""
+    """The first key (in the order of `old`) whose value differs between two tables, and both
+    values, as text. None if all values are equal. `where` is the tables' path in the recipe."""
     if isinstance(old, dict) and isinstance(new, dict):
         changes = (
             first_difference(old.get(key), new.get(key), f"{where}.{key}".lstrip("."))

@@ -186,8 +186,8 @@ def _show_summary(recipe: Recipe, summary: dict[str, Any], *, as_json: bool) -> 
 
 @contextmanager
 def _watched(recipe: Recipe, *, quiet: bool) -> Iterator[Progress]:
-    """A progress view that is closed at the end, even after an error. After an interruption, a
-    message names the checkpoint from which the run can continue."""
+    """A progress view that is closed when the `with` block ends, even after an error. After an
+    interruption, a message names the checkpoint from which the run can continue."""
     from reftune.stages.loop import Interrupted, stop_signals
     from reftune.storage.run_folder import RunFolder
     from reftune.terminal.live import make_progress
@@ -274,8 +274,8 @@ def init(
 def _ask(
     question: str, default: str | None, *, flag: str, accept: Callable[[str], str] = str
 ) -> str:
-    """The answer that the user types or, if it is empty, the default. While `accept` raises
-    typer.BadParameter for the answer, the user is asked again. If there is no terminal, the result
+    """The answer that the user types or, if it is empty, the default. The user is asked again until
+    `accept` no longer raises typer.BadParameter for the answer. If there is no terminal, the result
     is the default, and a line on stderr says so. Raises: RecipeError if there is neither a terminal
     nor a default."""
     if sys.stdin.isatty():
@@ -541,8 +541,8 @@ def export(
 
 
 def _load(name: str, overrides: Sequence[str] | None) -> Recipe:
-    """The recipe of the run folder `name`. If `name` is not a run folder, the recipe that
-    `find_recipe` finds. In both cases, `overrides` are applied."""
+    """The recipe of the run folder `name` or, if `name` is not a run folder, the recipe that
+    `find_recipe` finds for this name. The `overrides` are applied to it."""
     from reftune.recipe import load_recipe
     from reftune.storage.run_folder import RunFolder
 
@@ -554,9 +554,9 @@ def _load(name: str, overrides: Sequence[str] | None) -> Recipe:
 
 
 def find_recipe(name: str) -> Path:
-    """The path of the file `name` or, if there is no such file, of the recipe `name` that comes
-    with reftune. The name of a recipe that comes with reftune may begin with `recipes/` and omit
-    `.yaml`. Raises: RecipeError if neither exists."""
+    """The path of the recipe file `name`. If there is no such file, `name` stands for a recipe that
+    comes with reftune; it may then begin with `recipes/` and omit `.yaml`. Raises: RecipeError if
+    there is no such recipe either."""
     from reftune.recipe import shipped_recipes
 
     path = Path(name)

@@ -103,9 +103,9 @@ def default_out(data: str) -> Path:
 
 
 def guess_columns(data: str, named: Mapping[str, Any] | None = None) -> Columns:
-    """The columns of the training rows of `data`. `named` maps fields to the columns that the user
-    named. Raises: DataError if the data is unreadable, or has no column for the question or the
-    answer."""
+    """Recognise which columns of `data` contain the question, the answer and the other fields.
+    `named` maps fields to columns that the user has chosen. Raises: DataError if the data is
+    unreadable, or has no column for the question or the answer."""
     return recognise(read_rows(data, "train"), named or {})
 
 
@@ -189,9 +189,9 @@ def _has_instruction(splits: Splits, kind: str) -> bool:
 def _lengths(
     splits: Splits, encoder: Encoder, context: int | None, *, is_scratch: bool
 ) -> tuple[int, int | None, bool]:
-    """Limits that nearly all prompts and solutions meet. Returns: the maximum number of tokens in a
-    solution, the maximum number in a prompt and its solution together (the context), and whether
-    some prompts are too long. Raises: ModelError if too many prompts are too long."""
+    """Length limits for nearly all prompts and solutions. Returns: the maximum number of tokens in
+    a solution, the maximum in a prompt and its solution together (the context; None if unlimited),
+    and whether some prompts are too long. Raises: ModelError if too many prompts are."""
     prompts = sorted(
         len(encoder.prompt(problem)) for problem in (*splits.train, *splits.dev, *splits.test)
     )

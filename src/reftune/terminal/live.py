@@ -41,8 +41,8 @@ MAX_SAMPLE_CHARACTERS = 1200
 
 
 def make_progress(*, quiet: bool = False, time_s: Callable[[], float] = time.monotonic) -> Progress:
-    """A view of the run. If `quiet` is True, it shows nothing. Otherwise, it is live if stderr is a
-    terminal that supports this. In all other cases, it prints plain lines."""
+    """A view of the run's progress: live if stderr is a terminal that supports this, and plain
+    lines if not. With `quiet`, the view shows nothing."""
     if quiet:
         return Progress()
     console = Console(stderr=True)
@@ -158,7 +158,7 @@ class LineProgress(Progress):
 
 class RichProgress(Progress):
     """The live view: a bar, numbers, each phase's share of the time and a recently sampled
-    solution. Each finished stage, and each stage that reaches its plateau, leaves a line."""
+    solution. When a stage ends, or its dev accuracy levels off, a line remains on the screen."""
 
     def __init__(self, console: Console, *, time_s: Callable[[], float] = time.monotonic) -> None:
         self._console, self._time_s = console, time_s

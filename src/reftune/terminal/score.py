@@ -61,9 +61,9 @@ def score_as_recipe(file: Path, recipe: Recipe) -> Iterator[dict[str, Any]]:
 
 
 def _grade_of(recipe: Recipe) -> Grade:
-    """The grading of a recipe's completions in training. With the style `chat`, grading needs the
-    tokenizer, because the chat template may open a thought that the completion continues. If the
-    tokenizer cannot be loaded, a warning is logged, and no thought is assumed."""
+    """The function that grades completions as in training. In the style `chat`, it needs the
+    tokenizer, as the chat template may begin a thought (`<think>`) that the completion continues.
+    If the tokenizer cannot be loaded, a warning is logged and no such thought is assumed."""
     if getattr(recipe.format, "style", None) == "chat" and recipe.model.path is not None:
         from reftune.model.weights import load_tokenizer
 
@@ -93,7 +93,7 @@ def score_lines(
     "verdict", "value", "reward", "reason"}` for each line.
 
     `where` is the file's name. `golds` reads the choices and gold answers; a line's `answer_kind`
-    replaces `golds.kind`. Raises, before the first result: DataError if a line cannot be read. The
+    replaces `golds.kind`. Raises: DataError, before the first result, if a line cannot be read. The
     error names the file and the line.
     """
     rows = [_row(row, place, golds) for place, row in json_lines(where, lines)]

@@ -52,8 +52,8 @@ class TrackedProgress(Progress):
         self._stage = ""
 
     def stage(self, name: str, total_steps: int, done_steps: int = 0) -> None:
-        """Open the trackers at the first stage, after the run has locked its folder. If the run
-        has begun earlier, a tracker that cannot start is left out."""
+        """Begin a stage. The first stage opens the trackers, as the run has locked its folder by
+        then. If a tracker cannot start, a new run fails, but a continued run leaves it out."""
         if self._trackers is None:
             self._trackers = []
             for tracker in self._names:

@@ -110,9 +110,9 @@ def _stages(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _total_steps(stage: dict[str, Any], row: Mapping[str, Any]) -> int:
-    """The stage's number of steps. If the key `steps` is not set, the number is extrapolated from
-    the key `epochs` and the row's `progress/epoch`. If either of these two is missing, the result
-    is the row's step."""
+    """The number of steps of a stage, from its table in the recipe and a row of its metrics. If the
+    table has no key `steps`, the number is extrapolated from its key `epochs` and the row's
+    `progress/epoch`. If either is missing, the result is the row's step."""
     if "steps" in stage:
         return int(stage["steps"])
     epochs, epoch = length_table(stage).get("epochs"), row.get("progress/epoch")

@@ -34,8 +34,8 @@ slow."""
 
 
 def check_recipe(recipe: Recipe) -> CheckReport:
-    """Load the data and the model, run the checks, and sample a few solutions unless a check in
-    `UNSAFE` fails. Nothing is written to the run folder.
+    """Load the data and the model, and report what the checks find. If a check in `UNSAFE`, such as
+    `memory`, fails, the model is not run. Nothing is written to the run folder.
 
     Raises: ReftuneError if the data or the model cannot be loaded, or if `stages`, `evaluate` or
     `check.waive` contains a wrong name.
@@ -62,8 +62,8 @@ def check_recipe(recipe: Recipe) -> CheckReport:
 
 
 def check_offline(recipe: Recipe) -> CheckReport:
-    """Run the checks that need neither weights nor a download. Examples that come with reftune
-    replace missing data, and a vocabulary of the training data's words replaces the tokenizer.
+    """Report on the checks that need neither weights nor a download. If the dataset is not on this
+    machine, reftune's examples replace it. A word-level tokenizer replaces the model's.
 
     Raises: ReftuneError as in `check_recipe`, and if reftune has no examples for the dataset.
     """
@@ -94,8 +94,8 @@ def check_texts(recipe: Recipe, splits: Splits) -> list[Finding]:
 
 def _offline_dataset(recipe: Recipe) -> tuple[Component, str]:
     """Choose the recipe's dataset or, if its source is not on this machine, reftune's examples.
-    Returns: the chosen dataset, and where its data come from. Raises: DataError if there are no
-    examples either."""
+    Returns: the chosen dataset, and a text that says where its data come from. Raises: DataError if
+    reftune has no examples for this kind of dataset."""
     dataset: Component = recipe.dataset
     source = getattr(dataset, "train", None)
     if not isinstance(source, str) or local_path(source).exists():
@@ -112,8 +112,8 @@ def _offline_dataset(recipe: Recipe) -> tuple[Component, str]:
 
 
 def _findings(subject: Subject, checks: Mapping[str, Check]) -> list[Finding]:
-    """One finding per check, in the order of `checks`. A check also fails if the reward function
-    fails. If the recipe waives a check that fails, its finding is a warning."""
+    """One finding per check, in the order of `checks`. An error in the reward function makes a
+    check fail. If a check fails but the recipe waives it, the finding is only a warning."""
     findings = []
     for name, check in checks.items():
         try:

@@ -106,8 +106,8 @@ def check_columns(subject: Subject) -> Finding:
 
 
 def check_gold_answers(subject: Subject) -> Finding:
-    """Check that a solution that only states the gold answer is graded correct. Gold answers of the
-    kind `regex` are left out, because a pattern is not an answer."""
+    """Check that a solution is graded correct if it states the gold answer and nothing else. Gold
+    answers of the kind `regex` are left out, because a pattern is not an answer."""
     format = subject.recipe.format
     is_program = isinstance(format, Program)
     if not isinstance(format, Program | Nl):  # for a user's own format, look at the rationales
@@ -219,7 +219,7 @@ def _other_solutions(rows: Sequence[Row]) -> list[Written]:
 
 def check_reward(subject: Subject) -> Finding:
     """Check that gold solutions earn a higher mean reward than solutions to other problems, and a
-    higher mean reward than empty completions. Raises: RewardError if the reward fails."""
+    higher mean reward than empty completions. Raises: RewardError if the reward function fails."""
     rows = subject.rows[:NUM_REWARDED]
     if not rows:
         return ok("there is no gold solution to reward")
@@ -237,10 +237,10 @@ def check_reward(subject: Subject) -> Finding:
 
 
 def check_reward_errors(subject: Subject) -> Finding:
-    """Change gold solutions into variants that are certainly wrong or certainly right. Count wrong
-    variants with a high reward (false positives) and right variants with a low reward (false
-    negatives). The threshold between low and high is halfway between the mean reward of gold
-    solutions and the mean reward of empty completions. Raises: RewardError if the reward fails."""
+    """Check how often the reward misjudges variants of gold solutions that are certainly wrong or
+    certainly right. Wrong variants with a high reward are false positives; right variants with a
+    low reward are false negatives. The threshold is halfway between the mean rewards of gold
+    solutions and empty completions. Raises: RewardError if the reward function fails."""
     rows = [row for row in subject.rows[:NUM_REWARDED] if row.problem.scorer is None]
     decimal = getattr(subject.recipe.format, "gold_decimal", ".")
     wrong, right = (

@@ -94,8 +94,8 @@ def requests_at_once(recipe: Recipe, splits: Splits) -> int:
 
 
 def check_dtype(subject: Subject) -> Finding:
-    """Check that matmuls in the recipe's dtype are not many times slower on this machine than
-    matmuls in the other dtype. The two dtypes are float32 and bfloat16."""
+    """Check that matmuls in the recipe's dtype (float32 or bfloat16) are not many times slower on
+    this machine than matmuls in the other dtype."""
     policy, chosen = subject.policy, subject.recipe.model.dtype
     weight = max((p for p in policy.model.parameters() if p.dim() == 2), key=lambda p: p.numel())
     columns, inner = (min(size, PRODUCT) for size in weight.shape)
@@ -137,8 +137,8 @@ def check_accuracy(subject: Subject) -> Finding:
 
 
 def _last_rise(subject: Subject) -> tuple[Rise, float] | None:
-    """The last rise in dev accuracy that was measured in the stage before RL (see `last_rise`), and
-    the accuracy after it. None if none was measured."""
+    """The last recorded rise in dev accuracy in the stage that RL starts from (see `last_rise`),
+    and the accuracy after this rise. None if no rise was recorded."""
     if subject.method == "base":
         return None
     stage = stage_folder(subject.recipe, subject.method)

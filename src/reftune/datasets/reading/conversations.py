@@ -47,8 +47,8 @@ class Conversation:
         return "\n\n".join(turn.content for turn in self.before if turn.role != "system")
 
     def joined(self, above: Sequence[str], below: Sequence[str]) -> Conversation:
-        """The conversation, with `above` and `below` added around the text of the first turn that
-        is not a system message. There must be such a turn."""
+        """The conversation, with the lines `above` and `below` added before and after the text of
+        the first turn that is not a system message. There must be such a turn."""
         place = next(i for i, turn in enumerate(self.before) if turn.role != "system")
         turn = self.before[place]
         turn = replace(turn, content="\n".join([*above, turn.content, *below]))
@@ -56,8 +56,8 @@ class Conversation:
 
 
 def turns_in(row: Row, column: str) -> Sequence[Mapping[str, Any]] | None:
-    """The turns in a cell that contains a conversation, possibly written as text, as in CSV. None
-    for any other cell. Raises: DataError if text that looks like a conversation cannot be read."""
+    """The turns of the conversation in a cell, even if it is written as text, as in CSV. None for
+    any other cell. Raises: DataError if text that looks like a conversation cannot be read."""
     cell = row.get(column)
     is_written = isinstance(cell, str) and WRITTEN.fullmatch(cell) is not None
     turns = _parsed(cell) if is_written else cell

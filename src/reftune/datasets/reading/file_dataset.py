@@ -51,8 +51,8 @@ class FileDataset(Component):
 
     @abstractmethod
     def problem(self, row: Row) -> Problem:
-        """The problem that a row contains. Raises: DataError if the row is invalid, with
-        `row.where` in the message; Unusable if the row is to be left out."""
+        """The problem in a row. Raises: DataError, with the row's location (`row.where`) in the
+        message, if the row is invalid; Unusable if the row is to be left out."""
 
     @classmethod
     def sample_row(cls, n: int) -> dict[str, Any]:
@@ -83,8 +83,8 @@ class FileDataset(Component):
     def all_problems(
         self, rows: Mapping[Split, Sequence[Row]], counts: Mapping[Split, Counter[str]]
     ) -> tuple[dict[Split, list[Problem]], tuple[str, ...]]:
-        """The problems of each split, and the notes for `Splits.notes`. Rows that are left out are
-        counted in the split's entry of `counts`, by reason."""
+        """The problems of each split, and notes for the user (see `Splits.notes`). Rows that are
+        left out are counted by reason in `counts[split]`."""
         return {split: self.problems(rows[split], split, counts[split]) for split in rows}, ()
 
     def trainable(self, splits: Splits) -> Splits:
@@ -98,8 +98,8 @@ class FileDataset(Component):
         return {}
 
     def load(self, *, seed: int) -> Splits:
-        """Read the files, clean the splits, and draw dev with `seed` if the recipe names no source
-        for it. Raises: DataError if the data cannot be read, or if `dev_size` is too large."""
+        """The cleaned splits. If the recipe names no source for dev, dev is drawn from train with
+        `seed`. Raises: DataError if the data cannot be read, or if `dev_size` is too large."""
         has_test = self.test is not None or not is_single_split(self.train)
         test = self.test or self.train if has_test else None
         sources: dict[Split, str | None] = {"test": test, "dev": self.dev, "train": self.train}

@@ -175,9 +175,9 @@ def _mapping(value: object, where: str) -> Mapping[str, Any]:
 
 
 def _read_csv(path: Path) -> Records:
-    """The rows of a table in UTF-8, UTF-16 or Windows-1252, which Excel still writes. A first line
-    such as `sep=;` names the delimiter. Without such a line, the delimiter is a tab in a `.tsv`
-    file, and otherwise chosen from `DELIMITERS`."""
+    """The rows of a table in UTF-8, UTF-16 or Windows-1252 (which Excel still writes). A first line
+    such as `sep=;` sets the delimiter. Without such a line, a `.tsv` file uses tabs, and any other
+    file uses the delimiter in `DELIMITERS` that yields the most columns."""
     text = read_text(path, fallback="cp1252")
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1

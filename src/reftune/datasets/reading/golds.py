@@ -47,8 +47,8 @@ class GoldReader:
         return read_options(row, columns, self.reading)
 
     def gold(self, cell: object, options: Options | None) -> tuple[Answer, object]:
-        """The answer in a cell, and the part of the cell that states it. Raises: DataError if the
-        cell contains no answer of the expected kind, or names no option."""
+        """The gold answer in a cell, and the part of the cell that states it. Raises: DataError if
+        the cell contains no answer of the expected kind, or names none of the options."""
         kind = self.kind
         if kind in ("any_of", "list", "set", "regex"):
             return read_gold(cell, kind, reading=self.reading), cell
@@ -101,8 +101,8 @@ def is_missing(cell: object) -> bool:
 
 def worked_solution(text: str) -> str | None:
     """The worked solution in `text`. None if `text` contains no marker of an answer (such as `####`
-    or a box) or contains nothing but the answer. The marker `####` and the answer after it are cut
-    off. Any other marker and its answer are kept."""
+    or a LaTeX box) or contains nothing but the answer. The marker `####` and the answer after it
+    are cut off. Any other marker and its answer are kept."""
     before, hashes, after = text.rpartition("####")
     if hashes and after.strip():
         return before.strip() or None
@@ -111,8 +111,8 @@ def worked_solution(text: str) -> str | None:
 
 
 def marked_text(row: Row, column: str) -> Any:
-    """The value of a cell or, if it is a conversation, the assistant's reply. Raises: DataError if
-    the row has no such column, or if the conversation has no reply."""
+    """The row's value in `column` or, if that is a conversation, the assistant's reply. Raises:
+    DataError if the row lacks the column, or if the conversation has no reply."""
     value = row.value(column)
     conversation = read_conversation(row, column)
     if conversation is None:

@@ -28,9 +28,9 @@ class Options:
     """The data's label for each option, in lower case; empty if the options have no labels."""
 
     def letter(self, gold: str, positions_from: int | None) -> str | None:
-        """The letter of the option that `gold` names. `gold` may be the label of an option. If no
-        option has this label, `gold` may be the position of an option, counted from
-        `positions_from`. None if there is no such option."""
+        """The letter of the option whose label is `gold`. If there is no such option, `gold` may be
+        the position of an option, counted from `positions_from` (None: positions are not accepted).
+        Returns None if no option is found."""
         label = bare(gold)
         if label in self.labels:
             return ascii_lowercase[self.labels.index(label)]

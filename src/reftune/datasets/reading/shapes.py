@@ -87,9 +87,9 @@ class Columns(Table):
 def recognise(
     rows: Sequence[Row], named: Mapping[str, Any], *, has_options: bool = False
 ) -> Columns:
-    """The columns of `rows`. `named` maps fields to the columns that the user named. The columns of
-    other fields are recognised by their names. `has_options` says whether the user's settings are
-    for multiple choice. Raises: DataError if the question or the answer has no column."""
+    """The columns of the question, the answer and so on. `named` has those that the user chose; the
+    others are recognised by their names. `has_options` says whether the user asks for multiple
+    choice. Raises: DataError if no column is found for the question or the answer."""
     first, found = rows[0], _Found(rows)
     columns: dict[str, Any] = dict(named)
     asked = columns.setdefault("question", found.question())
@@ -118,8 +118,8 @@ def recognise(
 
 
 class _Found:
-    """Finds columns by name. `by_lower` maps lower-case names to the columns of the first
-    `NUM_LOOKED_AT` rows. `later` maps them to the columns that only later rows have."""
+    """Finds columns by name. `by_lower` maps lower-case names to the actual names in the first
+    `NUM_LOOKED_AT` rows. `later` does the same for columns that only later rows have."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self.all_rows, self.rows = rows, rows[:NUM_LOOKED_AT]
@@ -130,9 +130,9 @@ class _Found:
         self.later = {name: column for name, column in later.items() if name not in self.by_lower}
 
     def answer(self, used: set[str], chat: str | None) -> str | None:
-        """The column of the gold answer; None if no column is found. Truth values in a column such
-        as `label` are judgements if another column contains completions. The column of completions
-        is then returned. Raises: DataError if a completion is judged wrong."""
+        """The column of the gold answer; None if no column is found. If a column such as `label`
+        contains truth values that judge completions in another column, that other column is
+        returned. Raises: DataError if a completion is judged wrong."""
         first = self.first("answer", used) or chat
         free = {name for name in self.by_lower.values() if name not in used}
         judged = [self.by_lower.get(name, "") for name in JUDGED]
@@ -169,8 +169,8 @@ class _Found:
         return None
 
     def first(self, field: str, used: set[str]) -> str | None:
-        """The first column that `NAMES` lists for a field and that is not in `used`. Columns with
-        values come before empty columns. None if there is no such column."""
+        """The first of the field's usual columns (see `NAMES`) that is not in `used`. Columns with
+        values are preferred to empty columns. None if there is no such column."""
         names = [self.by_lower.get(name, name) for name in NAMES[field]]
         free = [name for name in names if name not in used]
         unfit = (type(None),) if field == "choices" else (type(None), Mapping)
@@ -185,8 +185,8 @@ class _Found:
         return next((self.later[name] for name in NAMES[field] if name in self.later), None)
 
     def question(self) -> str | list[str] | None:
-        """The column of the question. For Alpaca rows, the column of the instruction and, if
-        there is one, the column of the input. None if no column is found."""
+        """The column of the question; None if no column is found. In Alpaca's format, the result is
+        the instruction column and, if there is one, the input column."""
         instruction, context = self.by_lower.get("instruction"), self.by_lower.get("input")
         if instruction is not None and not {"question", "prompt"} & set(self.by_lower):
             return [instruction, context] if context is not None else instruction
@@ -196,8 +196,8 @@ class _Found:
         self, question: Sequence[str], answer: str, has_options: bool
     ) -> str | list[str] | None:
         """One column with all options, or one column per option; None if no column is found. Two
-        columns `a` and `b` may be the numbers of an arithmetic question (see `are_operands`). They
-        are then no options, unless `has_options` is true."""
+        columns `a` and `b` do not count as options if they contain the numbers of an arithmetic
+        question (see `are_operands`), unless `has_options` is true."""
         for pattern, labels in product(LABELLED, (ascii_lowercase, tuple(map(str, range(1, 27))))):
             names = map(pattern.format, labels)
             columns = [self.by_lower[name] for name in takewhile(self.by_lower.__contains__, names)]
@@ -208,8 +208,8 @@ class _Found:
         return self.first("choices", {*question, answer})
 
     def are_operands(self, columns: Sequence[str], question: Sequence[str], answer: str) -> bool:
-        """Whether the columns contain numbers that are in the question, and the gold answers are
-        numbers too. Rows in which a column is empty are ignored."""
+        """Whether the columns contain only numbers that occur in the question, and the gold answers
+        are numbers too. Rows in which one of the columns is empty are ignored."""
         rows = [row for row in self.rows if all(row.get(name) is not None for name in columns)]
         for row in rows:
             cells, asked = map(row.get, columns), [str(row.get(part)) for part in question]

@@ -20,7 +20,7 @@ class Format(Protocol):
         `BareText` is preceded by the tokenizer's BOS token."""
 
     def target(self, problem: Problem) -> str:
-        """The gold continuation: the text right after the prompt, or the assistant's turn.
+        """The gold completion: text that continues the prompt, or the assistant's turn in a chat.
 
         Raises: DataError if the problem has no rationale that fits the format.
         """
@@ -60,8 +60,8 @@ def is_grade(grade: object) -> TypeGuard[Graded]:
 
 
 def named(grade: object) -> str:
-    """The type of `grade`, which a user's code returned instead of a correct grade, as text. For a
-    `Graded`, the types of its verdict and value are named too."""
+    """The type of `grade` as text, for the error message about a wrong grade from a user's code.
+    For a `Graded`, the types of its verdict and value are named too."""
     if not isinstance(grade, Graded):
         return type(grade).__name__
     types = f"verdict={type(grade.verdict).__name__}, value={type(grade.value).__name__}"

@@ -224,11 +224,11 @@ def programs_in(completion: str) -> tuple[str, ...]:
 
 
 def scripts_in(completion: str) -> tuple[Script, ...]:
-    """The programs to try, in order. There are none if the completion defines `solution`. A text
-    that is indented and has no fenced blocks is the body of `solution`. Otherwise, an answer must
-    be stated by a `print(…)`, or by an assignment at the left margin to `result` or one of
-    `ANSWER_NAMES`. The program is the last fenced block that states an answer. If no block does
-    but the whole text does, the program is the whole text."""
+    """The programs to try, in order; none if the completion defines `solution`. Indented text
+    without fenced blocks is taken as the body of `solution`. Otherwise, the program is the last
+    fenced block that states an answer. If no block states one, the program is the whole text,
+    provided that it states one. An answer is stated by a `print(…)`, or by an assignment at the
+    left margin to `result` or to one of `ANSWER_NAMES`."""
     text, blocks = _text_and_blocks(completion)
     if any(map(_SOLUTION.search, (*blocks, text))):
         return ()
@@ -248,9 +248,9 @@ def _after_helpers(program: str, blocks: list[str]) -> str:
 
 
 def _answer_of(script: str) -> str:
-    """The expression whose value is the answer: the first of `ANSWER_NAMES` that the script
-    assigns, else `result` if the script assigns it and does not print, else `None`, which stands
-    for the printed text."""
+    """The expression whose value is the answer. It is the first of `ANSWER_NAMES` that the script
+    assigns. If there is none, it is `result`, provided that the script assigns `result` and prints
+    nothing. Otherwise, it is `None`, which stands for the printed text."""
     names = {match["name"] for match in _SCRIPT.finditer(script) if match["name"] is not None}
     first = next((name for name in ANSWER_NAMES if name in names), None)
     return first or ("result" if "result" in names and "print" not in script else "None")

@@ -8,7 +8,7 @@ arguments. These are the arguments:
 - `completion_ids`: the token ids of these texts
 - `answer`: the gold answers as the data spells them, such as `1,250 apples`
 - `golds`: the gold answers as reftune reads them, such as `1250`
-- `verdicts`, `values` and `reasons`: the grades
+- `verdicts`, `values` and `reasons`: the verdict, answer and reason in each completion's grade
 - each column of the data, under its own name
 
 A column named `answer`, `golds`, `verdicts`, `values` or `reasons` replaces the list of that name,
@@ -152,8 +152,8 @@ class _TimeUpError(BaseException):
 
 @contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """Raise _TimeUpError inside the block when the time is up. Outside the main thread there is no
-    limit, because Python handles signals only in the main thread."""
+    """Raise _TimeUpError inside the `with` block when the time is up. Outside the main thread,
+    there is no limit, because Python handles signals only in the main thread."""
 
     def expire(number: int, frame: Any) -> None:
         raise _TimeUpError

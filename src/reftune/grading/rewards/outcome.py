@@ -39,9 +39,9 @@ class Outcome(Component):
         return self.partial if is_partial else self.wrong
 
     def _tells_kind(self, gold: Answer) -> bool:
-        """Whether a wrong answer earns `partial`. If `gold` is a choice, `partial_on_choices`
-        decides. Otherwise, a wrong answer earns `partial` if `gold` consists only of numbers and
-        expressions."""
+        """Whether a wrong answer earns the reward `partial` instead of `wrong`. If `gold` is a
+        choice, this depends on `partial_on_choices`. For any other kind, `gold` must consist only
+        of numbers and expressions."""
         if gold.kind == "choice":
             return self.partial_on_choices
         parts = map(part_answer, gold.items) if gold.items else [gold]

@@ -110,9 +110,9 @@ def serve(requests: socket.socket, settings: dict[str, Any]) -> None:
 
 
 def is_closed(waiting: socket.socket) -> bool:
-    """Whether the other end of a program's status socket is closed, so that nobody waits for the
-    result any more. A poll event does not prove this, because the descriptor may have been closed
-    and reused since the event."""
+    """Whether the other end of a program's status socket is closed, which means that nobody waits
+    for the result any more. A poll event does not prove this, because the descriptor may have been
+    closed and reused since the event."""
     try:
         return waiting.recv(1, socket.MSG_DONTWAIT) == b""
     except BlockingIOError:
@@ -203,8 +203,8 @@ def keep_only(results: int) -> None:
 def fence_in(readable: list[str]) -> str:
     """Permanently give up access to the network, other processes and the contents of all files
     except `readable`, as far as the system allows. Without seccomp, other processes may remain
-    accessible. Returns a phrase that names the missing file and network protections; empty if none
-    is missing."""
+    accessible. Returns a phrase that names what is missing to protect files and the network; empty
+    if nothing is missing."""
     try:
         libc = ctypes.CDLL(None, use_errno=True)
         namespaces = libc.unshare(CLONE_NEWUSER | CLONE_NEWNET | CLONE_NEWIPC) == 0

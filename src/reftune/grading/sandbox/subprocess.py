@@ -1,12 +1,12 @@
 """The `subprocess` backend, which runs each program in a CPython process of its own.
 
-For each combination of slow packages that programs import, there is a forking process: a Python
-interpreter that has already imported these packages. Each program runs in a fork of the process for
-its packages, with a fixed environment and an empty temporary folder to work in. Start-up hooks in
-site-packages do not run. The kernel's Landlock lets the program read only the libraries of Python
-and of the system, and write nothing. An allow-list of system calls rules out sockets, new
-processes, threads and signals. Each program has its own session, namespaces and resource limits.
-docs/sandbox.md lists what these protections cover.
+Some packages, such as numpy, are slow to import. For each combination of them that programs import,
+there is a forking process: a Python interpreter that has already imported these packages. Each
+program runs in a fork of the process for its packages, with a fixed environment and an empty
+temporary folder to work in. Start-up hooks in site-packages do not run. The kernel's Landlock lets
+the program read only the libraries of Python and of the system, and write nothing. An allow-list of
+system calls rules out sockets, new processes, threads and signals. Each program has its own
+session, namespaces and resource limits. docs/sandbox.md lists what these protections cover.
 """
 
 from __future__ import annotations
@@ -212,9 +212,9 @@ def _end(requests: socket.socket, process: subprocess.Popen[bytes], pid: int) ->
 
 
 def _exchange(output: int, status: socket.socket, timeout_s: float) -> tuple[bytes, int] | None:
-    """Read the program's output until the program ends, runs out of time or writes too much. A
-    program that is still running is then killed. Returns the output and the exit status; None if
-    the forking process died."""
+    """Read the program's output until the program ends, runs out of time or writes too much. If it
+    is still running then, it is killed. Returns the output and the exit status; None if the forking
+    process died."""
     deadline, written, code = time.monotonic() + timeout_s, b"", None
     while len(written) <= MAX_OUTPUT_BYTES:
         ready, _, _ = select.select([output], [], [], max(0.0, deadline - time.monotonic()))

@@ -38,8 +38,8 @@ sequence, and can therefore read sequences without padding."""
 
 
 def attend_our_way(model: PreTrainedModel) -> None:
-    """If `model` is a CodeGen model or uses SDPA, make it accept `packing` and, on a CPU, compute
-    attention in fp32. Any other model stays unchanged."""
+    """If `model` is a CodeGen model or uses SDPA, make its attention accept packed sequences (the
+    argument `packing`) and, on a CPU, run in fp32. Any other model stays unchanged."""
     if type(model).__name__ == "CodeGenForCausalLM":
         for module in model.modules():
             if hasattr(module, "_attn"):
@@ -89,8 +89,8 @@ def read_packed(backbone: Any, packed: PackedTokens) -> Tensor:
 def attend_in_groups(
     module: nn.Module, states: Sequence[Tensor], packing: Packing, **options: Any
 ) -> Tensor:
-    """The attention output (S, heads, D), computed group by group. `states` contains the queries,
-    keys and values in S padded slots (see `Packing`), each (S, its number of heads, D)."""
+    """The attention output (S, heads, D), computed separately for each group in `packing`. `states`
+    contains queries, keys and values in the same layout; their numbers of heads may differ."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     parts = (part.split([rows * length for rows, length in packing.sizes]) for part in states)
@@ -155,9 +155,9 @@ def _attend_codegen(
 
 
 def sum_slots(slots: Tensor, packing: Packing) -> Tensor:
-    """The gradient (T, …) of each token, which is the sum of the gradients of the token's slots.
-    `slots` (S, …) contains these gradients. Empty slots have gradient 0, because no token attends
-    to them."""
+    """The gradient (T, …) of each token, summed over all slots that hold a copy of the token.
+    `slots` (S, …) contains the gradient of each slot. Empty slots have gradient 0, because no token
+    attends to them."""
     total = slots.index_select(0, packing.order)
     for tokens, further in zip(packing.repeats[::2], packing.repeats[1::2], strict=True):
         more = total.index_select(0, tokens) + slots.index_select(0, further)

@@ -1,24 +1,23 @@
 """Runs Llama-like transformers with few PyTorch calls, for training and for decoding.
 
-In small models, PyTorch's calls and autograd take longer than the arithmetic itself. This file
-therefore implements the transformer's blocks itself. Each block maps hidden states h to h'':
+In small models, the overhead of PyTorch's calls and of autograd takes longer than the arithmetic.
+This file therefore has its own transformer blocks. Each block maps hidden states h to h'':
 
     h' = h + W_o attention(turn(W_q x), turn(W_k x), W_v x),    x = norm(h)
     h'' = h' + W_down (silu(W_gate y) · W_up y),                y = norm(h')
 
-Here, `turn` applies rotary positions. In Qwen3, queries and keys are normalised before they are
-rotated. One half of this file is for training, and the other half is for decoding. The halves
-replace the following parts of transformers' code:
+Here, `turn` applies rotary positions. In Qwen3, queries and keys are normalised before that. One
+half of this file is for training, and the other half is for decoding. The halves compute the parts
+of a block as follows:
 
-    part                   in training: `read_packed`        in decoding: `Decoder`
-    norm                   `_RmsNorm`                        one PyTorch call
-    queries, keys, values  turned and padded: `_TurnAndPad`  one product for all three
-    attention              `attention.attend_in_groups`      over the cache, for all rows at once
-    silu(gate) · up        `_GatedSilu`                      one product for gate and up
-    products               the layers themselves             `product`
+    part                   in training: `read_packed`       in decoding: `Decoder`
+    norm                   `_RmsNorm`                       one PyTorch call
+    queries, keys, values  linear layers, `_TurnAndPad`     one matmul for all three
+    attention              `attention.attend_in_groups`     over the cache, for all rows at once
+    silu(gate) · up        `_GatedSilu`                     one matmul for gate and up
+    linear layers          the model's own modules          `product`
 
-The classes `_RmsNorm`, `_TurnAndPad` and `_GatedSilu` are autograd functions with closed-form
-gradients. Their docstrings state the equations.
+`_RmsNorm`, `_TurnAndPad` and `_GatedSilu` are autograd functions with closed-form gradients.
 """
 
 from __future__ import annotations
@@ -176,8 +175,8 @@ class _RmsNorm(torch.autograd.Function):
 
 
 class _GatedSilu(torch.autograd.Function):
-    """y = silu(a) u,  silu(a) = a σ,  σ = 1 / (1 + e^(-a)), for gate a and up u, each (T, I). g is
-    dL/dy.
+    """y = silu(a) u,  silu(a) = a σ,  σ = 1 / (1 + e^(-a)). a and u, each (T, I), are the outputs
+    of the gate and up projections. g is dL/dy.
 
     dL/da = g u (σ + silu(a) (1 - σ))        dL/du = g silu(a)
     """
@@ -197,8 +196,8 @@ class _GatedSilu(torch.autograd.Function):
 
 
 class _TurnAndPad(torch.autograd.Function):
-    """Copies queries, keys and values, side by side in (T, heads · D), to slots (S, heads, D). Also
-    turns the first `turned` heads to their rotary positions, and their gradients back."""
+    """Applies rotary positions to the first `turned` heads of tokens (T, heads · D), then copies
+    all heads to slots (S, heads, D). Heads are those of queries, keys and values, in that order."""
 
     @staticmethod
     def forward(
@@ -347,8 +346,8 @@ def _plain_norm(norm: Any) -> Callable[[Tensor], Tensor]:
 
 
 def _visible(mask: Tensor, length: int) -> Tensor:
-    """(B, 1, S, T), True where a new token attends to a place. Even padding attends to itself,
-    because a softmax over nothing is NaN."""
+    """(B, 1, S, T), True where one of the S new tokens may attend to one of the T positions. Even
+    padding attends to itself, because a softmax over nothing is NaN."""
     visible = mask.bool()[:, None, None, :]
     if length == 1:
         return visible
@@ -362,8 +361,8 @@ def _visible(mask: Tensor, length: int) -> Tensor:
 
 @contextmanager
 def packed_linears(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Inside the `with` block, compute linear layers with a read-only copy of their weights in
-    `dtype`, in oneDNN's layout. Their products then take half to two thirds of their usual time.
+    """Inside the `with` block, compute linear layers with read-only copies of their weights, cast
+    to `dtype` and in oneDNN's layout. Matmuls then take half to two thirds of their usual time.
     Copying 134 million weights takes 0.1 s. Layers that `_can_be_packed` rejects, such as small
     layers in fp32 and all layers on devices other than the CPU, stay unchanged."""
     layers = [

@@ -74,8 +74,8 @@ NUM_COLOURS = 8
 
 def method_colours(labels: Sequence[str]) -> dict[str, str]:
     """Label of a method → CSS variable of the method's colour. If there is only one group of runs,
-    the methods in `_COLOURS` have fixed colours. `base` gets no colour that another method could
-    have, because no curve shows `base`."""
+    the methods in `_COLOURS` have fixed colours. All other methods get colours in order of
+    appearance. `base`, which no curve shows, gets the last colour."""
     if any("/" in label for label in labels):
         trained = [label for label in labels if not label.endswith("/base")]
         places = {label: index for index, label in enumerate(trained)}
@@ -187,8 +187,8 @@ def _thinned(series: Series) -> Series:
 
 
 def dev_chart(groups: Sequence[Group]) -> Chart | None:
-    """A chart of the dev accuracy of every stage that trains a method. The horizontal axis counts
-    sequences trained on, starting at the base model. None if there is no dev evaluation yet."""
+    """A chart of the dev accuracy of every stage except reward models. The horizontal axis counts
+    the sequences trained on since the base model. None if there is no dev evaluation yet."""
     # a reward model's dev accuracy is the accuracy of reranking
     solvers = [entry for entry in entries(groups) if entry.stages[0].is_method]
     series = tuple(filter(None, map(_dev_series, solvers)))
@@ -283,9 +283,9 @@ def _passes_before(run: RunResults, method: str) -> float:
 
 
 def _passes_to(folder: Path) -> float:
-    """Number of gradient passes from the base model to the model in an earlier run's stage folder;
-    0 for `base`, or if the folder has no `stage.json`. A stage's passes are taken to be spread
-    evenly over its steps."""
+    """Number of sequences trained on from the base model up to the model in an earlier run's stage
+    folder; 0 if the folder has no `stage.json`, as for `base`. Within a stage, every step is
+    assumed to train on the same number of sequences."""
     passes, seen = 0.0, set[Path]()
     while folder.resolve() not in seen and (info := read_json(StageFolder(folder).info)):
         seen.add(folder.resolve())
@@ -297,9 +297,9 @@ def _passes_to(folder: Path) -> float:
 
 
 def equal_compute(chart: Chart, a: str, b: str) -> str:
-    """A sentence with the best dev accuracies of `a` and `b` within the number of gradient passes
-    that both reached, counted from the base model. Empty if either method has no dev accuracy
-    within this number."""
+    """A sentence with the best dev accuracies of `a` and `b` at equal training effort: up to the
+    number of training sequences that both reached, counted from the base model. Empty if either
+    method has no dev accuracy up to that number."""
     by_name = {series.label: series for series in chart.series}
     found = [by_name[name] for name in (a, b) if name in by_name]
     passes = min((series.x[-1] for series in found), default=0.0)
@@ -346,9 +346,9 @@ def _means(stages: Sequence[StageResults], metric: str) -> dict[float, Number]:
 def _area_charts(
     groups: Sequence[Group], layers: Sequence[tuple[str, str, str]], whole: Metric
 ) -> list[Chart]:
-    """One chart of `whole` for each stage that measured at least two `layers` at several steps. A
-    layer consists of a metric's key, a name and a colour. The layers are listed from the bottom
-    up."""
+    """A stacked area chart for each stage that measured at least two of the `layers` at several
+    steps. Each layer is given as a metric's key, a name and a colour, starting with the bottom
+    layer. `whole` has the charts' title, explanation and unit."""
     charts = []
     for entry in entries(groups):
         found = [(name, colour, _means(entry.stages, key)) for key, name, colour in layers]

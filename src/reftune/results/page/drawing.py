@@ -38,8 +38,8 @@ class Drawing:
 
 
 def draw(chart: Chart, width: int, height: int, *, is_hero: bool = False) -> Drawing:
-    """Draw `chart` in a box of `width` × `height` pixels, which the page may scale. Colours are CSS
-    variables. `is_hero` marks the page's main chart."""
+    """Draw `chart` as SVG in a box of `width` × `height` pixels, which the page may scale. Colours
+    are CSS variables. `is_hero` marks the page's main chart."""
     is_area = chart.kind == "area"
     plot = _lay_out(chart, width, height, is_hero)
     marks = _areas(chart, plot) if is_area else _lines(chart, plot)

@@ -24,10 +24,10 @@ ROW, BAR = 34, 26
 
 
 def write_figures(run_dirs: Sequence[Path | str], folder: Path | str) -> list[Path]:
-    """Write the bar chart `accuracy`, and a line chart for each curve, such as `dev_accuracy` or
-    `maj@k`. Each figure is written as .png and .svg. Returns: the paths. Raises: DataError
-    if a run is missing, damaged or unfinished, or if runs are not comparable; CheckpointError if
-    the folder cannot be written."""
+    """Write figures about the runs to `folder`, each as .png and .svg: the bar chart `accuracy`,
+    and line charts such as `dev_accuracy` and `maj@k`. Returns: the paths. Raises: DataError if a
+    run is missing, damaged or unfinished, or if runs are not comparable; CheckpointError if the
+    folder cannot be written."""
     groups = read_groups(run_dirs)
     table, dev = score_table(groups), dev_chart(groups)
     curves = [

@@ -173,8 +173,8 @@ def _heading(groups: Sequence[Group], table: ScoreTable) -> Headline:
 
 
 def _coloured_parts(title: str, table: ScoreTable) -> list[tuple[str, str]]:
-    """The parts of the title. Each part is a pair of its text and the CSS variable of its colour.
-    The variable is empty unless the text is a method's name."""
+    """The title in parts, as pairs of a text and a colour. If the text is a method's name, the
+    colour is the method's CSS variable. Otherwise, it is empty."""
     colours = charts.method_colours([method.label for method in table.methods])
     by_name = {display(label): colour for label, colour in colours.items()}
     longest_first = sorted(map(re.escape, by_name), key=len, reverse=True)
@@ -264,9 +264,9 @@ def _evidence(found: Comparison) -> str:
 
 
 def _pair(table: ScoreTable) -> dict[str, Any] | None:
-    """How many problems two methods solve in the first seed. `b` is the baseline, and `a` is the
-    best other method. `counts` contains the numbers of problems that both, only `a`, only `b`, and
-    neither of them solved. None if there is no other method, or if the two were not compared."""
+    """How many problems the baseline (`b`) and the best other method (`a`) solved with the first
+    seed. `counts` has four numbers: problems solved by both, only by `a`, only by `b`, and by
+    neither. None if there is no other method, or if the two were not compared."""
     best = leader(table)
     if best is None or table.between(best.label, table.baseline) is None:
         return None

@@ -104,8 +104,8 @@ def _words(text: str) -> str:
 
 
 def rotated(problem: Problem, by: int) -> Problem:
-    """The problem with each option moved down by `by` places; the first place follows the last.
-    Nothing moves if `by` is a multiple of the number of options."""
+    """The problem with each option moved down by `by` places, wrapping around at the end of the
+    list. If `by` is a multiple of the number of options, the order stays the same."""
     count = len(problem.choices)
     choices = tuple(problem.choices[(place - by) % count] for place in range(count))
     gold = moved(str(problem.answer.value), by, count)
@@ -135,8 +135,8 @@ def derived_values(
 ) -> list[str | None]:
     """The number that each solution derives before it chooses an option, or None for a solution
     without such a number. In a natural-language solution, this is the last number before the
-    answer. In a program, it is the returned value. If the program's last `return` only looks up an
-    option, it is the last value computed before that line."""
+    answer. In a program, it is the returned value or, if the last `return` only looks up an option,
+    the last value computed before that line."""
     if not isinstance(format, Program):
         decimal = getattr(format, "decimal", ".")
         return [last_number(with_points(reasoning_text(text), decimal)) for text in completions]
@@ -148,9 +148,9 @@ def derived_values(
 
 
 def _returning_derived(program: str) -> str:
-    """The program, changed if necessary so that it returns the value that it derives. If its last
-    `return` looks up an option, that line is changed to return the last value computed before it.
-    Empty if there is no `return` or no such value."""
+    """The program, changed if necessary so that it returns the value that it derives rather than an
+    option. A final `return` that looks up an option is replaced by one that returns the last value
+    computed before it. The result is empty if there is no `return` or no such value."""
     ends = list(_RETURN.finditer(program))
     if not ends:
         return ""
@@ -185,9 +185,9 @@ def diagnose(
     completions: Sequence[str],
     graded: Sequence[Graded],
 ) -> list[ChoiceRow]:
-    """One row per problem. `completions` and `graded` are the answers to the original questions.
-    Each question is asked again with moved options and, if its gold option is a number, without
-    options."""
+    """Ask each question again with its options moved and, if its gold option is a number, without
+    options. Return one row per problem. `completions` are the solutions to the original questions,
+    and `graded` are their grades."""
     turns = [
         1 + derive_seed(0, problem.id, "options") % (len(problem.choices) - 1)
         for problem in problems
@@ -224,8 +224,8 @@ def chosen(graded: Graded, problem: Problem) -> str | None:
 
 
 def _numeric(policy: Policy, collector: Collector, problems: Sequence[Problem]) -> dict[str, bool]:
-    """Problem id → whether the problem is solved without options. If no answer can be read from a
-    solution, the value that the solution derives is judged instead."""
+    """Whether each problem with a numeric gold option is solved without options, by problem id. If
+    no answer can be read from a solution, the value that the solution derives is judged instead."""
     asked = [numeric for numeric in map(without_options, problems) if numeric is not None]
     if not asked:
         return {}
