@@ -128,10 +128,9 @@ OPEN = [
     "**With solutions of 66 tokens on average**, the value head explains hardly any of the "
     "reward's variance. Over five seeds, after finished warm-ups, no RL method differs "
     "significantly from another or from further SFT (for example, RLOO − PPO is +1.1 points [−0.1, "
-    "2.4]). We "
-    "tried four changes to how PPO fits the value head or computes advantages. We also started "
-    "samples from prefixes of the gold solution. None of this made a significant difference "
-    "([log](experiments/critic.md)).",
+    "2.4]). We tried four changes to how PPO fits the value head or computes advantages. We also "
+    "started samples from prefixes of the gold solution. None of this made a significant "
+    "difference ([log](experiments/critic.md)).",
     "**PPO with changes from later papers** (`modern`) shows no gain over PPO, either on the "
     "[demo's questions](experiments/modern.md) (three seeds) or with [longer "
     "solutions](experiments/critic.md#what-the-parts-of-modern-contribute) (five seeds). No "

@@ -142,7 +142,7 @@ def evaluate(
     `max_new` default to the run's settings, and the model computes in the run's dtype. If the run's
     `lengths.too_long` is `drop`, a problem whose prompt is too long counts as unanswered. For any
     other model, answers and choices are read as in `grade`, `format` defaults to `nl`, `max_new` to
-    256, and the dtype is chosen as by `model.dtype: auto`. A `Policy` keeps its own dtype.
+    256, and the dtype is the one that `model.dtype: auto` chooses. A `Policy` keeps its own dtype.
 
     Raises: ReftuneError if the model, a problem, the format or `max_new` cannot be used.
     """

@@ -56,7 +56,7 @@ def measure_speed(
 ) -> Speed:
     """Measure the speed of sampling for the first `rows` prompts, and of training on these prompts
     and their targets. An untimed pass precedes each measurement. A training pass takes no optimizer
-    step, and omits rows that do not fit in `max_tokens` tokens or the time budget."""
+    step, and omits rows after the first that do not fit in `max_tokens` or the time budget."""
     batch = token_batch(prompts[:rows], targets[:rows], device=policy.device)
     length = math.ceil(sum(map(len, targets)) / len(targets))
     return Speed(

@@ -141,8 +141,9 @@ def make_plan(
     response: int | None = None,
     only: str | None = None,
 ) -> Plan:
-    """Plan memory and step times of all stages or of the stage `only`. `prompt` and `response` are
-    lengths in tokens, by default `lengths.max_prompt` (256 if unset) and `lengths.max_new`.
+    """Plan the memory of all stages, or of the stage `only`, and the step times of stages that
+    sample. `prompt` and `response` are lengths in tokens, by default `lengths.max_prompt` (256 if
+    unset) and `lengths.max_new`.
 
     Raises: RecipeError if none of these stages can predict its cost; ModelError if the model's
     configuration cannot be read; DataError as in `load_splits`.
@@ -154,7 +155,7 @@ def make_plan(
     wanted = [name for name in costs if only in (None, name)]
     if not wanted:
         where = "" if only is None else f" in stage {only}"
-        expected = f"one of {', '.join(costs)}" if costs else "a stage that states its cost"
+        expected = f"one of {', '.join(costs)}" if costs else "a stage that can predict its cost"
         raise RecipeError(f"{recipe.name}: nothing to plan{where}; expected {expected}")
     if response is not None:
         lengths = recipe.lengths.model_copy(update={"max_new": response})

@@ -77,8 +77,8 @@ class Algorithm(Component, ABC):
     @abstractmethod
     def credit(self, batch: RolloutBatch) -> RolloutBatch:
         """A copy of `batch` with added fields, such as advantages and returns, which `weights` and
-        `loss` read. `batch` contains the solutions that `select` returned for a step. This method
-        must be pure."""
+        `loss` read. `batch` contains the solutions that `select` returned for a step, except those
+        that are too long. This method must be pure."""
 
     def weights(self, batch: RolloutBatch) -> Tensor:
         """The weights (B, R) of the tokens in the loss of a minibatch. This method must be pure."""

@@ -98,8 +98,8 @@ class Jsonl(FileDataset):
     def _columns(self, rows: Sequence[Row], *, is_train: bool) -> Columns:
         """The column of each field, such as `question`: the one that the user named, or else one
         with a usual name. Raises: DataError if no question or answer is found, or if a named column
-        is missing. In dev and test, the only named columns that must exist are the question's first
-        one and those of the options."""
+        is missing. In dev and test, the latter is checked only for the question's first column and
+        the columns of the options."""
         named = {} if self.columns is None else self.columns.model_dump()
         for field, value in named.items():
             names = [value] if isinstance(value, str) else value or []
@@ -144,7 +144,7 @@ class Jsonl(FileDataset):
 
     def _id(self, row: Row, column: str | None) -> str:
         """The id in `column`, or `row.id` if there is no such column or the cell is null. If the
-        user did not name the column, a cell that is neither text nor a number counts as null."""
+        user did not name the column, a cell without text or a number counts as null."""
         if column is None or (value := row.get(column)) is None:
             return row.id
         if isinstance(value, int | float):
@@ -197,7 +197,7 @@ class _Read:
     @property
     def votes(self) -> int:
         """A vote on whether gold answers are texts of options: 1 if this one is only a text, −1 if
-        it is only a label, and 0 otherwise."""
+        it is only a label, and 0 otherwise, or if the options have no labels."""
         is_label = bare(self.gold) in self.labels
         return bool(self._letters_of_text) - is_label if self.labels else 0
 
@@ -245,8 +245,8 @@ def _system(problem: Problem) -> str:
 
 def _question(row: Row, columns: Columns) -> tuple[str, tuple[Message, ...]]:
     """The question as one string and, if one of its columns is a conversation, the turns before the
-    reply. The question's other columns are then added to the first turn after the system message.
-    Raises: DataError if there is no question, or if a column for prompts contains a reply."""
+    reply. Its other columns are then added to the first turn that is not a system message. Raises:
+    DataError if there is no question, or if a column for prompts contains an unused reply."""
     names = columns.asked
     for place, name in enumerate(names):
         if (conversation := read_conversation(row, name)) is not None:

@@ -81,7 +81,7 @@ class Mathqa(PaperDataset):
         return GoldReader(kind="choice" if self.answer == "choice" else "auto")
 
     def trainable(self, splits: Splits) -> Splits:
-        """`splits` without the training problems that `PaperDataset` removes, with two exceptions
+        """`splits` without the training problems that `PaperDataset` removes, with two differences
         for `nl` rationales. Problems without a rationale are also removed. For multiple choice, a
         rationale contradicts the gold answer only if it ends by naming another letter."""
         if self.rationale == "program":

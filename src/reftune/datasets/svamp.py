@@ -26,7 +26,7 @@ class Svamp(PaperDataset):
 
     def trainable(self, splits: Splits) -> Splits:
         """Like `PaperDataset.trainable`, but also removes problems whose `nl` rationale does not
-        end with its answer. Raises: DataError if `nl` rationales are requested but missing."""
+        end by stating an answer. Raises: DataError if all requested `nl` rationales are missing."""
         if self.rationale == "nl":
             if all(problem.rationale is None for problem in splits.train):
                 raise DataError(

@@ -12,8 +12,8 @@ class Repacking:
     model_runner: Any
 
     def repack(self) -> None:
-        """After a reload, some weights lack vLLM's layout for matmuls on a CPU, such as an output
-        head that is tied to the embedding. This method converts them.
+        """Convert weights that, after a reload, lack vLLM's layout for matmuls on a CPU. An output
+        head that is tied to the embedding is an example.
 
         Layers that vLLM has converted have an empty `weight` and are skipped. On a GPU, nothing is
         converted.

@@ -50,8 +50,9 @@ def read_gold(
 
     For the kind `auto`, the answer is a choice if there are `choices`. Otherwise, it is a number if
     the whole cell is a number. If it is neither a choice nor a number, it is an expression, a list
-    in brackets, or text. If the cell marks its answer ("#### 78", "\\boxed{78}", "The answer is
-    78"), only the marked part is read, except for the kind `regex`.
+    in brackets, or text. An option's letter followed by its text, as in "(B) 12", becomes two
+    accepted spellings (kind `any_of`). If the cell marks its answer ("#### 78", "\\boxed{78}", "The
+    answer is 78"), only the marked part is read, except for the kind `regex`.
 
     Raises: DataError if the cell has no answer of the requested kind. The caller adds the cell's
     location to the message.
@@ -127,8 +128,8 @@ def stated_gold(raw: object, reading: Reading = DEFAULT) -> object:
     """The last answer that a marker ("The answer is") announces in a cell. Without a marker, the
     answer is the text after the last `</think>` or, if there is none, the whole cell.
 
-    Raises: DataError if different answers stand side by side, as in "\\boxed{3} or \\boxed{4}", or
-    if there are markers but none announces an answer.
+    Raises: DataError if different answers stand side by side, as in "\\boxed{3} or \\boxed{4}", if
+    there are markers but none announces an answer, or if nothing follows the last `</think>`.
     """
     if not isinstance(raw, str):
         return raw
@@ -147,8 +148,8 @@ def stated_gold(raw: object, reading: Reading = DEFAULT) -> object:
 
 def listed_item(stated: object, reading: Reading = DEFAULT) -> object:
     """The answer `stated`. If it is text that spells a list of one quoted item, such as '["3"]',
-    the item `3` is returned instead. Raises: DataError if the text spells a list of several items,
-    unless `worded_gold` reads it as a list of the same items."""
+    the item `3` is returned instead. Raises: DataError if the text spells a list of several quoted
+    items, unless `worded_gold` reads it as a list of the same items."""
     text = stated.strip() if isinstance(stated, str) else ""
     if not (text.startswith("[") and re.search("[\"']", text)):
         return stated

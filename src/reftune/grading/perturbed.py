@@ -40,8 +40,9 @@ def wrong_solutions(problem: Problem, target: str, decimal: str = ".") -> Iterat
 
 
 def right_solutions(problem: Problem, target: str, decimal: str = ".") -> Iterator[Perturbed]:
-    """Solutions with the same answer as the gold solution `target`, written slightly
-    differently. Outside programs, numbers have the decimal separator `decimal`."""
+    """Solutions with the same answer as the gold solution `target`, written slightly differently.
+    Yields nothing if `target` is text, not a program, and its answer cannot be found or is neither
+    a number nor a choice. In text, numbers are written with the decimal separator `decimal`."""
     end = _RETURN.search(target)
     return _right_programs(problem, end) if end else _right_words(problem, target, decimal)
 

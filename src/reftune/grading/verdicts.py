@@ -75,8 +75,8 @@ def grade_completion(completion: str, problem: Problem, reading: Reading = DEFAU
 
 
 def _in_boxes(completion: str, found: Sequence[Statement]) -> str | None:
-    """The contents of the last LaTeX boxes and the text between them: "1 and 2" for "\\boxed{1} and
-    \\boxed{2}". None unless the last two answers are in adjacent boxes with one item each."""
+    """The contents of the last boxes or tags, and the text between: "1 and 2" for "\\boxed{1} and
+    \\boxed{2}". None unless the last two answers are in adjacent boxes or tags of one item each."""
     text, after = found[-1].text or "", found[-1]
     for before in reversed(found[:-1]):
         is_item = before.is_closed and len(split_items(before.text or "")) == 1

@@ -51,7 +51,7 @@ def export_adapters(run: RunFolder, method: str, model: Mapping[str, Any], folde
     which it starts. In this case, the sum of the adapters of all stages leading to `method` is
     written, including any adapters from which the run started. If the stages were saved in fp32,
     adding this sum to the base gives the model of `method`, up to rounding. If the base is
-    quantized, each stage trains the adapters it starts from, and those of `method` are written.
+    quantized, a stage trains its initial model's adapters further; those of `method` are written.
 
     Raises: CheckpointError if a stage saved no adapters or belongs to another run; ModelError if
     the adapters from which the run started cannot be read.
@@ -86,8 +86,8 @@ def _base_of(path: str | None) -> str | None:
 
 def with_adapters(model: PreTrainedModel, folder: Path, *, base: str | None) -> PreTrainedModel:
     """The base model `model`, with the adapters in `folder` merged into it. Raises: ModelError if
-    `folder` does not contain LoRA adapters of the model named `base`, or if their tensors are not
-    stored as safetensors."""
+    `folder` does not contain LoRA adapters stored as safetensors, if they do not fit `model`, or if
+    they name a base model other than `base` (see `_read`)."""
     from peft import PeftModel
 
     _, tensors = _read(folder, base)
@@ -105,7 +105,7 @@ def with_adapters(model: PreTrainedModel, folder: Path, *, base: str | None) -> 
 
 def read_adapters(folder: Path, *, base: str | None = None) -> Adapters:
     """The LoRA adapters that `folder` contains in PEFT's format. Raises: ModelError if they cannot
-    be read, contain tensors other than LoRA's matrices, or belong to a model other than `base`."""
+    be read, contain tensors other than LoRA's matrices, or name a base model other than `base`."""
     config, tensors = _read(folder, base)
     with _readable(folder):
         return _paired(tensors, config)
@@ -113,7 +113,7 @@ def read_adapters(folder: Path, *, base: str | None = None) -> Adapters:
 
 def _read(folder: Path, base: str | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The configuration and the tensors of the LoRA adapters in `folder`. Raises: ModelError if
-    they cannot be read, or belong to a model other than `base`."""
+    they cannot be read, or if the last parts of `base` and of their base model's path differ."""
     with _readable(folder):
         config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         if config.get("peft_type") != "LORA":
@@ -159,8 +159,8 @@ def _paired(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[st
 
 def require_continuable(folder: Path, table: ModelTable) -> None:
     """Check that a run with the model settings `table` can continue training the adapters in
-    `folder`. Raises: ModelError if the adapters cannot be read, or if their base model or scaling
-    differs from the run's."""
+    `folder`. Raises: ModelError if the adapters cannot be read, name a base model other than the
+    run's (see `_read`), or have a different scaling."""
     adapters = read_adapters(folder, base=table.path).values()
     found = sorted({adapter.scaling for adapter in adapters})
     wanted = table.lora and table.lora.alpha / table.lora.rank
@@ -195,9 +195,9 @@ def side_by_side(chain: Sequence[Adapters]) -> dict[str, Adapter]:
 
 def _chain(run: RunFolder, method: str, model: Mapping[str, Any]) -> list[Adapters]:
     """The sets of adapters that turn the base into the model of the stage `method`, oldest first.
-    If the run began with adapters, they are the first set. Then comes one set for each stage up to
-    `method`. With a 4-bit base, each stage continues training the adapters of the stage before it,
-    so only the last set is returned."""
+    If the run began with adapters, they are the first set. Then comes one set for each stage that
+    leads to `method`. With a 4-bit base, a stage continues training the adapters of its initial
+    model, so only the last set is returned."""
     table = LoraTable(**(model.get("lora") or {}))
     chain: list[Adapters] = []
     while method != "base":

@@ -49,8 +49,8 @@ class Sharding:
         """Inside the `with` block, every process can read all the weights of `model`, so a forward
         pass involves no other process. All processes must enter the block. If the weights are split
         over the processes, unsplit copies replace the child modules of `model` during that time.
-        Call these child modules, not `model` itself. If `dtype` is given, the weight matrices of
-        their transformer blocks are cast to `dtype`, as autocast would do anyway."""
+        Call these copies, not `model` itself. If `dtype` is given, the weight matrices of their
+        transformer blocks are cast to `dtype`, as autocast would do anyway."""
         if not self.is_split(model):
             yield
             return
@@ -163,15 +163,15 @@ def _twin(model: nn.Module) -> nn.Module:
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that is split across the processes. A tensor that is not split is
-    returned unchanged."""
+    """The whole of `tensor`. If it is split across the processes, all of them must call this.
+    If it is not split, it is returned unchanged."""
     whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return whole
 
 
 def whole_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`tensors`, with each split tensor gathered and moved to the CPU. Only the main process, which
-    saves the tensors, gets this result. The other processes get an empty dict."""
+    """`tensors`, with each split tensor gathered and moved to the CPU. All processes must call
+    this, but only the main process, which saves them, gets them; the others get an empty dict."""
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         value = whole_tensor(tensor).detach()

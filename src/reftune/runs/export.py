@@ -42,10 +42,9 @@ def export_model(run_folder: Path, method: str, out: Path, *, adapter: bool = Fa
     """Write a method's model to the folder `out`, and return the folder. Without `adapter`, the
     folder contains the whole model. Any adapters are merged into the model, so plain
     `from_pretrained` and vLLM can load it. With `adapter`, the folder contains only the adapters.
-    Raises: CheckpointError if the run or the finished method does not exist, if the method is a
-    reward model, if its weights cannot be read, if `adapter` is set but there are no adapters, or
-    if `out` exists or cannot be written; ModelError if the run started from adapters that cannot be
-    read."""
+    Raises: CheckpointError if there is no such run, if the method is not finished or is a reward
+    model, if its weights cannot be read, if `adapter` is set but adapters are missing, or if `out`
+    exists or cannot be written; ModelError if the run started from adapters that cannot be read."""
     run = RunFolder(run_folder)
     if not run.recipe.is_file():
         raise CheckpointError(f"{run_folder}: not a run folder: it has no recipe.yaml")

@@ -119,7 +119,7 @@ class Models:
 
 def check_stage_graph(recipe: Recipe) -> None:
     """Raises: RecipeError if a stage uses any model but `base`, earlier methods and model folders,
-    if two stages save the same method, or if `evaluate` names an unknown method or reward model."""
+    if it saves a model under an invalid or taken name, or if `evaluate` names an unknown model."""
     known, made = ["base"], {"base"}
     for name, stage in recipe.stages.items():
         for method in stage.needs:
@@ -157,7 +157,7 @@ def check_stage_graph(recipe: Recipe) -> None:
 
 def require_trained(recipe: Recipe, names: Collection[str]) -> None:
     """Check that each of `names` is `base`, a trained method or reward model, or the path of a
-    model folder. Raises: RecipeError if a name is none of these."""
+    model folder. Raises: RecipeError if not, or if such a folder is that of an unfinished stage."""
     for name in names:
         folder = RunFolder(recipe.folder).stage(name)
         if not (name == "base" or folder.is_done or is_model_folder(name)):

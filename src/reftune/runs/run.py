@@ -96,9 +96,9 @@ def evaluate_methods(
 @contextmanager
 def open_run(recipe: Recipe, progress: Progress) -> Iterator[Run]:
     """Open or create a recipe's run folder, and lock it against other runs. Raises: CheckpointError
-    if the folder cannot be written, is in use or is not a run folder; RecipeError if the folder
-    contains the run of a different recipe, or if `check_stage_graph` finds an error; DataError or
-    ModelError if the data or the model cannot be used."""
+    if the folder cannot be written, is in use or is not a run folder; RecipeError if the recipe
+    cannot be run here, or if the folder belongs to another recipe or is not shared by all machines;
+    DataError if the data cannot be used or has changed; ModelError if the model cannot be used."""
     check_stage_graph(recipe)
     recipe, folder = settled(recipe), RunFolder(recipe.folder)
     with readable_errors(folder):

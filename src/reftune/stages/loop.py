@@ -232,10 +232,10 @@ class Loop:
 
     @contextmanager
     def _saving(self) -> Iterator[None]:
-        """If the engine fails inside the block, save a checkpoint of the steps taken, if any. The
-        engine's error must be raised in every process, before the step or the evaluation changes
-        the stage's state. Raises: Interrupted, not the engine's error, if a signal has come,
-        because the signal may have stopped the engine too."""
+        """If the engine fails inside the `with` block, save a checkpoint (unless no step has been
+        taken), then raise the engine's error again. The block must raise this error in every
+        process, before it changes the stage's state. Raises: Interrupted instead, if the run has
+        received SIGINT or SIGTERM, because the signal may have stopped the engine too."""
         try:
             yield
         except EngineError as error:
@@ -280,7 +280,7 @@ class Loop:
         """Take an optimizer step within the stage's step `n`. `gradient()` accumulates the gradient
         and returns metrics. Return these metrics and the gradient's norm. If the loss or the
         gradient is not finite, leave the weights unchanged, save the samples that `rows()` returns,
-        and return no metrics. Raises: NonFiniteError if the recipe does not allow skipped steps."""
+        and return no metrics. Raises: NonFiniteError if the recipe does not allow another skip."""
         table = self.table.optimizer
         try:
             metrics = gradient()
@@ -294,7 +294,7 @@ class Loop:
 
     def _leave_out(self, n: int, error: NonFiniteError, rows: Sequence[Mapping[str, Any]]) -> None:
         """Skip step `n`, whose loss or gradient is not finite: save its samples `rows`, clear the
-        gradient and count the skip. Raises: NonFiniteError unless the recipe allows skips."""
+        gradient and count the skip. Raises: NonFiniteError unless another skip is allowed."""
         self.optimizer.zero_grad(set_to_none=True)
         path, reason = self.context.folder.nonfinite(n), f"{self.context.name} step {n}: {error}"
         unsound = [name for name, value in self.model.named_parameters() if not is_finite(value)]
@@ -350,8 +350,8 @@ class Loop:
 
     def _follow(self, look: Look) -> dict[str, float]:
         """Return the recent rise in dev accuracy, up to the evaluation `look`, as metrics. With
-        `until_plateau`, set the stage's last step once accuracy has reached a plateau. From then
-        on, return no metrics, because the falling learning rate alone may raise accuracy."""
+        `until_plateau`, set the stage's last step once accuracy has reached a plateau. In later
+        calls, return no metrics, because the falling learning rate alone may raise accuracy."""
         if not look.correct or self.state.ends_at is not None:
             return {}
         history = History(**self.state.history)

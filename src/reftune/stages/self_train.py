@@ -202,9 +202,9 @@ def distinct(texts: Sequence[str], same: Same = str.strip) -> list[str]:
 
 
 def less_answer(text: str) -> str:
-    """A natural-language solution, stripped of its final answer and of leading and trailing white
-    space. The answer begins at a marker, such as `####`, in the last line. Solutions that differ
-    only in writing 1/2 or 0.5 thus become equal."""
+    """A natural-language solution without leading and trailing white space and, if its last line
+    contains an answer marker, such as `####`, without the text from this marker on. Solutions that
+    differ only in writing 1/2 or 0.5 thus become equal."""
     *_, begins = 0, *(marker.start() for marker in marker_pattern(()).finditer(text))
     is_last_line = "\n" not in text[begins:].strip()
     return (is_last_line and text[:begins].strip()) or text.strip()

@@ -255,8 +255,8 @@ def refuse_changed_data(folder: RunFolder, splits: Splits) -> None:
 
 def refuse_foreign(folder: RunFolder, recipe: Recipe) -> bool:
     """Return True if the folder is unclaimed, and False if this run has claimed it. Raises: the
-    errors of `lengthened_stages` if the folder's recipe does not fit `recipe`; CheckpointError if
-    an unclaimed folder contains files other than a killed run's (`BEFORE_CLAIM`)."""
+    errors of `lengthened_stages` if the folder is claimed; CheckpointError if an unclaimed folder
+    contains files other than those that a killed run may leave (`BEFORE_CLAIM`)."""
     if folder.is_run:
         lengthened_stages(folder, recipe)
         return False

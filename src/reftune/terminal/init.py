@@ -189,9 +189,9 @@ def _has_instruction(splits: Splits, kind: str) -> bool:
 def _lengths(
     splits: Splits, encoder: Encoder, context: int | None, *, is_scratch: bool
 ) -> tuple[int, int | None, bool]:
-    """Length limits for nearly all prompts and solutions. Returns: the maximum number of tokens in
-    a solution, the maximum in a prompt and its solution together (the context; None if unlimited),
-    and whether some prompts are too long. Raises: ModelError if too many prompts are."""
+    """Length limits that fit nearly all prompts and solutions. Returns: the maximum number of
+    tokens in a solution, the maximum in a prompt and its solution together (the context; None if
+    unlimited), and whether some prompts are too long. Raises: ModelError if too many are."""
     prompts = sorted(
         len(encoder.prompt(problem)) for problem in (*splits.train, *splits.dev, *splits.test)
     )

@@ -39,8 +39,8 @@ LONG_RUN_S = 24 * 3600
 """Before a run longer than this, the check recommends a trial."""
 MEASURED_ROWS = 64
 """Speed is measured on as many rows as the largest step of any stage has, but on no more than the
-engine decodes at once. This constant replaces the first number if no stage states its cost, and the
-second number if the engine has no limit."""
+engine decodes at once. This constant replaces the first number if no stage can predict its cost,
+and the second number if the engine has no limit."""
 MAX_SLOWDOWN = 8.0
 """The check fails if matmuls in the recipe's dtype take more than this many times as long as in the
 other dtype."""
@@ -67,7 +67,7 @@ def check_memory(subject: Subject) -> Finding:
         for made in estimates(recipe, outline, prompt=max(lengths)).values()
     ]
     if not planned:
-        return ok("unknown, because no stage states its cost")
+        return ok("unknown, because no stage can predict its memory")
     memory = max(planned, key=lambda memory: memory.peak)
     parts = memory.parts
     free = available_bytes(policy.device) + memory.held["weights"]

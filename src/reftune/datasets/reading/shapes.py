@@ -51,7 +51,7 @@ class Columns(Table):
 
     question: str | list[str] = "question"
     """The question or conversation. Several columns are joined by line breaks. If one of them is a
-    conversation, the others become part of its first question."""
+    conversation, the others are added to its first turn that is not a system message."""
     answer: str = "answer"
     """The gold answer, or a worked solution that contains it."""
     rationale: str | None = "rationale"
@@ -87,9 +87,9 @@ class Columns(Table):
 def recognise(
     rows: Sequence[Row], named: Mapping[str, Any], *, has_options: bool = False
 ) -> Columns:
-    """The columns of the question, the answer and so on. `named` has those that the user chose; the
-    others are recognised by their names. `has_options` says whether the user asks for multiple
-    choice. Raises: DataError if no column is found for the question or the answer."""
+    """The columns of the question, the answer and so on. `named` maps fields to columns that the
+    user chose; the others are recognised by their names. `has_options` says whether the user asks
+    for multiple choice. Raises: DataError if no column is found for the question or the answer."""
     first, found = rows[0], _Found(rows)
     columns: dict[str, Any] = dict(named)
     asked = columns.setdefault("question", found.question())
