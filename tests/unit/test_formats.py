@@ -431,6 +431,7 @@ def scripts() -> Program:
         "if __name__ == '__main__':\n    print(5)",
         "for i in range(6):\n    print(i)",
         "result = 2 + 3",
+        "blueprints = 2  # do not print them\nresult = blueprints + 3",
         "answer: int = 5\nprint('done in 3 steps')",
     ],
 )

@@ -202,7 +202,7 @@ class Vllm(Component):
 
     def _started(self, policy: Policy, folder: Path, longest: int | None) -> Colocated:
         """The running engine if it was started with these settings, this dtype and this model
-        configuration, and for sequences of at least `longest` tokens. Otherwise, any running engine
+        configuration, and can decode sequences of `longest` tokens. Otherwise, any running engine
         is stopped, and a new one is started, which takes seconds to minutes."""
         key = (self, str(policy.compute_dtype), (folder / "config.json").read_text())
         if key not in _running or not _running[key].takes(longest):

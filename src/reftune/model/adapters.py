@@ -159,8 +159,8 @@ def _paired(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[st
 
 def require_continuable(folder: Path, table: ModelTable) -> None:
     """Check that a run with the model settings `table` can continue training the adapters in
-    `folder`. Raises: ModelError if the adapters cannot be read, name a base model other than the
-    run's (see `_read`), or have a different scaling."""
+    `folder`. Raises: ModelError if the adapters cannot be read, or if their base model (see
+    `_read`) or scaling differs from the run's."""
     adapters = read_adapters(folder, base=table.path).values()
     found = sorted({adapter.scaling for adapter in adapters})
     wanted = table.lora and table.lora.alpha / table.lora.rank

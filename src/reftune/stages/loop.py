@@ -475,8 +475,8 @@ class Loop:
 def _is_candidate(context: StageContext) -> bool:
     """Whether the initial model is evaluated on dev too, so that the stage may choose it. A model
     other than `base` is always evaluated; an untrained `base` never is. A pretrained `base` usually
-    does not know the answer format yet, so it is evaluated only if the stage learns from samples
-    and uses no model but `base`."""
+    does not know the answer format yet, so it is evaluated only by a stage that learns from samples
+    and needs no other model, for which `base` must know the format."""
     stage, is_pretrained = context.stage, context.recipe.model.path is not None
     learns_from_itself = stage.reads_questions and set(stage.needs) == {"base"}
     return stage.init != "base" or (is_pretrained and learns_from_itself)

@@ -189,7 +189,7 @@ class Outline:
     @torch.no_grad()
     def _prefill(self, prompt: int, rows: int, *, of_gathered: bool = False) -> Prefill:
         """The memory needed to read `rows` prompts of `prompt` tokens at once, computed on fake
-        tensors. `of_gathered` only makes `@cache` store results for gathered weights separately."""
+        tensors. `of_gathered` changes nothing here: `@cache` stores its two values separately."""
         policy = self.policy
         with (
             self.mode,

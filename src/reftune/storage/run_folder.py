@@ -305,9 +305,9 @@ def length_table(stage: dict[str, Any]) -> dict[str, Any]:
 
 
 def without(recipe: Mapping[str, Any], keys: Collection[str], where: str = "") -> dict[str, Any]:
-    """A copy of a recipe without the keys and tables at the paths `keys`, such as `engine.server`.
-    In a path, `training` stands for any table with all `TRAINING_KEYS`. If only a table of a recipe
-    is given, `where` is its path."""
+    """A copy of a recipe, or of the recipe's table at the path `where`, that leaves out some keys
+    and tables. `keys` lists their paths, such as `engine.server`. In a path, `training` stands for
+    any table that has all of `TRAINING_KEYS`."""
     kept = {}
     for name, value in recipe.items():
         place = f"{where}.{name}".lstrip(".")

@@ -24,8 +24,8 @@ TYPES = (
 
 
 def checked_splits(splits: object, kind: str) -> Splits:
-    """Check and return `splits`, which come from the `load` method of the dataset `kind`. Raises:
-    DataError if they are not splits of problems, or if a problem has a value of the wrong type."""
+    """Check and return `splits`, which a dataset of this `kind` has loaded. Raises: DataError if
+    they are not splits of problems, or if a problem has a value of the wrong type."""
     if not isinstance(splits, Splits):
         raise DataError(f"dataset {kind}: load returned {shown(splits)}; expected Splits")
     found: dict[str, Any] = {}

@@ -30,10 +30,10 @@ _Token = tokenize.TokenInfo
 
 def without_unused_imports(program: str) -> str:
     """`program` without its unused imports. A statement that imports only unused names becomes
-    `pass`. A name counts as used if it occurs anywhere in an f-string, or in code with no dot
-    before it. If the program uses `eval`, `exec` or `compile`, names in any other string count as
-    used too. `import *` is kept. Imports of forbidden modules are also kept, so that the sandbox
-    notices them."""
+    `pass`. A name counts as used if it occurs anywhere in an f-string, or if it occurs in code and
+    does not follow a dot. If the program uses `eval`, `exec` or `compile`, names in any other
+    string count as used too. `import *` is kept. Imports of forbidden modules are also kept, so
+    that the sandbox notices them."""
     if "import" not in program:
         return program
     try:

@@ -67,6 +67,7 @@ _SCRIPT = re.compile(
     rf"^(?:(?P<name>{'|'.join(ANSWER_NAMES)}|result)[ \t]*(?::[^=\n]*)?=(?!=)|[ \t]*print[ \t]*\()",
     re.MULTILINE,
 )
+_PRINT = re.compile(r"\bprint[ \t]*\(")
 _ASSIGNMENT = re.compile(r"[A-Za-z_]\w*(?: *: *[\w.]+)? *[-+*/]?=(?!=)")
 
 
@@ -249,11 +250,11 @@ def _after_helpers(program: str, blocks: list[str]) -> str:
 
 def _answer_of(script: str) -> str:
     """The expression whose value is the answer. It is the first of `ANSWER_NAMES` that the script
-    assigns. If there is none, it is `result`, provided that the script assigns it and nowhere
-    contains the text "print". Otherwise, it is `None`, which stands for the printed text."""
+    assigns. If there is none, it is `result`, provided that the script assigns it and never calls
+    `print`. Otherwise, it is `None`, which stands for the printed text."""
     names = {match["name"] for match in _SCRIPT.finditer(script) if match["name"] is not None}
     first = next((name for name in ANSWER_NAMES if name in names), None)
-    return first or ("result" if "result" in names and "print" not in script else "None")
+    return first or ("result" if "result" in names and not _PRINT.search(script) else "None")
 
 
 def _text_and_blocks(completion: str) -> tuple[str, list[str]]:
