@@ -235,9 +235,9 @@ def _dataset(recipe: Mapping[str, Any]) -> Any:
 
 
 def _component(spec: Any, table: str) -> Any:
-    """The component that `spec`, a string or a mapping, describes. Any other `spec`, for example a
-    component, is returned unchanged. `table` is a recipe key, such as `format`. Raises: RecipeError
-    if the description is wrong."""
+    """The component that `spec` describes, if `spec` is a string or a mapping. Anything else, such
+    as a component or None, is returned unchanged. `table` is the component's recipe key, such as
+    `format`. Raises: RecipeError if a string or mapping does not describe a valid component."""
     if not isinstance(spec, str | Mapping):
         return spec
     try:

@@ -56,7 +56,8 @@ def measure_speed(
 ) -> Speed:
     """Measure the speed of sampling for the first `rows` prompts, and of training on these prompts
     and their targets. An untimed pass precedes each measurement. A training pass takes no optimizer
-    step, and omits rows after the first that do not fit in `max_tokens` or the time budget."""
+    step. The timed training pass uses as many rows as fit in `max_tokens` and the time budget, but
+    at least one."""
     batch = token_batch(prompts[:rows], targets[:rows], device=policy.device)
     length = math.ceil(sum(map(len, targets)) / len(targets))
     return Speed(
@@ -90,8 +91,9 @@ def _training_pass(policy: Policy, batch: TokenBatch) -> None:
 def _sample_speed(
     policy: Policy, engine: Engine, prompts: Sequence[list[int]], num_tokens: int
 ) -> float:
-    """Tokens per second, summed over all prompts, if each solution has `num_tokens` tokens. If
-    there is only time to sample shorter solutions, the speed is extrapolated from them."""
+    """The speed of sampling a solution of `num_tokens` tokens for each prompt, in tokens per second
+    for all prompts together. If there is only time to sample shorter solutions, the speed is
+    extrapolated from them."""
 
     longest = max(map(len, prompts))
 

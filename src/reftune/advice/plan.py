@@ -292,8 +292,9 @@ class Planner:
         )
 
     def update(self, gpus: int) -> Phase:
-        """Time per sequence to compute gradients, including recomputation, and to communicate. DDP
-        does one after the other. With FSDP2, the two overlap, and the slower one counts."""
+        """Time per sequence to compute gradients (recomputation included) and to communicate. With
+        DDP, the GPUs first compute and then communicate, so the two times are added. With FSDP2,
+        the GPUs do both at once, so only the longer time counts."""
         compute_s = self.flops(backward=True) / gpus / self.rate
         exchange_s = self.communication(gpus) / self.estimate.cost.batch
         moving = "moving weights and gradients between GPUs"

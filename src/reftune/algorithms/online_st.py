@@ -1,8 +1,8 @@
 """Online self-training takes supervised steps on the correct samples of each rollout and on the
 gold solutions to the same problems.
 
-To come close to ReFT's code, set `gold_max_tokens: 300` and `dropout: true`. ReFT's code truncates
-long gold rationales, so the model never sees how they end.
+To come close to ReFT's code, set `gold_max_tokens: 300` and `dropout: true`. Long gold solutions
+are then truncated, as in ReFT's code, so the model never sees how they end.
 """
 
 from __future__ import annotations

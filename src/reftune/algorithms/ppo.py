@@ -40,9 +40,9 @@ class Ppo(Clipped):
         return self.gamma
 
     def credit(self, batch: RolloutBatch) -> RolloutBatch:
-        """`batch` with whitened advantages for the policy and returns for the value head. Both come
-        from GAE over the tokens' rewards, which include the KL penalty. Source: ReFT
-        (arXiv:2401.08967), §3.1."""
+        """A copy of `batch` with advantages, for the policy loss, and returns, for the value loss.
+        Both are computed by GAE from the tokens' rewards, which include the KL penalty. The
+        advantages are then whitened. Source: ReFT (arXiv:2401.08967), §3.1."""
         assert batch.values is not None
         mask = batch.response_mask
         rewards = token_rewards(

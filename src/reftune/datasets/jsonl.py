@@ -97,9 +97,9 @@ class Jsonl(FileDataset):
 
     def _columns(self, rows: Sequence[Row], *, is_train: bool) -> Columns:
         """The column of each field, such as `question`: the one that the user named, or else one
-        with a usual name. Raises: DataError if no question or answer is found, or if a named column
-        is missing. In dev and test, the latter is checked only for the question's first column and
-        the columns of the options."""
+        with a usual name. Raises: DataError if no question or answer is found, or if a column that
+        the user named is missing. In dev and test, a missing column is an error here only if it
+        is the question's first column or a column of options."""
         named = {} if self.columns is None else self.columns.model_dump()
         for field, value in named.items():
             names = [value] if isinstance(value, str) else value or []
@@ -143,8 +143,9 @@ class Jsonl(FileDataset):
         return self.columns is not None and field in self.columns.model_fields_set
 
     def _id(self, row: Row, column: str | None) -> str:
-        """The id in `column`, or `row.id` if there is no such column or the cell is null. If the
-        user did not name the column, a cell without text or a number counts as null."""
+        """The id in `column`, or `row.id` if there is no such column or the cell is null. A cell
+        that contains neither text nor a number counts as null if the column was recognised by its
+        name. Raises: DataError if the user named the column and it contains such a cell."""
         if column is None or (value := row.get(column)) is None:
             return row.id
         if isinstance(value, int | float):
@@ -196,8 +197,10 @@ class _Read:
 
     @property
     def votes(self) -> int:
-        """A vote on whether gold answers are texts of options: 1 if this one is only a text, −1 if
-        it is only a label, and 0 otherwise, or if the options have no labels."""
+        """This row's vote on whether the dataset's gold answers are texts or labels of options. The
+        vote is 1 if the row's gold answer is the text of an option but not a label, −1 if it is a
+        label but not a text, and 0 if it is both or neither. If the options have no labels, the
+        vote is 0."""
         is_label = bare(self.gold) in self.labels
         return bool(self._letters_of_text) - is_label if self.labels else 0
 
@@ -220,9 +223,10 @@ class _Read:
 
 
 def _with_contexts(splits: dict[Split, list[Problem]]) -> dict[Split, list[Problem]]:
-    """The problems of each split. If answers seem to depend on the system message, it is put before
-    every question. This is the case if most of the questions that occur with several system
-    messages also have several gold answers. Otherwise, the problems are returned unchanged."""
+    """The problems of each split. The same question may occur with several system messages. If most
+    such questions also have several gold answers, answers seem to depend on the system message, and
+    every question gets its system message put before it. If not, the problems are returned
+    unchanged."""
     first: dict[str, Problem] = {}
     agree: dict[str, bool] = {}
     for problem in chain.from_iterable(splits.values()):
@@ -244,9 +248,13 @@ def _system(problem: Problem) -> str:
 
 
 def _question(row: Row, columns: Columns) -> tuple[str, tuple[Message, ...]]:
-    """The question as one string and, if one of its columns is a conversation, the turns before the
-    reply. Its other columns are then added to the first turn that is not a system message. Raises:
-    DataError if there is no question, or if a column for prompts contains an unused reply."""
+    """The question as one string, and the turns of its conversation before the reply. If none of
+    the question's columns contains a conversation, there are no turns. If one does, the text of the
+    question's other columns is added to the first turn that is not a system message.
+
+    Raises: DataError if there is no question, or if the conversation in a column such as `prompt`
+    ends with a reply, and this column is used neither for the answer nor for the rationale.
+    """
     names = columns.asked
     for place, name in enumerate(names):
         if (conversation := read_conversation(row, name)) is not None:

@@ -81,9 +81,10 @@ class Mathqa(PaperDataset):
         return GoldReader(kind="choice" if self.answer == "choice" else "auto")
 
     def trainable(self, splits: Splits) -> Splits:
-        """`splits` without the training problems that `PaperDataset` removes, with two differences
-        for `nl` rationales. Problems without a rationale are also removed. For multiple choice, a
-        rationale contradicts the gold answer only if it ends by naming another letter."""
+        """`splits` without the training problems whose rationale does not match the gold answer.
+        The rules are those of `PaperDataset`, with two differences for `nl` rationales. First,
+        problems without a rationale are removed too. Second, in multiple choice, a rationale is
+        accepted unless it ends by naming a letter other than the gold answer."""
         if self.rationale == "program":
             return super().trainable(splits)
         splits = drop_untrainable(splits, "no_rationale", lambda problem: not problem.rationale)

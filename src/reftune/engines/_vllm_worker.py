@@ -12,11 +12,11 @@ class Repacking:
     model_runner: Any
 
     def repack(self) -> None:
-        """Convert weights that, after a reload, lack vLLM's layout for matmuls on a CPU. An output
-        head that is tied to the embedding is an example.
+        """Convert weights to vLLM's layout for matmuls on a CPU. After a reload, some layers lack
+        this layout, for example an output head that is tied to the embedding.
 
-        Layers that vLLM has converted have an empty `weight` and are skipped. On a GPU, nothing is
-        converted.
+        Layers that vLLM has already converted have an empty `weight` and are skipped. On a GPU,
+        nothing is converted.
         """
         for module in self.model_runner.get_model().modules():
             if "cpu_linear" in vars(module) and module.weight.numel():

@@ -83,8 +83,9 @@ class Kv(Component):
 @contextmanager
 def reader(policy: Policy, *, copies: llama.Copies = "reordered") -> Iterator[Reader]:
     """A `Reader` for `policy`. It uses `model.speed.llama` if that supports the model, and
-    transformers otherwise. See `llama.Copies` for `copies`. With `reordered`, `model.speed.llama`
-    skips the padding of prompts, but the reader cannot run on PyTorch's fake tensors."""
+    transformers otherwise. `llama.Copies` explains the values of `copies`. If `copies` is
+    `reordered`, `model.speed.llama` skips the padding of prompts. The reader then cannot run on
+    PyTorch's fake tensors."""
     if llama.is_written_out(policy.model):
         decoder = llama.Decoder(policy.model, policy.compute_dtype, copies=copies)
         yield Reader(decoder, decoder.logits)
@@ -318,8 +319,8 @@ def draw_tokens(
 
     `logits` are (B, V) in fp32. Sampling inverts the cumulative distribution at `uniforms`, which
     has shape (B,) and values in [0, 1). A row's token therefore depends only on the row's logits
-    and uniform number. Greedy decoding returns log-probabilities at temperature 1, and entropies of
-    0. Sampling returns NaN for entropies if `with_entropy` is False.
+    and uniform number. In greedy decoding, the log-probabilities are those at temperature 1, and
+    the entropies are 0. In sampling, the entropies are NaN if `with_entropy` is False.
     """
     if params.temperature == 0:
         largest, tokens = logits.max(1)

@@ -143,9 +143,10 @@ class Vllm(Component):
         return world.from_main(lambda: adapter)
 
     def _have_base(self, policy: Policy, before: _Served | None) -> bool:
-        """Whether all servers still have the base model of `policy`. `before` is what they loaded
-        last. To find out, this method unloads the adapter in `before`. A server that lacks it was
-        restarted, so it has lost the base model too."""
+        """Whether all servers still have the base model of `policy`. `before` holds the policy
+        whose weights they loaded last, and the name of its adapter. If that policy is `policy`,
+        this method unloads the adapter from every server. A server that did not have the adapter
+        was restarted, so it has lost the base model too."""
         if before is None or before[0]() is not policy:
             return False
         with ThreadPoolExecutor(len(self.servers)) as pool:
@@ -426,9 +427,10 @@ def longest_sequence(policy: Policy, params: SamplingParams) -> int | None:
 
 
 def request(policy: Policy, params: SamplingParams, position: int) -> dict[str, Any]:
-    """vLLM's sampling parameters for the prompt at `position`. They include every parameter whose
-    default a model's generation config could change. Consecutive positions get consecutive seeds,
-    just as vLLM gives consecutive seeds to the samples of a prompt."""
+    """vLLM's sampling parameters for the prompt at `position`. A model's generation config can
+    change vLLM's defaults, so every parameter that it could change is included. Consecutive
+    positions get consecutive seeds, just as vLLM gives consecutive seeds to the samples of a
+    prompt."""
     return {
         "max_tokens": params.max_new_tokens,
         "temperature": params.temperature,

@@ -22,11 +22,11 @@ _KEPT: tuple[AnswerKind, ...] = ("text", "latex", "regex")
 
 
 def with_points(cell: object, decimal: str, kind: AnswerKind | None = None) -> str:
-    """The text of `cell`, with the separator `decimal` in its numbers replaced by decimal points.
-    With a decimal comma, "3,5" becomes "3.5", and "1.250,75" becomes "1,250.75". A point that
-    cannot separate thousands, as in "2.5", stays a decimal point. A pair such as "(1,2)" stays
-    unchanged unless `kind`, the kind of the answer in `cell`, is `number`. Answers of `kind` text,
-    latex or regex keep their separators, and so do cells that are not strings."""
+    """The text of `cell`, with decimal points in its numbers instead of the separator `decimal`. If
+    `decimal` is a comma, "3,5" becomes "3.5", and "1.250,75" becomes "1,250.75". A point that
+    cannot separate thousands, as in "2.5", stays a decimal point. `kind` is the kind of the answer
+    in `cell`. A pair such as "(1,2)" stays unchanged unless `kind` is `number`. No separators
+    change if `kind` is text, latex or regex, or if `cell` is not a string."""
     if not isinstance(cell, str) or decimal == "." or kind in _KEPT:
         return str(cell)
     parts = [cell] if kind == "number" else _PAIR.split(cell)

@@ -168,9 +168,10 @@ would read the lone backslash and the letter f as a form feed."""
 
 
 def _stated(text: str, reading: Reading) -> list[str]:
-    """The last answer that a marker ("the answer is") announces, any marked answers beside it, and
-    an unmarked number after "or", in text order. Two marked answers are beside each other if little
-    more than a marker, symbols or a word such as "or" separates them."""
+    """The last answer that a marker ("the answer is") announces, and any answers beside it, in text
+    order. Two marked answers are beside each other if little more than a marker, symbols or a word
+    such as "or" separates them. If the last one is in a closed box or tag, a number after "or"
+    is included even without a marker, like 4 in "\\boxed{3} or 4"."""
     found = [each for each in statements(text, reading) if each.text is not None]
     following = [each.start for each in found[1:]] + [len(text)] * bool(found)
     pairs = zip(found, following, strict=True)

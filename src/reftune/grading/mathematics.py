@@ -1,9 +1,9 @@
 """Compares expressions, equations, intervals, tuples and matrices with math-verify.
 
 A comparison might never end, so it runs in a worker process with a limit on CPU time. Verdicts thus
-do not depend on how busy the machine is, unless a comparison gets so little CPU time that it first
-reaches the limit on wall time, `WALL_S`. Workers start when they are first needed, and then keep
-running. Each worker serves one thread at a time.
+do not depend on how busy the machine is. The exception is a comparison that gets so little CPU time
+that it reaches the limit on wall time, `WALL_S`, before the limit on CPU time. Workers start when
+they are first needed, and then keep running. Each worker serves one thread at a time.
 """
 
 from __future__ import annotations

@@ -102,8 +102,9 @@ def _decimal(digits: str, power: str = "0") -> Number | None:
 
 
 def _repeating(head: str, period: str) -> Number:
-    """The value of a repeating decimal: 1/6 for 0.1(6). The n repeating digits, read as an integer
-    b, add b / ((10^n − 1)·10^d) to the value if d decimals precede them."""
+    """The value of a repeating decimal: 1/6 for 0.1(6), with `head` 0.1 and `period` 6. It equals
+    head + period / ((10^n − 1)·10^d). Here, n is the number of digits in `period`, and d is the
+    number of decimals in `head`."""
     decimals = len(head.partition(".")[2])
     tail = Fraction(int(period), (10 ** len(period) - 1) * 10**decimals)
     return Number(tail + Fraction(head + "0"))

@@ -71,8 +71,9 @@ def read_choice(text: str, choices: Sequence[str]) -> str | None:
 
 
 def _has_second_letter(said: str, rest: str, choices: Sequence[str]) -> bool:
-    """Whether a second letter follows the chosen one. After the option's text, only the letter of
-    an option counts, unlike h in "B) 20/h" and x in "B) 20, x and y are even"."""
+    """Whether a second letter follows the chosen one, as in "B or C". If the text of the chosen
+    option stands between the two, the second letter must be that of an option. For example, h in
+    "B) 20/h" and x in "B) 20, x and y are even" do not count if no options have these letters."""
     second = _SECOND_CHOICE.match(rest)
     if second is None or rest == said or _SECOND_CHOICE.match(said):
         return second is not None
@@ -203,8 +204,9 @@ def _option_with_value(line: str, choices: Sequence[str]) -> str | None:
 
 
 def _longest(found: list[int], choices: Sequence[str]) -> list[int]:
-    """A list with the position of the one option in `found` whose text begins with the texts of all
-    others, as "Up, then down" begins with "Up"; `found` itself if there is no such option."""
+    """The positions of options in `found`. If exactly one of these options has a text that begins
+    with the texts of all the others, as "Up, then down" begins with "Up", only the position of this
+    option is returned."""
     texts = {index: first_line(choices[index]) for index in found}
     longest = [
         i for i in found if all(i == j or _behind(texts[j], texts[i]) != texts[i] for j in found)

@@ -39,5 +39,6 @@ def grade_value_paper(value: Any, problem: Problem) -> Graded:
 
 def paper_response(completion: str) -> str:
     """The part of a completion that the ReFT authors' code grades: the text after the last
-    `PAPER_HEADER`. If it has none, the whole completion counts, because the prompt has one."""
+    `PAPER_HEADER`. If the completion does not contain this header, all of it is graded, because the
+    header is already in the prompt."""
     return (PAPER_HEADER + completion).split(PAPER_HEADER)[-1].strip()

@@ -86,9 +86,10 @@ def first_line(text: str) -> str:
 
 
 def plain_lines(text: str) -> Iterator[Line]:
-    """The lines of `text` that contain a letter or digit, as plain text. A backslash replaces
-    everything after the first `MAX_SEGMENT_CHARS` characters, so that a number cut in two is not
-    read. The first line is never a list item, because a dash at its start may be a minus sign."""
+    """The lines of `text` that contain a letter or digit, as plain text. Everything after the first
+    `MAX_SEGMENT_CHARS` characters is replaced by a backslash. If this cuts a number in two, the
+    number is not read, because a backslash follows it. The first line is never a list item, because
+    a dash at its start may be a minus sign."""
     start, count = text.lstrip(), 0
     is_first = "\n" not in text[: len(text) - len(start)]
     segment = start[:MAX_SEGMENT_CHARS] + "\\" * (len(start) > MAX_SEGMENT_CHARS)
@@ -158,8 +159,9 @@ def _bare(text: str) -> str:
 
 
 def without_gaps(text: str, *, underscores: str = "_+") -> str:
-    """`text` without spaces, quotation marks, emphasis marks and `underscores` (a pattern). Between
-    digits, they are kept, because "1 2" is not 12; only spaces that group thousands are removed."""
+    """`text` without spaces, quotation marks, emphasis marks and matches of the pattern
+    `underscores`. Between digits, such characters are kept, because "1 2" is not 12. However,
+    spaces that group thousands are removed."""
     text = without_grouping_spaces(text)
     return re.sub(rf"{_BETWEEN_DIGITS}|[\s\"'`*]+|{underscores}", _kept_gap, text)
 

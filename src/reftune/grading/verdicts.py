@@ -75,8 +75,9 @@ def grade_completion(completion: str, problem: Problem, reading: Reading = DEFAU
 
 
 def _in_boxes(completion: str, found: Sequence[Statement]) -> str | None:
-    """The contents of the last boxes or tags, and the text between: "1 and 2" for "\\boxed{1} and
-    \\boxed{2}". None unless the last two answers are in adjacent boxes or tags of one item each."""
+    """The list that the last boxes or tags of a completion form together: "1 and 2" for
+    "\\boxed{1} and \\boxed{2}". Each of these boxes or tags must contain a single item and stand
+    beside the next. None if there are fewer than two such boxes or tags at the end of `found`."""
     text, after = found[-1].text or "", found[-1]
     for before in reversed(found[:-1]):
         is_item = before.is_closed and len(split_items(before.text or "")) == 1

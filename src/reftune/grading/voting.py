@@ -51,8 +51,8 @@ def same_answer(first: str, second: str) -> bool:
     or expressions with the same spelling. The grader usually gives equal expressions the same
     spelling.
 
-    Two numbers are equal if each is right when the other is the gold answer. If neither is whole,
-    as in 1/3 and 0.33, it is enough that this holds for one of them.
+    Two numbers are equal if each of them would be right with the other as the gold answer. If
+    neither is whole, as in 1/3 and 0.33, it is enough that one of them would be right.
     """
     if first == second:
         return True

@@ -47,11 +47,14 @@ def export_adapters(run: RunFolder, method: str, model: Mapping[str, Any], folde
     """Write the adapters of the trained model `method`, such as `reft`, to `folder`, in PEFT's
     format. `model` is the recipe's `model` table.
 
-    If the base model is not quantized, each stage trains new adapters on the merged model from
-    which it starts. In this case, the sum of the adapters of all stages leading to `method` is
-    written, including any adapters from which the run started. If the stages were saved in fp32,
-    adding this sum to the base gives the model of `method`, up to rounding. If the base is
-    quantized, a stage trains its initial model's adapters further; those of `method` are written.
+    If the base model is not quantized, each stage trains new adapters on a model into which all
+    earlier adapters have been merged. In this case, the function writes the sum of the adapters of
+    `method` and of all stages that led to it, including any adapters from which the run started. If
+    the stages were saved in fp32, adding this sum to the base gives the model of `method`, up to
+    rounding.
+
+    If the base model is quantized, each stage continues to train the adapters of the model from
+    which it starts. In this case, the function writes only the adapters of `method`.
 
     Raises: CheckpointError if a stage saved no adapters or belongs to another run; ModelError if
     the adapters from which the run started cannot be read.
@@ -113,7 +116,8 @@ def read_adapters(folder: Path, *, base: str | None = None) -> Adapters:
 
 def _read(folder: Path, base: str | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The configuration and the tensors of the LoRA adapters in `folder`. Raises: ModelError if
-    they cannot be read, or if the last parts of `base` and of their base model's path differ."""
+    they cannot be read, or if the configuration names a base model other than `base`. Of the two
+    models' paths, only the last parts are compared."""
     with _readable(folder):
         config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         if config.get("peft_type") != "LORA":

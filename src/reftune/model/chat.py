@@ -40,9 +40,9 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> str
 
 @lru_cache(maxsize=4096)
 def opened_thought(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> str:
-    """The end of the prompt, from an unclosed `<think>` or `<thinking>` tag onwards: "<think>\\n"
-    with DeepSeek-R1's template. An empty string if the template leaves no thought open. Raises:
-    RecipeError as `prompt_text` does."""
+    """The end of the prompt, from an unclosed `<think>` or `<thinking>` tag onwards. For example,
+    this is "<think>\\n" with DeepSeek-R1's template. An empty string if the template leaves no
+    thought open. Raises: RecipeError as `prompt_text` does."""
     return _opened(prompt_text(tokenizer, prompt), prompt)
 
 
@@ -101,9 +101,11 @@ def _omits_last(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> boo
 
 def _begin(begun: str, before: str, said: str, *, asked: str) -> str:
     """`said`, preceded by the text that the template inserts between a prompt and a reply. `begun`
-    is the prompt rendered without a reply; `before` is the text before the reply when both are
-    rendered. Only the parts after the last question, `asked`, are compared, because the template
-    may change the parts before it. If they do not match, nothing is inserted."""
+    is the prompt rendered without a reply. `before` is the text before the reply when the prompt
+    and a reply are rendered together. The inserted text is what follows `begun` in `before`. Only
+    the parts after the last question, `asked`, are compared, because the template may change the
+    parts before it. If that part of `before` does not begin with that part of `begun`, nothing is
+    inserted."""
     if asked and asked in begun and asked in before:
         ours, theirs = begun.rpartition(asked)[2], before.rpartition(asked)[2]
         if theirs.startswith(ours):  # Mistral's template moves the system message to the last turn

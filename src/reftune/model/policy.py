@@ -117,9 +117,9 @@ class Policy(nn.Module):
 
     @property
     def context(self) -> int | None:
-        """Maximum length of a sequence, in tokens; None if the config does not state it. For RoPE
-        of type `longrope`, this is the length up to which a sequence's position embeddings do not
-        depend on the other sequences in the batch."""
+        """Maximum length of a sequence, in tokens; None if the config does not state it. With RoPE
+        of type `longrope`, the limit is the original maximum. If one sequence is longer, the
+        position embeddings of all sequences in the batch change."""
         rope = getattr(self.model.config, "rope_parameters", None) or {}
         if rope.get("rope_type") == "longrope":
             return int(rope["original_max_position_embeddings"])

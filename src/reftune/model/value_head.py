@@ -22,9 +22,10 @@ def fit_value_head(head: nn.Linear, rollouts: Iterable[tuple[Tensor, Tensor]]) -
 
         w = (Xᵀ X + α I)⁻¹ Xᵀ y        X, y: features and returns, centred; no penalty on the bias
 
-    To choose α, a head is fitted with each of the `PENALTIES` to all rollouts but the last. The
-    penalty whose head has the largest explained variance on the last rollout is used. If there is
-    only one rollout, the middle penalty is used. If there are no rollouts, the head stays as it is.
+    To choose α, each of the `PENALTIES` is tried: a head is fitted to all rollouts but the last,
+    and its explained variance on the last rollout is computed. The penalty with the largest
+    explained variance is used. If there is only one rollout, the middle penalty is used. If there
+    are no rollouts, the head stays as it is.
     `rollouts` yields the features (N, H) and returns (N,) of one rollout at a time, so memory does
     not grow with the number of rollouts.
 

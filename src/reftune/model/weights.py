@@ -166,8 +166,9 @@ def _require_config(path: Path | str) -> None:
 
 def fingerprint(config: PretrainedConfig) -> str | None:
     """A hash of the weight files in the folder from which a model was loaded; None for a model
-    from scratch or from the Hub. Only parts of the files are read, which takes milliseconds. The
-    commit of a Hub model is not used, because a new commit need not change the weights."""
+    from scratch or from the Hub. Only parts of the files are read, which takes milliseconds. A
+    Hub model's commit does not serve as its fingerprint, because a new commit need not change the
+    weights."""
     folder = Path(config.name_or_path or os.devnull)
     if not folder.is_dir():
         return None
@@ -184,8 +185,8 @@ def fingerprint(config: PretrainedConfig) -> str | None:
 
 def _name_eos(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
     """If the tokenizer has no eos token (Galactica's has none), use the one in the model's
-    configuration, provided that it is a special token. If it is not, it may be a default of the
-    model's class that does not suit the tokenizer."""
+    configuration, but only if it is one of the tokenizer's special tokens. Any other id may be a
+    default of the model's class that does not suit the tokenizer."""
     eos = getattr(config, "eos_token_id", None)
     token = tokenizer.added_tokens_decoder.get(eos) if isinstance(eos, int) else None
     if tokenizer.eos_token_id is None and token is not None and token.special:

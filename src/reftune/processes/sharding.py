@@ -48,9 +48,10 @@ class Sharding:
     def whole(self, model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
         """Inside the `with` block, every process can read all the weights of `model`, so a forward
         pass involves no other process. All processes must enter the block. If the weights are split
-        over the processes, unsplit copies replace the child modules of `model` during that time.
-        Call these copies, not `model` itself. If `dtype` is given, the weight matrices of their
-        transformer blocks are cast to `dtype`, as autocast would do anyway."""
+        over the processes, each child module of `model` is replaced with an unsplit copy until the
+        block ends. Call these child modules, not `model` itself. If `dtype` is given, the weight
+        matrices of the copies' transformer blocks are cast to `dtype`, as autocast would do
+        anyway."""
         if not self.is_split(model):
             yield
             return
@@ -171,7 +172,8 @@ def whole_tensor(tensor: Tensor) -> Tensor:
 
 def whole_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`tensors`, with each split tensor gathered and moved to the CPU. All processes must call
-    this, but only the main process, which saves them, gets them; the others get an empty dict."""
+    this. Only the main process gets the tensors, because it alone saves them. The other processes
+    get an empty dict."""
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         value = whole_tensor(tensor).detach()

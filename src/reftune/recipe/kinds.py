@@ -178,8 +178,9 @@ def _user_object(kind: str) -> Any:
 
 @functools.cache
 def _user_module(path: Path, changed_ns: int, size: int) -> ModuleType | None:
-    """The module in the file `path`; None if it is not a Python file. The file is loaded again only
-    if its modification time (`changed_ns`) or `size` differs, so its plug-ins share one module."""
+    """The module in the file `path`; None if it is not a Python file. All plug-ins in a file share
+    one module. The file is loaded again only if its modification time (`changed_ns`) or its `size`
+    has changed."""
     name = f"reftune_user_{path.stem}_{zlib.crc32(bytes(path)):08x}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:

@@ -242,8 +242,8 @@ def _with_snapshots(
     name: str, spec: Any, infos: Mapping[str, Mapping[str, Any]]
 ) -> list[tuple[str, Mapping[str, Any]]]:
     """Pairs (name, recipe keys): one for each snapshot of a stage, then one for the stage itself.
-    All have the stage's keys. `infos` maps each saved model to its `stage.json`, including any
-    snapshots that the recipe does not list."""
+    All have the stage's keys. `infos` maps each saved model to the content of its `stage.json`. A
+    snapshot in `infos` has a pair even if the recipe does not list it."""
     keys = dict(spec) if isinstance(spec, Mapping) else {"kind": spec}
     saved = [each for each, info in infos.items() if info.get("snapshot_of") == name]
     saved.sort(key=lambda each: int(infos[each].get("chosen_step", 0)))
@@ -254,10 +254,10 @@ def _with_snapshots(
 def _whole(
     evals: Mapping[str, tuple[EvalRow, ...]], recipe: Mapping[str, Any], sizes: Mapping[str, int]
 ) -> dict[str, tuple[EvalRow, ...]]:
-    """The complete evaluations. An evaluation is incomplete if it has fewer problems than the
-    longest evaluation, or than the recipe asks for; `sizes` contains the split sizes from
-    data.json. But if its problems differ from the first problems of the longest evaluation, it
-    counts as complete, so that the caller can report the difference."""
+    """The complete evaluations. `sizes` contains the split sizes from data.json. An evaluation is
+    incomplete if it has fewer problems than the longest evaluation, or fewer than the recipe asks
+    for. There is one exception: if an evaluation's problems are not the first problems of the
+    longest evaluation, it counts as complete, so that the caller can report the difference."""
     ids = {name: [row.id for row in rows] for name, rows in evals.items()}
     longest = max(ids.values(), key=len, default=[])
     size = sizes.get(evaluated_split(recipe), 0)

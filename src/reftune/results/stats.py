@@ -118,8 +118,8 @@ def compare(a: str, correct_a: ArrayLike, b: str, correct_b: ArrayLike) -> Compa
 
 
 def mcnemar_exact(only_a: int, only_b: int) -> float:
-    """Two-sided p-value of the hypothesis that a problem solved by only one of two methods is
-    equally likely to be solved by either.
+    """Two-sided p-value of this hypothesis about two methods: if only one of them solves a problem,
+    it is equally likely to be the first or the second.
 
         p = min(1, 2 Σ_{i ≤ min(only_a, only_b)} C(m, i) / 2^m),   m = only_a + only_b
 
@@ -169,9 +169,10 @@ def seeds_interval(
     If each seed has its own problems, the seeds' means vary with both choices. The result is
     Student's t interval of these means, widened if necessary to contain `over_problems` of all
     values together. If all seeds have the same problems, the choice of problems shifts all means
-    alike, and Student's interval does not cover it. So the problems' averages over the seeds are
-    passed to `over_problems`, and the margins of both intervals are added in quadrature. Source:
-    Student (1908); Zou and Donner (2008).
+    alike, and Student's interval does not account for it. A second interval does: each problem's
+    values are averaged over the seeds, and `over_problems` returns an interval of the mean of these
+    averages. The margins of the two intervals are then added in quadrature.
+    Source: Student (1908); Zou and Donner (2008).
     """
     seeds = [np.asarray(each, dtype=float) for each in values]
     if len(seeds) == 1:

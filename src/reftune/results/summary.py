@@ -325,8 +325,9 @@ def _are_one_model(a: MethodScore, b: MethodScore) -> bool:
 
 
 def _model_of(run: RunResults, method: str) -> str:
-    """The name of the model that `method` uses: its `init` if it never beat that model on dev, its
-    stage if it is a snapshot taken at the stage's chosen step, and otherwise `method` itself."""
+    """The name of the model whose weights `method` has. For a stage that never beat its initial
+    model on dev, this is the initial model. For a snapshot taken at its stage's chosen step, it is
+    the stage's model. In all other cases, it is `method` itself."""
     stage = run.stages.get(method)
     if stage is None:
         return method
@@ -449,10 +450,11 @@ def handovers(run: RunResults) -> list[Handover]:
 
 
 def last_rise(run: RunResults, method: str) -> tuple[Rise, float] | None:
-    """The last rise in dev accuracy measured while a supervised method was trained, and the dev
-    accuracy after it. For a snapshot, evaluations after its step are ignored. For a stage, those
-    after its chosen step are included, because they show whether dev accuracy still rose. None if
-    the method is unknown, not supervised or not finished, or had too few evaluations."""
+    """The last `dev/rise` logged in the training of a supervised method, and the dev accuracy in
+    the same evaluation. For a snapshot, evaluations after its step are ignored. For a stage,
+    evaluations after its chosen step are included, because they show whether dev accuracy was still
+    rising. None if the method is unknown, not supervised or not finished, or had too few
+    evaluations."""
     found = run.stages.get(method)
     if found is None or "chosen_step" not in found.info:
         return None

@@ -36,9 +36,10 @@ class Models:
         policy was built for training with adapters or gradient checkpointing."""
 
     def load(self, name: str, *, trained: bool = False) -> Policy:
-        """The model `name` as a policy. With `trained`, the policy is built for training: if the
-        recipe sets `lora`, it has adapters to train, which are new or, on a 4-bit base, the model's
-        own. The caller must not change the policy; for one that may be changed, call `take`.
+        """The model `name` as a policy. With `trained`, the policy is built for training. If the
+        recipe also sets `lora`, the policy has adapters to train. On a 4-bit base, these are the
+        model's own adapters, unless the model is `base`. In all other cases, they are new. The
+        caller must not change the policy; for one that may be changed, call `take`.
         Raises: RecipeError if the method is not trained yet, or if this machine or FSDP2 does not
         support a setting; ModelError if the model cannot be used."""
         table = self.recipe.model
@@ -157,7 +158,7 @@ def check_stage_graph(recipe: Recipe) -> None:
 
 def require_trained(recipe: Recipe, names: Collection[str]) -> None:
     """Check that each of `names` is `base`, a trained method or reward model, or the path of a
-    model folder. Raises: RecipeError if not, or if such a folder is that of an unfinished stage."""
+    model folder. Raises: RecipeError if not, or if a folder belongs to an unfinished stage."""
     for name in names:
         folder = RunFolder(recipe.folder).stage(name)
         if not (name == "base" or folder.is_done or is_model_folder(name)):

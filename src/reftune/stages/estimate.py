@@ -107,8 +107,8 @@ class Estimate:
         return self.prompt + self.response
 
     def micro_batch(self, tokens: int) -> float:
-        """Size of the largest pass in a step if a pass has at most `tokens` tokens. It is measured
-        in sequences of maximum length (`length` tokens) and is at least 1."""
+        """Size of a step's largest pass, in sequences of maximum length (`length` tokens). A pass
+        has at most `tokens` tokens. The result is at least 1."""
         packs = self.outline.policy.packs
         mean = ((packs and self.mean_prompt) or self.prompt) + self.response
         share = math.ceil(self.cost.batch / self.devices) * mean
@@ -184,9 +184,9 @@ class Estimate:
         return 2 * outline.gathered - FP32 * (outline.total - outline.backbone)
 
     def _sampler(self, copies: float) -> float:
-        """Bytes that each device needs for a model that is loaded only to sample, including the
-        copies that the engine makes of its weights. `copies` is the size of the engine's copies of
-        the policy's weights, in bytes."""
+        """Bytes that each device needs for the sampler, a model that is loaded only to sample. They
+        include the copies that the engine makes of the sampler's weights. `copies` is the size, in
+        bytes, of the copies that the engine would make of the policy's weights."""
         outline, table = self.outline, self.outline.table
         is_frozen = table.lora is not None or table.gradient_checkpointing
         if is_frozen:
@@ -194,8 +194,9 @@ class Estimate:
         return outline.weights + copies
 
     def _sampling(self, rows: int) -> tuple[dict[str, float], float]:
-        """Bytes needed to sample up to `rows` sequences at once, by purpose, and bytes of the
-        copies that the engine makes of the policy's weights if FSDP2 does not split them."""
+        """A pair. The first item contains the bytes needed to sample up to `rows` sequences at
+        once, by purpose. The second is the size, in bytes, of the copies that the engine makes of
+        the policy's weights. This size assumes that FSDP2 does not split the weights."""
         if self.requests is not None:
             rows = min(rows, math.ceil(self.requests / self.devices))
         outline = self.outline

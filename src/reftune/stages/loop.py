@@ -82,8 +82,8 @@ BEST = "best.json"
 
 
 class Interrupted(Exception):
-    """The run was asked to stop, and has saved a checkpoint or finished a stage, unless it was
-    still before step 1. `str(self)` is the folder of the checkpoint or stage, or empty."""
+    """The run was asked to stop. If the current stage has taken a step, it is finished or has saved
+    a checkpoint. `str(self)` is the folder of the stage or the checkpoint, or empty."""
 
 
 @contextmanager
@@ -232,10 +232,11 @@ class Loop:
 
     @contextmanager
     def _saving(self) -> Iterator[None]:
-        """If the engine fails inside the `with` block, save a checkpoint (unless no step has been
-        taken), then raise the engine's error again. The block must raise this error in every
-        process, before it changes the stage's state. Raises: Interrupted instead, if the run has
-        received SIGINT or SIGTERM, because the signal may have stopped the engine too."""
+        """If the engine fails inside the `with` block, save a checkpoint if the stage has
+        advanced since the last one. Then raise the engine's error again. The error must occur in
+        every process, and before the block changes the stage's state. Raises: Interrupted instead
+        of the engine's error, if the run has received SIGINT or SIGTERM, because the signal may
+        have stopped the engine too."""
         try:
             yield
         except EngineError as error:
@@ -277,10 +278,11 @@ class Loop:
         gradient: Callable[[], dict[str, float]],
         rows: Callable[[], Sequence[Mapping[str, Any]]],
     ) -> dict[str, float]:
-        """Take an optimizer step within the stage's step `n`. `gradient()` accumulates the gradient
-        and returns metrics. Return these metrics and the gradient's norm. If the loss or the
-        gradient is not finite, leave the weights unchanged, save the samples that `rows()` returns,
-        and return no metrics. Raises: NonFiniteError if the recipe does not allow another skip."""
+        """Take one of the optimizer steps that belong to the stage's step `n`. `gradient()`
+        accumulates the gradient and returns metrics. Return these metrics and the gradient's norm.
+        If the loss or the gradient is not finite, skip the optimizer step: leave the weights
+        unchanged, save the samples that `rows()` returns, and return no metrics. Raises:
+        NonFiniteError if the recipe does not allow this skip."""
         table = self.table.optimizer
         try:
             metrics = gradient()
@@ -336,9 +338,10 @@ class Loop:
         write_atomically(folder / BEST, json.dumps(facts))
 
     def _adopt_best(self) -> None:
-        """If the best model so far is newer than the checkpoint from which the stage resumes, keep
-        this model: read its step and accuracy from its folder. The stage repeats the steps after
-        the checkpoint, but on a GPU, they may not lead to an equally good model again."""
+        """If the best model so far is newer than the checkpoint from which the stage resumes, it
+        stays the best model: read its step and accuracy from its folder. The stage will repeat the
+        steps after the checkpoint, but on a GPU, the repeated steps may not lead to an equally good
+        model."""
         restore_folder(self.context.folder.best)
         path = self.context.folder.best / BEST
         facts = world.from_main(
@@ -350,8 +353,9 @@ class Loop:
 
     def _follow(self, look: Look) -> dict[str, float]:
         """Return the recent rise in dev accuracy, up to the evaluation `look`, as metrics. With
-        `until_plateau`, set the stage's last step once accuracy has reached a plateau. In later
-        calls, return no metrics, because the falling learning rate alone may raise accuracy."""
+        `until_plateau`, if accuracy has reached a plateau, also set the stage's last step. All
+        calls after that return no metrics, because the learning rate then falls, and this alone may
+        raise accuracy."""
         if not look.correct or self.state.ends_at is not None:
             return {}
         history = History(**self.state.history)
@@ -454,7 +458,8 @@ class Loop:
         self, folder: StageFolder, step: int, accuracy: float, *, snapshot_of: str | None = None
     ) -> None:
         """Write `stage.json`, with the saved model's step and dev accuracy, and the stage's cost so
-        far. The final cost of a stage includes the cost recorded for its snapshots."""
+        far. For a snapshot, this is the cost up to the snapshot. The stage's final cost includes
+        this cost."""
         document = {
             "stage": folder.path.name,
             "kind": self.context.stage.kind,
@@ -475,8 +480,9 @@ class Loop:
 def _is_candidate(context: StageContext) -> bool:
     """Whether the initial model is evaluated on dev too, so that the stage may choose it. A model
     other than `base` is always evaluated; an untrained `base` never is. A pretrained `base` usually
-    does not know the answer format yet, so it is evaluated only by a stage that learns from samples
-    and needs no other model, for which `base` must know the format."""
+    does not know the answer format yet, so most stages do not evaluate it. A stage does so only
+    if it samples solutions and needs no model but `base`, because then `base` must already know the
+    format."""
     stage, is_pretrained = context.stage, context.recipe.model.path is not None
     learns_from_itself = stage.reads_questions and set(stage.needs) == {"base"}
     return stage.init != "base" or (is_pretrained and learns_from_itself)

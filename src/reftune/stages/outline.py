@@ -189,7 +189,8 @@ class Outline:
     @torch.no_grad()
     def _prefill(self, prompt: int, rows: int, *, of_gathered: bool = False) -> Prefill:
         """The memory needed to read `rows` prompts of `prompt` tokens at once, computed on fake
-        tensors. `of_gathered` changes nothing here: `@cache` stores its two values separately."""
+        tensors. `of_gathered` has no effect on the computation. It only lets `@cache` tell calls
+        with gathered weights from calls with the ordinary ones."""
         policy = self.policy
         with (
             self.mode,

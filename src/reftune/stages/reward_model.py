@@ -200,8 +200,9 @@ class Classifier(nn.Module):
 
     def solution_batch(self, solutions: Sequence[tuple[Problem, str]]) -> TokenBatch:
         """A batch of prompts and solutions. If a prompt or a solution does not fit in the model's
-        context, its end is cut off. Every solution still ends with the end token, because the
-        classifier reads the state that predicts this token."""
+        context, its end is cut off. Every solution still ends with the end token: the classifier
+        reads the hidden state that predicts this token, which is the state of the token before
+        it."""
         longest = None if self.policy.context is None else self.policy.context - 1
         problems = [problem for problem, _ in solutions]
         texts = self.encoder.with_thoughts(problems, [text for _, text in solutions])

@@ -241,9 +241,9 @@ class Trainer:
         return batch, {**metrics, "time/score_s": time.perf_counter() - started}
 
     def _policy_scores(self, solutions: Sequence[Solution], batch: RolloutBatch) -> TokenScores:
-        """The samples' log-probabilities, values and entropies under the policy that drew them.
-        They come from the engine if it has computed them for every sample and `mismatch_cap` is
-        unset, and from a new forward pass if not."""
+        """The samples' log-probabilities, values and entropies under the policy that drew them. If
+        the engine has computed these numbers for every sample and `mismatch_cap` is unset, use the
+        engine's. If not, compute them in a new forward pass."""
         completions = [s.completion for s in solutions]
         if self.stage.mismatch_cap is not None or not all(c.values for c in completions):
             return self.policy.score(batch.tokens, temperature=self.stage.temperature)
@@ -253,8 +253,9 @@ class Trainer:
 
     def update(self, batch: RolloutBatch, n: int) -> dict[str, float]:
         """Make `updates` passes over the rollout, with `minibatches` optimizer steps each, and
-        return metrics. If the loss or the gradient of an optimizer step is not finite, the update
-        ends there. Raises: NonFiniteError if the recipe does not allow skipping this step."""
+        return metrics. If the loss or the gradient of an optimizer step is not finite, this step
+        and the rest of the update are skipped. Raises: NonFiniteError if the recipe does not allow
+        this skip."""
         started = time.perf_counter()
         self.policy.train(self.algorithm.trains_with_dropout)
         steps: list[dict[str, float]] = []
@@ -312,9 +313,10 @@ class Trainer:
         )
 
     def _features_and_returns(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Sample rollouts for fitting the value head. For each that has rewards, yield the hidden
-        states (N, H) and discounted returns (N,) of its N response tokens. The returns include no
-        KL penalty, because the policy still equals its reference. The tokens count towards the
+        """Sample rollouts for fitting the value head. For each rollout, yield the hidden states
+        (N, H) and discounted returns (N,) of its N response tokens. Samples whose reward is None
+        are left out, and so is a rollout that has only such samples. The returns include no KL
+        penalty, because the policy still equals its reference. The sampled tokens count towards the
         stage's cost."""
         for n in range(1, self.stage.value_prefit + 1):
             solutions, metrics = self.sample(n, "prefit")

@@ -193,8 +193,8 @@ Same = Callable[[str], str]
 
 
 def distinct(texts: Sequence[str], same: Same = str.strip) -> list[str]:
-    """`texts` without repeats. Texts for which `same` returns equal results count as repeats, by
-    default those that differ only in leading or trailing white space. The first of them is kept."""
+    """`texts` without repeats. Texts for which `same` returns equal results count as repeats, and
+    only the first of them is kept. By default, leading and trailing white space is ignored."""
     first: dict[str, str] = {}
     for text in texts:
         first.setdefault(same(text), text)
@@ -202,9 +202,10 @@ def distinct(texts: Sequence[str], same: Same = str.strip) -> list[str]:
 
 
 def less_answer(text: str) -> str:
-    """A natural-language solution without leading and trailing white space and, if its last line
-    contains an answer marker, such as `####`, without the text from this marker on. Solutions that
-    differ only in writing 1/2 or 0.5 thus become equal."""
+    """A natural-language solution without its answer and without leading and trailing white space.
+    The answer is the text from the last answer marker, such as `####`, to the end. It is removed
+    only if the marker is in the last line, and only if some text comes before it. Two solutions
+    thus become equal if they differ only in how the answer is written, such as 1/2 or 0.5."""
     *_, begins = 0, *(marker.start() for marker in marker_pattern(()).finditer(text))
     is_last_line = "\n" not in text[begins:].strip()
     return (is_last_line and text[:begins].strip()) or text.strip()

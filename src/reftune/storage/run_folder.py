@@ -254,8 +254,8 @@ def refuse_changed_data(folder: RunFolder, splits: Splits) -> None:
 
 
 def refuse_foreign(folder: RunFolder, recipe: Recipe) -> bool:
-    """Return True if the folder is unclaimed, and False if this run has claimed it. Raises: the
-    errors of `lengthened_stages` if the folder is claimed; CheckpointError if an unclaimed folder
+    """Return True if the folder is unclaimed, and False if this run has claimed it. Raises: for a
+    claimed folder, the errors of `lengthened_stages`; for an unclaimed one, CheckpointError if it
     contains files other than those that a killed run may leave (`BEFORE_CLAIM`)."""
     if folder.is_run:
         lengthened_stages(folder, recipe)
@@ -269,12 +269,12 @@ def refuse_foreign(folder: RunFolder, recipe: Recipe) -> bool:
 def lengthened_stages(folder: RunFolder, recipe: Recipe) -> list[str]:
     """The names of the stages that have begun and are lengthened: `recipe` gives them more steps or
     epochs than the folder's recipe does. This is allowed only if the stage's model solves problems.
-    `recipe` may also lengthen stages that have not begun, add stages and change `evaluate`, because
-    none of this affects a trained model.
+    `recipe` may also lengthen stages that have not begun, add stages and change `evaluate`. Models
+    that are already trained do not depend on these changes.
 
-    Raises: RecipeError if the recipes differ in anything else that affects results, or if a
-    lengthened stage cannot continue, because a later stage has begun or its own final checkpoint
-    is gone; CheckpointError if the folder's recipe cannot be read."""
+    Raises: RecipeError if the recipes differ in anything else that affects results, if a stage
+    after a lengthened stage has begun, or if a lengthened stage is complete but its final
+    checkpoint is gone; CheckpointError if the folder's recipe cannot be read."""
     own, wanted = _own_and_wanted(folder, recipe)
     own["stages"] = {**wanted["stages"], **(own.get("stages") or {})}
     longer = []
@@ -358,8 +358,8 @@ def _changed_environment(folder: RunFolder) -> Iterator[str]:
 
 def _set_aside(folder: RunFolder, own: dict[str, Any], wanted: dict[str, Any]) -> Iterator[str]:
     """If the new recipe `wanted` evaluates differently from the folder's recipe `own`, rename the
-    folder of evaluations, and yield a note. Which methods are evaluated does not matter, and
-    `wanted` may add a reranker if `own` has none."""
+    folder of evaluations, and yield a note. It does not count as a difference if other methods are
+    evaluated, or if `wanted` adds a reranker and `own` has none."""
     old, new = (each.get("evaluate") or {} for each in (own, wanted))
     free = {"stages", "rerank"} if old.get("rerank") is None else {"stages"}
     change = first_difference(without(old, free), without(new, free), "evaluate")
@@ -408,7 +408,8 @@ def _reopen(folder: RunFolder, name: str) -> Iterator[str]:
 
 def _own_and_wanted(folder: RunFolder, recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
     """The folder's recipe and `recipe` as dicts, with defaults filled in. If the folder's recipe is
-    no longer valid, it is left as stored. Raises: CheckpointError if it cannot be read."""
+    no longer valid, it is returned as stored, without new defaults. Raises: CheckpointError if the
+    folder's recipe cannot be read."""
     try:
         own = yaml.safe_load(folder.recipe.read_bytes())
     except (yaml.YAMLError, ValueError):

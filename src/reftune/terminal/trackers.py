@@ -52,8 +52,9 @@ class TrackedProgress(Progress):
         self._stage = ""
 
     def stage(self, name: str, total_steps: int, done_steps: int = 0) -> None:
-        """Begin a stage. The first stage opens the trackers, as the run has locked its folder by
-        then. If a tracker cannot start, a new run fails, but a continued run leaves it out."""
+        """Begin a stage. The trackers are not opened before the first stage, because some write to
+        the run's folder, which must be locked first. If a tracker cannot start, a continued run
+        goes on without it. Raises: RecipeError if a tracker cannot start in a new run."""
         if self._trackers is None:
             self._trackers = []
             for tracker in self._names:

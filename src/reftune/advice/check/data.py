@@ -237,10 +237,11 @@ def check_reward(subject: Subject) -> Finding:
 
 
 def check_reward_errors(subject: Subject) -> Finding:
-    """Check how often the reward misjudges variants of gold solutions that are certainly wrong or
-    certainly right. Wrong variants with a high reward are false positives; right variants with a
-    low reward are false negatives. The threshold is halfway between the mean rewards of gold
-    solutions and empty completions. Raises: RewardError if the reward function fails."""
+    """Change gold solutions so that they are certainly wrong or certainly still right, and check
+    how often the reward misjudges these variants. Wrong variants with a high reward are false
+    positives; right variants with a low reward are false negatives. A reward is high if it is
+    above the midpoint between the mean reward of gold solutions and that of empty completions.
+    Raises: RewardError if the reward function fails."""
     rows = [row for row in subject.rows[:NUM_REWARDED] if row.problem.scorer is None]
     decimal = getattr(subject.recipe.format, "gold_decimal", ".")
     wrong, right = (

@@ -98,8 +98,8 @@ def formula_steps(linear_formula: str, problem: str) -> list[tuple[str, str]] | 
 
 
 def _names_of_needed(operands: Sequence[Sequence[str]]) -> dict[int, str]:
-    """Position in the formula → name, for each needed step, in the order of the formula. The last
-    step is needed, and so is every step that it depends on."""
+    """The names of the needed steps, in the order of the formula. The keys are the steps' positions
+    in the formula. The last step is needed, and so is every step that it depends on."""
     needed = {len(operands) - 1}
     for position in reversed(range(len(operands))):
         if position in needed:

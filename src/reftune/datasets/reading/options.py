@@ -56,8 +56,8 @@ def read_options(row: Row, columns: str | Sequence[str], reading: Reading) -> Op
 
     If there are several columns, each contains one option, and blank columns are skipped. If the
     names of the columns end in consecutive letters or numbers, as in `option_a`, `option_b`, these
-    letters or numbers are the labels. Numbers that are not written as text get the decimal
-    separator of `reading`.
+    letters or numbers are the labels. Options stored as numbers rather than text are written
+    with the decimal separator of `reading`.
 
     Raises: DataError if there are not 2 to 26 options.
     """

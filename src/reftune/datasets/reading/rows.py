@@ -135,9 +135,9 @@ def read_rows(
     - a folder of such files, or of Parquet shards
     - a Hub id, `owner/name[:config[:split]]`, which is read at `revision`
 
-    The files in a folder are named after their splits. If the folder contains a file with one of
-    the names in `names`, that file is read instead. Files other than Parquet may be gzipped.
-    Raises: DataError if the source cannot be read or has no rows in the split.
+    In a folder, the first file of `names` that exists is read. If none exists, the file or the
+    shards named after the split are read. Files other than Parquet may be gzipped. Raises:
+    DataError if the source cannot be read or has no rows in the split.
     """
     path = _path(source)
     if path.is_dir():

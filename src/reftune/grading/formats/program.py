@@ -4,8 +4,8 @@ A completion either continues `def solution():` or contains a whole program. The
 text search, because only the sandbox parses or runs a model's code. Only text after the last
 `</think>` counts. If the completion ends inside `<think>`, there is no program. If a line after the
 program, such as "Question: …", asks another question, everything from this line on is ignored. A
-completion that continues `def solution():` begins with an indented body. If this body contains a
-`return`, and unfenced text after it defines `solution` again, that text is ignored too. In the
+completion that continues `def solution():` begins with an indented body. Unfenced text after this
+body is ignored too if the body contains a `return` and the text defines `solution` again. In the
 remaining text, the program is the first of the following that exists:
 
 - the last fenced block that defines `solution`
@@ -226,10 +226,11 @@ def programs_in(completion: str) -> tuple[str, ...]:
 
 def scripts_in(completion: str) -> tuple[Script, ...]:
     """The programs to try, in order; none if the completion defines `solution`. Indented text
-    without fenced blocks is taken as the body of `solution`. Otherwise, the program is the last
-    fenced block that states an answer. If no block states one, the program is the whole text,
-    provided that it states one. An answer is stated by a `print(…)`, or by an assignment at the
-    left margin to `result` or to one of `ANSWER_NAMES`."""
+    without fenced blocks is taken as the body of `solution`. Any other completion must state an
+    answer, by a `print(…)` or by an assignment at the left margin to `result` or to one of
+    `ANSWER_NAMES`. The program is then the last fenced block that states an answer. If no block
+    does, the program is the whole text. The program is first tried alone, then preceded by the
+    blocks above it."""
     text, blocks = _text_and_blocks(completion)
     if any(map(_SOLUTION.search, (*blocks, text))):
         return ()
@@ -297,8 +298,9 @@ def _without_prose(program: str) -> str:
 
 
 def _chunks(program: str) -> list[str]:
-    """The program in parts. Each part is a line at the left margin, with all following lines that
-    are blank or indented, begin with a closing bracket, or are inside triple quotes."""
+    """The program in parts. Each part begins with a line at the left margin. The lines right after
+    it belong to the same part if they are blank or indented, begin with a closing bracket, or are
+    inside triple quotes."""
     chunks: list[list[str]] = []
     in_quotes = False
     for line in program.split("\n"):
@@ -381,9 +383,10 @@ def _paper_header(problem: Problem) -> str:
 
 
 def _paper_source(problem: Problem, completion: str) -> str:
-    """The program to run, built as in the authors' code: the header followed by the completion, cut
-    off at the first blank line, with `sys.exit` replaced by `print`. The only global name is
-    `math`: names that the program defines or imports outside `solution` are unknown inside it.
+    """The program to run, built as in the authors' code. The header and the completion are joined,
+    and the result is cut off at its first blank line. `sys.exit` is replaced by `print`. The only
+    global name is `math`: names that the program defines or imports outside `solution` are unknown
+    inside `solution`.
 
     Source: the code of ReFT's authors. Differences: a completion that begins with `def solution`
     gets no header, unused imports are removed, and the default sandbox lacks sympy.

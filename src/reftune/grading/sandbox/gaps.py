@@ -21,10 +21,10 @@ from reftune.grading.sandbox.result import (
 
 def gap(result: ExecutionResult) -> str | None:
     """The part of Python that a program needed but monty lacks, such as `yield`, `dict.get as a
-    value` or `the module heapq`; None if the program did not end because of such a gap.
+    value` or `the module heapq`; None if no such gap ended the program.
 
-    Third-party packages do not count, because verdicts must not depend on which packages are
-    installed.
+    A missing third-party package is not such a gap, because verdicts must not depend on which
+    packages are installed.
     """
     if result.status is not ExecutionStatus.ERROR:
         return None

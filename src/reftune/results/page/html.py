@@ -174,7 +174,7 @@ def _heading(groups: Sequence[Group], table: ScoreTable) -> Headline:
 
 def _coloured_parts(title: str, table: ScoreTable) -> list[tuple[str, str]]:
     """The title in parts, as pairs of a text and a colour. If the text is a method's name, the
-    colour is the method's CSS variable. Otherwise, it is empty."""
+    colour is the method's CSS variable. Otherwise, the colour is an empty string."""
     colours = charts.method_colours([method.label for method in table.methods])
     by_name = {display(label): colour for label, colour in colours.items()}
     longest_first = sorted(map(re.escape, by_name), key=len, reverse=True)
