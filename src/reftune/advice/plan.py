@@ -141,11 +141,11 @@ def make_plan(
     response: int | None = None,
     only: str | None = None,
 ) -> Plan:
-    """Plan the memory of all stages, or of the stage `only`, and the step times of stages that
-    sample. `prompt` and `response` are lengths in tokens, by default `lengths.max_prompt` (256 if
-    unset) and `lengths.max_new`.
+    """Plan the memory of all stages, or of the stage `only`. For stages that sample, also plan the
+    time of a step. `prompt` and `response` are lengths in tokens, by default `lengths.max_prompt`
+    (256 if unset) and `lengths.max_new`.
 
-    Raises: RecipeError if none of these stages can predict its cost; ModelError if the model's
+    Raises: RecipeError if no planned stage can predict its cost; ModelError if the model's
     configuration cannot be read; DataError as in `load_splits`.
     """
     if recipe.model.dtype == "auto":  # every GPU in `GPUS` supports bf16

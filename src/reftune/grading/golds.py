@@ -50,9 +50,9 @@ def read_gold(
 
     For the kind `auto`, the answer is a choice if there are `choices`. Otherwise, it is a number if
     the whole cell is a number. If it is neither a choice nor a number, it is an expression, a list
-    in brackets, or text. An option's letter followed by its text, as in "(B) 12", becomes two
-    accepted spellings (kind `any_of`). If the cell marks its answer ("#### 78", "\\boxed{78}", "The
-    answer is 78"), only the marked part is read, except for the kind `regex`.
+    in brackets, or text. Without `choices`, a letter and an option's text, as in "(B) 12", become
+    two accepted spellings (kind `any_of`). If the cell marks its answer ("#### 78", "\\boxed{78}",
+    "The answer is 78"), only the marked part is read, except for the kind `regex`.
 
     Raises: DataError if the cell has no answer of the requested kind. The caller adds the cell's
     location to the message.

@@ -51,9 +51,9 @@ def table_command(
     In the layout `methods`, one table compares all methods on the same problems. The layout `paper`
     follows the paper's tables. `auto` chooses `paper` if the runs differ in task or kind of
     rationale, and `methods` if not. Votes use the first `k` samples of each problem, or all samples
-    if `k` is None. Raises: DataError if a run is missing or damaged, if a run is unfinished and
-    `finished` is True, if runs are not comparable, if there are fewer than `k` samples per problem,
-    or if `fmt` is unknown.
+    if `k` is None. With `finished`, unfinished runs are refused. Raises: DataError if a run is
+    missing, damaged or refused, if runs are not comparable, if there are fewer than `k` samples per
+    problem, or if `fmt` is unknown.
     """
     runs = read_runs(run_dirs, finished=finished)
     if layout == "paper" or (layout == "auto" and paper.is_several_tasks(runs)):

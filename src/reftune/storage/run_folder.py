@@ -212,7 +212,7 @@ def readable_errors(folder: RunFolder) -> Iterator[None]:
 
 def data_facts(splits: Splits) -> dict[str, Any]:
     """The content of `data.json`: the size and a hash of each split, and the number of rows dropped
-    for each reason. Training problems without a rationale are counted separately."""
+    for each reason. The size of train is two numbers: problems with and without a rationale."""
     with_rationale = sum(problem.rationale is not None for problem in splits.train)
     sizes = {"train": with_rationale, "dev": len(splits.dev), "test": len(splits.test)}
     return {

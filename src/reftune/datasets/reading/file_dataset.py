@@ -51,8 +51,8 @@ class FileDataset(Component):
 
     @abstractmethod
     def problem(self, row: Row) -> Problem:
-        """The problem in a row. Raises: DataError, with the row's location (`row.where`) in the
-        message, if the row is invalid; Unusable if the row is to be left out."""
+        """The problem in a row. Raises: Unusable if the row is to be left out; DataError if the row
+        is invalid, with its location (`row.where`) in the message."""
 
     @classmethod
     def sample_row(cls, n: int) -> dict[str, Any]:

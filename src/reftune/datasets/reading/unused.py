@@ -25,10 +25,10 @@ LEAST_WORDS = 3
 
 
 def unused_columns(splits: Mapping[Split, Sequence[Problem]], used: Columns) -> tuple[str, ...]:
-    """Notes on the unused columns of train that may belong to the question. One note names columns
-    of text, and the setting that would make them part of the question. Another names columns whose
-    cells are lists, such as lists of earlier turns or of long texts. Columns of images are named
-    only if a question contains `<image>`."""
+    """Notes on the unused columns of the training data that may belong to the question. One note
+    names columns of text, and the setting that would make them part of the question. Another names
+    columns whose cells are lists, such as lists of earlier turns or of long texts. Columns of
+    images are named only if a question contains `<image>`."""
     train, notes = splits["train"], []
     columns = dict.fromkeys(name for problem in train for name in problem.columns)
     unused = [name for name in columns if name not in used.names]
