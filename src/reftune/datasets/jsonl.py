@@ -98,8 +98,8 @@ class Jsonl(FileDataset):
     def _columns(self, rows: Sequence[Row], *, is_train: bool) -> Columns:
         """The column of each field, such as `question`: the one that the user named, or else one
         with a usual name. Raises: DataError if no question or answer is found, or if a column that
-        the user named is missing. In dev and test, a missing column is an error here only if it
-        is the question's first column or a column of options."""
+        the user named is missing. In dev and test, this method looks for only some of the columns
+        that the user named: the first column of the question, and the columns of options."""
         named = {} if self.columns is None else self.columns.model_dump()
         for field, value in named.items():
             names = [value] if isinstance(value, str) else value or []
@@ -143,9 +143,10 @@ class Jsonl(FileDataset):
         return self.columns is not None and field in self.columns.model_fields_set
 
     def _id(self, row: Row, column: str | None) -> str:
-        """The id in `column`, or `row.id` if there is no such column or the cell is null. A cell
-        that contains neither text nor a number counts as null if the column was recognised by its
-        name. Raises: DataError if the user named the column and it contains such a cell."""
+        """The id in `column`, or `row.id` if there is no such column or the cell is null. Any other
+        cell should contain text or a number. If it contains neither, the result is `row.id` too,
+        unless the user named the column. Raises: DataError if it contains neither and the user
+        named the column."""
         if column is None or (value := row.get(column)) is None:
             return row.id
         if isinstance(value, int | float):

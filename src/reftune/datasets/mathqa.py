@@ -241,8 +241,8 @@ def read_options(text: str) -> tuple[str, ...] | None:
 
 
 def option_value(text: str) -> Fraction | None:
-    """The number that an option states, as a formula would compute it: `3 : 4` is 3/4, and
-    `11 a . m .` is 11. None if the option states no number."""
+    """The number that an option states, for comparison with the value of a formula. For example,
+    `3 : 4` is 3/4, and `11 a . m .` is 11. None if the option states no number."""
     ratio = re.fullmatch(r"([0-9]+)\s*:\s*([0-9]+)", text)
     if ratio is not None:
         return Fraction(int(ratio[1]), int(ratio[2])) if int(ratio[2]) else None

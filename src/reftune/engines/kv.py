@@ -174,8 +174,8 @@ class _Decoder:
 
     def _draw_uniforms(self, requests: list[_Request]) -> Tensor:
         """Random numbers (B, M) in [0, 1), for up to M tokens per row. A row's numbers depend only
-        on the seed and on the position of the row's prompt. Greedy decoding needs no random
-        numbers, so they are 0."""
+        on the seed and on the position of the row's prompt among all prompts. Greedy decoding needs
+        no random numbers, so they are 0."""
         shape = (len(requests), self.params.max_new_tokens)
         if self.params.temperature == 0:
             return torch.zeros(shape, dtype=widest(self.device), device=self.device)

@@ -144,9 +144,10 @@ class Vllm(Component):
 
     def _have_base(self, policy: Policy, before: _Served | None) -> bool:
         """Whether all servers still have the base model of `policy`. `before` holds the policy
-        whose weights they loaded last, and the name of its adapter. If that policy is `policy`,
-        this method unloads the adapter from every server. A server that did not have the adapter
-        was restarted, so it has lost the base model too."""
+        whose weights the servers loaded last, and the name of that policy's adapter. The result is
+        False if `before` is None or holds another policy. In all other cases, this method unloads
+        the adapter from every server. If a server did not have the adapter, it was restarted and
+        has lost the base model too, so the result is False."""
         if before is None or before[0]() is not policy:
             return False
         with ThreadPoolExecutor(len(self.servers)) as pool:

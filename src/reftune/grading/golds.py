@@ -263,8 +263,8 @@ def _option_gold(text: str, reading: Reading) -> Answer | None:
 
 def worded_gold(text: str, reading: Reading = DEFAULT) -> Answer:
     """The gold answer in a text that is not a number: an option's letter (see `_option_gold`), an
-    expression (kind `latex`), words (kind `text`), or a list in square brackets. A list must have
-    at least three items, or consist of two words."""
+    expression (kind `latex`), words (kind `text`), or a list in square brackets. Text in brackets
+    is read as a list only if it has at least three items, or two items that are single words."""
     text = text.strip()
     if option := _option_gold(text, reading):
         return option

@@ -121,8 +121,8 @@ def _begins_with(line: str, choice: str) -> bool:
 
 
 def _behind(choice: str, line: str) -> str:
-    """The rest of a line that begins with an option's text; the whole line if it begins with other
-    text. The option's text may be in brackets, and punctuation may precede it."""
+    """The part of a line after an option's text, if the line begins with this text; otherwise the
+    whole line. The option's text may be in brackets, and punctuation may precede it."""
     text, words = " ".join(plain(choice).split()).rstrip(".,;:!"), _BEFORE.sub("", line)
     for begin in (text, f"({text})", f"({text}.)"):
         rest = words[len(begin) :]
@@ -205,9 +205,9 @@ def _option_with_value(line: str, choices: Sequence[str]) -> str | None:
 
 
 def _longest(found: list[int], choices: Sequence[str]) -> list[int]:
-    """The positions of options in `found`. If exactly one of these options has a text that begins
-    with the texts of all the others, as "Up, then down" begins with "Up", only the position of this
-    option is returned."""
+    """Narrows `found`, a list of positions of options. If exactly one of these options has a text
+    that begins with the texts of all the others, as "Up, then down" begins with "Up", only the
+    position of this option is returned. If not, `found` is returned unchanged."""
     texts = {index: first_line(choices[index]) for index in found}
     longest = [
         i for i in found if all(i == j or _behind(texts[j], texts[i]) != texts[i] for j in found)

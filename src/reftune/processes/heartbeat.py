@@ -87,7 +87,7 @@ class Heartbeat:
 
     def _most_silent(self) -> tuple[int, float]:
         """The rank of the process that has been silent longest, not counting this process, and the
-        length of its silence in seconds. If that process has left, the length is 0."""
+        length of its silence in seconds. If that process has called `leave`, the length is 0."""
         now = time.monotonic()
         rank = min(self._others, key=lambda other: self._heard[other][1])
         beat, at = self._heard[rank]

@@ -118,8 +118,8 @@ def compare(a: str, correct_a: ArrayLike, b: str, correct_b: ArrayLike) -> Compa
 
 
 def mcnemar_exact(only_a: int, only_b: int) -> float:
-    """Two-sided p-value of this hypothesis about two methods: if only one of them solves a problem,
-    it is equally likely to be the first or the second.
+    """Two-sided p-value of this hypothesis: if only one of two methods solves a problem, that
+    method is equally likely to be the first or the second.
 
         p = min(1, 2 Σ_{i ≤ min(only_a, only_b)} C(m, i) / 2^m),   m = only_a + only_b
 

@@ -185,8 +185,9 @@ class Estimate:
 
     def _sampler(self, copies: float) -> float:
         """Bytes that each device needs for the sampler, a model that is loaded only to sample. They
-        include the copies that the engine makes of the sampler's weights. `copies` is the size, in
-        bytes, of the copies that the engine would make of the policy's weights."""
+        include the engine's copies of the sampler's weights. `copies` is the size, in bytes, of the
+        copies that the engine makes when it samples with the policy. The copies of the sampler's
+        weights are never larger."""
         outline, table = self.outline, self.outline.table
         is_frozen = table.lora is not None or table.gradient_checkpointing
         if is_frozen:
@@ -240,9 +241,9 @@ def estimates(
 def stage_costs(
     recipe: Recipe, *, num_train: int = 1, num_rationales: int | None = None, num_dev: int = 1
 ) -> dict[str, Cost]:
-    """The `Cost` of each stage that can predict it. Of `num_train` training problems,
-    `num_rationales` have a rationale; by default, all have one. `num_dev` is the number of dev
-    problems."""
+    """The `Cost` of each stage. Stages that cannot predict their cost are left out. Of `num_train`
+    training problems, `num_rationales` have a rationale; by default, all have one. `num_dev` is the
+    number of dev problems."""
     supervised = num_train if num_rationales is None else num_rationales
     costs = {
         name: stage.cost(

@@ -82,8 +82,9 @@ BEST = "best.json"
 
 
 class Interrupted(Exception):
-    """The run was asked to stop. If the current stage has taken a step, it is finished or has saved
-    a checkpoint. `str(self)` is the folder of the stage or the checkpoint, or empty."""
+    """The run was asked to stop. If the current stage has taken a step, the stage is finished or
+    has saved a checkpoint. `str(self)` is the folder of the finished stage or of the checkpoint. It
+    is empty if the engine has failed as well."""
 
 
 @contextmanager
@@ -352,10 +353,10 @@ class Loop:
             self.state.best_accuracy = facts["dev_accuracy"]
 
     def _follow(self, look: Look) -> dict[str, float]:
-        """Return the recent rise in dev accuracy, up to the evaluation `look`, as metrics. With
-        `until_plateau`, if accuracy has reached a plateau, also set the stage's last step. All
-        calls after that return no metrics, because the learning rate then falls, and this alone may
-        raise accuracy."""
+        """Add the evaluation `look` to the history of dev accuracy, and return the recent rise in
+        dev accuracy as metrics. With `until_plateau`, if accuracy has reached a plateau, also set
+        the stage's last step. All calls after that do nothing and return no metrics, because the
+        learning rate then falls, and this alone may raise accuracy."""
         if not look.correct or self.state.ends_at is not None:
             return {}
         history = History(**self.state.history)

@@ -189,8 +189,9 @@ class Outline:
     @torch.no_grad()
     def _prefill(self, prompt: int, rows: int, *, of_gathered: bool = False) -> Prefill:
         """The memory needed to read `rows` prompts of `prompt` tokens at once, computed on fake
-        tensors. `of_gathered` has no effect on the computation. It only lets `@cache` tell calls
-        with gathered weights from calls with the ordinary ones."""
+        tensors. Callers set `of_gathered` while the model holds gathered weights. It has no effect
+        on the computation, but it makes `@cache` store this result separately from the result for
+        ordinary weights."""
         policy = self.policy
         with (
             self.mode,

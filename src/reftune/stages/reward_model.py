@@ -200,9 +200,8 @@ class Classifier(nn.Module):
 
     def solution_batch(self, solutions: Sequence[tuple[Problem, str]]) -> TokenBatch:
         """A batch of prompts and solutions. If a prompt or a solution does not fit in the model's
-        context, its end is cut off. Every solution still ends with the end token: the classifier
-        reads the hidden state that predicts this token, which is the state of the token before
-        it."""
+        context, its end is cut off. A solution ends with the end token even if it was cut off. The
+        classifier reads the hidden state of the token before the end token."""
         longest = None if self.policy.context is None else self.policy.context - 1
         problems = [problem for problem, _ in solutions]
         texts = self.encoder.with_thoughts(problems, [text for _, text in solutions])

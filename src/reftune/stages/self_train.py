@@ -224,5 +224,6 @@ def join_as_paper(
 ) -> list[str]:
     """The result of `join_once`, then the gold solution again. Source: ReFT's code
     (arXiv:2401.08967, §4.2). Differences: white space at both ends is kept, because programs need
-    it, and solutions in words are repeats if they differ only in how the answer is written."""
+    it, and solutions in words count as repeats if they differ only in how the answer is
+    written."""
     return [*join_once(correct, gold, keep, same), *gold]

@@ -14,7 +14,8 @@ LARGEST_WHOLE = 10**15
 
 def program(steps: Sequence[tuple[str, str]], *, result: str | None = None) -> str:
     """The source of a function `solution()` with a line `name = expression` for each pair in
-    `steps`. The function returns the expression `result`, by default the last name."""
+    `steps`. The function returns the expression `result` or, by default, the name in the last
+    pair."""
     lines = ["import math"] * any("math." in expression for _, expression in steps)
     lines += [f"{name} = {expression}" for name, expression in steps]
     lines += [f"return {result or steps[-1][0]}"]

@@ -203,8 +203,8 @@ def keep_only(results: int) -> None:
 def fence_in(readable: list[str]) -> str:
     """Permanently give up access to the network, other processes and the contents of all files
     except `readable`, as far as the system allows. Without seccomp, other processes may remain
-    accessible. Returns a phrase that names what is missing to protect files and the network; empty
-    if nothing is missing."""
+    accessible. Protecting files and the network needs certain features of the system. Returns a
+    phrase that names the missing ones; empty if none is missing."""
     try:
         libc = ctypes.CDLL(None, use_errno=True)
         namespaces = libc.unshare(CLONE_NEWUSER | CLONE_NEWNET | CLONE_NEWIPC) == 0

@@ -1,8 +1,8 @@
 """Lets transformers' own models read sequences without padding between them.
 
 The sequences follow one another without gaps, and a prompt that several of them share appears once.
-For attention only, sequences are padded in groups of similar length, and shared prompts are
-repeated.
+Attention is the exception: it pads the sequences in groups of similar length, and gives each
+sequence its own copy of a shared prompt.
 """
 
 from __future__ import annotations

@@ -196,8 +196,9 @@ class _GatedSilu(torch.autograd.Function):
 
 
 class _TurnAndPad(torch.autograd.Function):
-    """Applies rotary positions to the first `turned` heads of tokens (T, heads · D), then copies
-    all heads to slots (S, heads, D). Heads are those of queries, keys and values, in that order."""
+    """Applies rotary positions to the first `turned` heads of each token, then copies all heads to
+    the token's slots (see `Packing`). The input is (T, heads · D), and the result is
+    (S, heads, D). The heads are those of queries, keys and values, in that order."""
 
     @staticmethod
     def forward(

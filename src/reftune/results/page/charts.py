@@ -283,9 +283,10 @@ def _passes_before(run: RunResults, method: str) -> float:
 
 
 def _passes_to(folder: Path) -> float:
-    """Number of sequences on which the model in an earlier run's stage folder was trained, counted
-    from the base model; 0 if the folder has no `stage.json`, as for `base`. Within a stage, every
-    step is assumed to train on the same number of sequences."""
+    """Number of sequences on which a model was trained, counted from the base model. `folder` is
+    the model's stage folder in an earlier run. The number is 0 if the folder has no `stage.json`,
+    as for `base`. Within a stage, every step is assumed to train on the same number of
+    sequences."""
     passes, seen = 0.0, set[Path]()
     while folder.resolve() not in seen and (info := read_json(StageFolder(folder).info)):
         seen.add(folder.resolve())
@@ -297,10 +298,10 @@ def _passes_to(folder: Path) -> float:
 
 
 def equal_compute(chart: Chart, a: str, b: str) -> str:
-    """A sentence with the best dev accuracies of `a` and `b` at equal training effort. If one
-    method was trained on more sequences, its dev evaluations after the other's last one are
-    ignored. Sequences are counted from the base model. Empty if a method has no dev accuracy up to
-    this limit."""
+    """A sentence with the best dev accuracies of `a` and `b` at equal training effort. Each
+    method's last dev evaluation comes after some number of training sequences, counted from the
+    base model. The smaller of these two numbers is the limit, and dev evaluations beyond it are
+    ignored. Empty if a method has no dev accuracy up to the limit."""
     by_name = {series.label: series for series in chart.series}
     found = [by_name[name] for name in (a, b) if name in by_name]
     passes = min((series.x[-1] for series in found), default=0.0)

@@ -31,8 +31,8 @@ def problems(methods: Sequence[MethodScore]) -> Json:
     """Problems from the final evaluation, each with the greedy answer of every method. If there are
     several seeds, the answers come from the first seed.
 
-    Problems on which methods disagree are chosen first. The chosen problems are shown in the
-    evaluation's order.
+    Problems that some methods solved and others did not are chosen first. The chosen problems are
+    shown in the evaluation's order.
     """
     colours = method_colours([method.label for method in methods])
     columns = [method.group.runs[0].evals[method.method] for method in methods]

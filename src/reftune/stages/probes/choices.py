@@ -224,8 +224,9 @@ def chosen(graded: Graded, problem: Problem) -> str | None:
 
 
 def _numeric(policy: Policy, collector: Collector, problems: Sequence[Problem]) -> dict[str, bool]:
-    """Whether each problem with a numeric gold option is solved without options, by problem id. If
-    no answer can be read from a solution, the value that the solution derives is judged instead."""
+    """By problem id, whether the model solves the problem without its options. Problems whose gold
+    option is not a number are left out. If no answer can be read from a solution, the solution's
+    number from `derived_values` is judged instead."""
     asked = [numeric for numeric in map(without_options, problems) if numeric is not None]
     if not asked:
         return {}
