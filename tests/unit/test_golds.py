@@ -180,6 +180,11 @@ SEVERAL = [
     ("So \\boxed{7}. The answer is 8.", ("7", "8")),
     ("<answer>3</answer><answer>4</answer>", ("3", "4")),
     ("Answer: Paris\nAnswer: London", ("Paris", "London")),
+    ("#### 3 or #### 4", ("3", "4")),
+    ("#### 3 OR #### 4", ("3", "4")),
+    ("#### 3, and\n#### 4", ("3", "4")),
+    ("#### 3; #### 4", ("3", "4")),
+    ("The answer is Paris or the answer is London", ("Paris", "London")),
 ]
 
 

@@ -192,6 +192,8 @@ def _said(statement: Statement, text: str, end: int, reading: Reading) -> str:
     begin = statement.end - len(statement.text or "")
     said, marker = text[begin : min(end, statement.end)], text[statement.start : begin]
     said = _BULLET.sub("", said)
+    if end < len(text):  # another marker follows
+        said = _JOINT.sub("", said)
     if marker[0] == "|":  # a row of a table
         return said.partition("|")[0].strip(" *_")
     if '"' in marker:  # "answer": "12", as in JSON
@@ -206,6 +208,7 @@ def _said(statement: Statement, text: str, end: int, reading: Reading) -> str:
     return said.strip() if has_more or text[statement.start] == "#" else first
 
 
+_JOINT = re.compile(r"[\s,;]*(?:\b(?:or|and)\W*)?$", re.IGNORECASE)
 _BULLET = re.compile(r"^[ \t:*_]*\n\s*[-*+•] +")
 _EXPLANATION = re.compile(r"\W*(?:explanation|reason(?:ing)?|check|verification|note)\b", re.I)
 
@@ -218,7 +221,7 @@ def _is_beside(
     if before.is_closed:
         between = marker_pattern(reading.markers).sub("", between)
         return SIDE_BY_SIDE.fullmatch(between) is not None
-    earlier = re.sub(r"\W*(?:\b(?:or|and)\W*)?$", "", earlier)
+    earlier = re.sub(r"\W*$", "", earlier)
     numbers = [number_in_gold(each, reading) is not None for each in (earlier, said)]
     return all(numbers) or (not any(numbers) and len(earlier.split()) <= 2)
 
