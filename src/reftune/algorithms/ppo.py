@@ -40,7 +40,7 @@ class Ppo(Clipped):
         return self.gamma
 
     def credit(self, batch: RolloutBatch) -> RolloutBatch:
-        """A copy of `batch` with advantages, for the policy loss, and returns, for the value loss.
+        """A copy of `batch` with advantages (for the policy loss) and returns (for the value loss).
         Both are computed by GAE from the tokens' rewards, which include the KL penalty. The
         advantages are then whitened. Source: ReFT (arXiv:2401.08967), §3.1."""
         assert batch.values is not None

@@ -98,8 +98,8 @@ class Jsonl(FileDataset):
     def _columns(self, rows: Sequence[Row], *, is_train: bool) -> Columns:
         """The column of each field, such as `question`: the one that the user named, or else one
         with a usual name. Raises: DataError if no question or answer is found, or if a column that
-        the user named is missing. In dev and test, this method looks for only some of the columns
-        that the user named: the first column of the question, and the columns of options."""
+        the user named is missing. In dev and test, this method raises the error for a missing
+        column only if the column holds options or is the first of the question's columns."""
         named = {} if self.columns is None else self.columns.model_dump()
         for field, value in named.items():
             names = [value] if isinstance(value, str) else value or []

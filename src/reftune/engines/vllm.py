@@ -406,8 +406,9 @@ def own_servers(servers: Sequence[Server]) -> list[Server]:
 
 def requests(prompts: Sequence[Any], params: SamplingParams, at_most: int) -> list[slice]:
     """Slices of up to `at_most` consecutive prompts, one slice per request. A greedy request may
-    contain any prompts. A sampling request contains copies of one prompt, because it has only one
-    seed: vLLM draws the first sample with this seed, the second with seed + 1, and so on."""
+    contain any prompts. When sampling, a slice contains only copies of one prompt. The request then
+    asks vLLM for one sample per copy. It has a single seed: vLLM draws the first sample with this
+    seed, the second with seed + 1, and so on."""
     starts = [0] if prompts else []
     for position in range(1, len(prompts)):
         is_full = position - starts[-1] == at_most

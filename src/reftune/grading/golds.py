@@ -282,8 +282,9 @@ def worded_gold(text: str, reading: Reading = DEFAULT) -> Answer:
 
 def _several(raw: object, kind: Literal["any_of", "list", "set"], reading: Reading) -> Answer:
     """A gold answer with several parts: accepted spellings (`any_of`), a `list` or a `set`. The
-    cell may be a list, text that spells one ("[1, 2]"), or text with a marker before each part. For
-    a `list` or `set`, it may also be text such as "1, 2", which `split_items` splits."""
+    cell may be a list, text that spells one ("[1, 2]"), or text that marks each part
+    ("\\boxed{1} and \\boxed{2}"). For a `list` or `set`, it may also be text such as "1, 2", which
+    `split_items` splits."""
     values = list(_values(raw, kind, reading))
     parts = tuple(dict.fromkeys(values) if kind in ("any_of", "set") else values)
     if not parts or not all(part.strip() for part in parts):
@@ -328,8 +329,9 @@ def _pattern(raw: object) -> Answer:
 def split_items(text: str, words: str = "and") -> tuple[str, ...]:
     """The items of a written list, with or without brackets. Commas, semicolons, line breaks and
     matches of the pattern `words` separate items, except inside inner brackets. If any comma has a
-    space after it, commas without one do not separate: "1,000, 2" has two items. Commas that may
-    group thousands do not separate either if there are other separators, as in "1,000; 2"."""
+    space after it, commas without one do not separate: "1,000, 2" has two items. If there are
+    separators other than commas, a comma that may group thousands does not separate, as in
+    "1,000; 2"."""
     text = re.sub(r"\\(?:left|right)\b|\\(?=[{}])", "", text.strip().strip("$")).strip()
     if _BRACKETED.fullmatch(text):
         text = text.rstrip(".")[1:-1]

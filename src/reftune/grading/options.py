@@ -72,9 +72,10 @@ def read_choice(text: str, choices: Sequence[str]) -> str | None:
 
 def _has_second_letter(said: str, rest: str, choices: Sequence[str]) -> bool:
     """Whether a second letter follows the chosen one, as in "B or C". If the text of the chosen
-    option stands between the two, the second letter must be that of an option. For example, h in
-    "B) 20/h" and x in "B) 20, x and y are even" do not count if no options have these letters.
-    But after "or", a letter before a closing bracket always counts, as in "B) 20 or (x)"."""
+    option stands between the two letters, the second letter counts only if an option has it. For
+    example, if there are four options and the text of B is "20", h in "B) 20/h" and x in "B) 20, x
+    and y are even" do not count. But a letter between "or" and a closing bracket always counts, as
+    in "B) 20 or (x)"."""
     second = _SECOND_CHOICE.match(rest)
     if second is None or rest == said or _SECOND_CHOICE.match(said):
         return second is not None

@@ -60,9 +60,9 @@ def stated_number(line: str) -> Number | None:
 
 def _after_equals(line: str) -> str:
     """The part of a line that states the value. This is usually the text after the last `=` in the
-    first sentence. It is the whole line if there is no `=`, or if the only `=` is in an aside after
-    a number ("18, because 2 + 2 = 4", "12 when n = 3"). It is empty if the line states different
-    values ("x = 3 or x = 4") or only a multiple of an unknown ("2x = 6")."""
+    first sentence. It is the whole line if there is no `=`, or if the first `=` is in an aside
+    after a number ("18, because 2 + 2 = 4", "12 when n = 3"). It is empty if the line states
+    different values ("x = 3 or x = 4") or only a multiple of an unknown ("2x = 6")."""
     line = _LEADING_CONDITION.sub("", line)
     sentence = _SENTENCE_END.split(line, maxsplit=1)[0]
     equals = list(_EQUALS.finditer(sentence))
@@ -207,8 +207,8 @@ _LOOKAHEAD_CHARS = 120
 
 
 def _is_part_of_more(rest: str) -> bool:
-    """Whether the text after a number makes the number part of something larger, as in "5 or 6".
-    This depends on the kinds of the next words and symbols (see `_KINDS`)."""
+    """Whether the number before `rest` is only a part of something longer, such as "5 or 6". This
+    depends on the kinds of the words and symbols at the start of `rest` (see `_KINDS`)."""
     shape = _KIND.sub(lambda match: _LETTERS[match.lastindex or 0], rest[:_LOOKAHEAD_CHARS])
     return (
         _CONTINUES.match(shape) is not None

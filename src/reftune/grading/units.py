@@ -52,8 +52,8 @@ _UNIT = re.compile(
 
 def is_unit(rest: str) -> bool:
     """Whether the text after a number is empty or one unit, such as " km/h", " apples per day" or
-    " (m^2)". A unit consists of symbols (km, kWh) or lower-case words. A single letter does not
-    count, because "12 m" may be 12 times m."""
+    " (m^2)". A unit consists of symbols (km, kWh) or lower-case words. A single letter
+    alone does not count as a unit, because "12 m" may be 12 times m."""
     unit = rest.strip()
     if unit[:1] == "(" and unit[-1:] == ")":
         unit = unit[1:-1].strip()

@@ -38,8 +38,9 @@ class Models:
     def load(self, name: str, *, trained: bool = False) -> Policy:
         """The model `name` as a policy. With `trained`, the policy is built for training. If the
         recipe also sets `lora`, the policy has adapters to train. On a 4-bit base, these are the
-        model's own adapters, unless the model is `base`. In all other cases, they are new. The
-        caller must not change the policy; for one that may be changed, call `take`.
+        model's own adapters, unless the model is `base`. In all other cases, they are new.
+        The policy is kept for later calls, so the caller must not change it, even with `trained`.
+        To get a policy that may be changed, call `take`.
         Raises: RecipeError if the method is not trained yet, or if this machine or FSDP2 does not
         support a setting; ModelError if the model cannot be used."""
         table = self.recipe.model
@@ -65,8 +66,9 @@ class Models:
 
     def _restored(self, name: str, *, trained: bool) -> Policy:
         """The model `name` as a policy, with its value head and the recipe's settings, on the
-        recipe's device. For training on a 4-bit base, the model's own adapters are loaded. In all
-        other cases, the model's weights are loaded, and training with `lora` adds new adapters."""
+        recipe's device. For training on a 4-bit base, the base is loaded with the model's own
+        adapters, or with new ones if the model is the base itself. In all other cases, the model's
+        full weights are loaded, and training with `lora` adds new adapters."""
         table = self.recipe.model
         require_trained(self.recipe, [name])
         continues = trained and table.quantize is not None

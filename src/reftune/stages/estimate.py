@@ -107,8 +107,9 @@ class Estimate:
         return self.prompt + self.response
 
     def micro_batch(self, tokens: int) -> float:
-        """Size of a step's largest pass, in sequences of maximum length (`length` tokens). A pass
-        has at most `tokens` tokens. The result is at least 1."""
+        """The number of tokens in a step's largest pass, divided by `length`, the maximum length of
+        a sequence. A pass has at most `tokens` tokens, unless a single sequence is longer. The
+        result is at least 1."""
         packs = self.outline.policy.packs
         mean = ((packs and self.mean_prompt) or self.prompt) + self.response
         share = math.ceil(self.cost.batch / self.devices) * mean
@@ -185,9 +186,8 @@ class Estimate:
 
     def _sampler(self, copies: float) -> float:
         """Bytes that each device needs for the sampler, a model that is loaded only to sample. They
-        include the engine's copies of the sampler's weights. `copies` is the size, in bytes, of the
-        copies that the engine makes when it samples with the policy. The copies of the sampler's
-        weights are never larger."""
+        include the copies that the engine makes of the sampler's weights. These copies take at most
+        `copies` bytes, the size of the copies that the engine makes of the policy's weights."""
         outline, table = self.outline, self.outline.table
         is_frozen = table.lora is not None or table.gradient_checkpointing
         if is_frozen:

@@ -82,9 +82,9 @@ BEST = "best.json"
 
 
 class Interrupted(Exception):
-    """The run was asked to stop. If the current stage has taken a step, the stage is finished or
-    has saved a checkpoint. `str(self)` is the folder of the finished stage or of the checkpoint. It
-    is empty if the engine has failed as well."""
+    """The run was asked to stop. Every step that the current stage has taken is saved. `str(self)`
+    is the checkpoint's folder or, if the stage is finished, the stage's folder. If the engine has
+    failed too, `str(self)` is empty."""
 
 
 @contextmanager

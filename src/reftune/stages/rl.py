@@ -365,8 +365,8 @@ def per_token(tokens: TokenBatch, numbers: Sequence[Sequence[float]]) -> Tensor:
 
 def credited_by(algorithm: Algorithm, batch: RolloutBatch) -> RolloutBatch:
     """The result of the algorithm's `credit(batch)`. Raises: RecipeError if it is not a
-    `RolloutBatch` of the same size as `batch`, or if a tensor has the wrong shape. Any returns must
-    be (B, R), and any advantages (B, R) or (B, 1)."""
+    `RolloutBatch` of the same size as `batch`, or if its `advantages` or `returns` have the wrong
+    shape. `advantages` must be None, (B, R) or (B, 1). `returns` must be None or (B, R)."""
     credited: object = algorithm.credit(batch)
     where = f"algorithm {algorithm.kind}: credit returned"
     if not isinstance(credited, RolloutBatch) or len(credited) != len(batch):

@@ -53,9 +53,9 @@ def save_checkpoint(
     state: Mapping[str, Any],
     keep: int = 2,
 ) -> Path:
-    """Write the checkpoint of `step`, completely or not at all. Then delete all others except the
-    latest `keep` - 1 from earlier steps. Return the path `folder/step-…`. Raises: CheckpointError
-    for a disk error; older checkpoints then remain."""
+    """Write the checkpoint of `step`, completely or not at all. Then keep this checkpoint and the
+    latest `keep` - 1 from earlier steps, and delete all others. Return the path `folder/step-…`.
+    Raises: CheckpointError for a disk error; older checkpoints then remain."""
     from safetensors.torch import save_file
 
     def fill(partial: Path) -> None:

@@ -115,8 +115,9 @@ def draw_splits(
 
 
 def without_leaks(splits: Splits) -> Splits:
-    """`splits` without leaks, which are counted as `leak`. A train question is a leak if dev or
-    test contains exactly the same text. A dev question is a leak if test contains it."""
+    """`splits` without leaks. The number of removed leaks is added to `counts` under `leak`. A
+    train question is a leak if dev or test contains exactly the same text. A dev question is a leak
+    if test contains it."""
 
     def without(problems: Sequence[Problem], *others: Sequence[Problem]) -> tuple[Problem, ...]:
         taken = {_spelling(each) for split in others for each in split}

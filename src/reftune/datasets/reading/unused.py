@@ -63,8 +63,8 @@ def _adds_list(column: str, problem: Problem) -> bool:
 
 
 def _is_text(column: str, problems: Sequence[Problem]) -> bool:
-    """Whether most cells of a column are text that is not in the row's question. A column that is
-    named like an answer or a rationale does not count."""
+    """Whether most filled cells of a column are text that is not in the row's question. If the
+    column is named like an answer or a rationale, the result is False."""
     words = [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", column)]
     if {*NAMES["answer"], *NAMES["rationale"]} & {column.lower(), *words}:
         return False

@@ -225,12 +225,12 @@ def programs_in(completion: str) -> tuple[str, ...]:
 
 
 def scripts_in(completion: str) -> tuple[Script, ...]:
-    """The programs to try, in order; none if the completion defines `solution`. Indented text
-    without fenced blocks is taken as the body of `solution`. Any other completion must state an
-    answer, by a `print(…)` or by an assignment at the left margin to `result` or to one of
-    `ANSWER_NAMES`. The program is then the last fenced block that states an answer. If no block
-    does, the program is the whole text. The program is first tried alone, then preceded by the
-    blocks above it."""
+    """The programs to try, in order. There are none if the completion defines `solution`, because
+    `programs_in` handles this case. If the completion is indented text without fenced blocks, it is
+    run as the body of a function `solution`. Any other completion must state an answer, by a
+    `print(…)` or by an assignment at the left margin to `result` or to one of `ANSWER_NAMES`. The
+    program is then the last fenced block that states an answer. If no block does, the program is
+    the whole text. The program is first tried alone, then preceded by the blocks above it."""
     text, blocks = _text_and_blocks(completion)
     if any(map(_SOLUTION.search, (*blocks, text))):
         return ()

@@ -104,8 +104,8 @@ def _words(text: str) -> str:
 
 
 def rotated(problem: Problem, by: int) -> Problem:
-    """The problem with each option moved down by `by` places, wrapping around at the end of the
-    list. If `by` is a multiple of the number of options, the order stays the same."""
+    """A copy of `problem` with each option moved down by `by` places, wrapping around at the end
+    of the list. If `by` is a multiple of the number of options, the order stays the same."""
     count = len(problem.choices)
     choices = tuple(problem.choices[(place - by) % count] for place in range(count))
     gold = moved(str(problem.answer.value), by, count)
@@ -185,9 +185,9 @@ def diagnose(
     completions: Sequence[str],
     graded: Sequence[Graded],
 ) -> list[ChoiceRow]:
-    """Ask each question again with its options moved and, if its gold option is a number, without
-    options. Return one row per problem. `completions` are the solutions to the original questions,
-    and `graded` are their grades."""
+    """Ask each question again, with its options moved to other letters. If its gold option is a
+    number, also ask it without options. Return one row per problem. `completions` are the solutions
+    to the original questions, and `graded` are their grades."""
     turns = [
         1 + derive_seed(0, problem.id, "options") % (len(problem.choices) - 1)
         for problem in problems
