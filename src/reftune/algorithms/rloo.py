@@ -24,8 +24,9 @@ class Rloo(Clipped):
     def credit(self, batch: RolloutBatch) -> RolloutBatch:
         """A copy of `batch` in which every token of a sample has the advantage
 
-            A_i = R_i - mean of the group's other R_j      R = r - β Σ_t log (π / π_ref)
+            A_i = S_i - mean of the group's other S_j      S = R - β Σ_t log (π / π_ref)
 
+        where R is the sample's reward.
         Source: RLOO (arXiv:2402.14740). Differences: none.
         """
         mask = batch.response_mask

@@ -2,9 +2,9 @@
 estimates pass@k.
 
 A sample votes for the answer that was read from it, if any. Equal answers, such as 0.5, 1/2 and
-50%, pool their votes and are represented by the spelling with the most votes. Under the rules of
-the ReFT paper, answers are equal only if they have the same spelling. In a tie, the answer seen
-first wins. If there are no votes, the result counts as wrong.
+50%, pool their votes and are represented by the spelling with the most votes. But if the format
+has `grading: paper`, only answers with the same spelling pool their votes, as in the ReFT paper. In
+a tie, the answer seen first wins. If there are no votes, the result counts as wrong.
 """
 
 from __future__ import annotations
