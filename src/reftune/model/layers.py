@@ -66,10 +66,10 @@ def _widen(module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
 
 def quantize(model: Any, dtype: torch.dtype) -> None:
     """Quantize all linear layers except the output head to 4 bits, in place. The format is NF4 in
-    blocks of 64 weights (QLoRA, arXiv:2305.14314, §3). The quantized weights are the same as those of
-    Hugging Face transformers with `BitsAndBytesConfig(load_in_4bit=True,
-    bnb_4bit_quant_type="nf4")`. Matmuls run in `dtype`. Raises: ModelError if bitsandbytes is not installed or there are no
-    linear layers."""
+    blocks of 64 weights (QLoRA, arXiv:2305.14314, §3). The quantized weights are the same as those
+    of Hugging Face transformers with `BitsAndBytesConfig(load_in_4bit=True,
+    bnb_4bit_quant_type="nf4")`. Matmuls run in `dtype`. Raises: ModelError if bitsandbytes is not
+    installed or there are no linear layers."""
     try:
         from bitsandbytes.nn import Linear4bit, Params4bit
     except ImportError:
