@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
 import re
 from collections.abc import Sequence
 from datetime import date, datetime, time
@@ -231,6 +232,41 @@ def test_a_table_may_mix_line_endings(tmp_path: Path) -> None:
 def test_utf_16_without_its_mark_is_refused_with_the_line(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"bare.csv:1: contains a NUL; expected UTF-8"):
         read(tmp_path / "bare.csv", "question,answer\n1 + 1?,2\n".encode("utf-16-le"))
+
+
+@pytest.mark.parametrize("name", ["data.csv", "data.jsonl"])
+def test_a_file_with_a_mark_of_utf_8_is_never_read_in_another_encoding(
+    tmp_path: Path, name: str
+) -> None:
+    text = b"\xef\xbb\xbfid,question\n1,\xe2\x82\xac\n2,\xff\n"
+    with pytest.raises(DataError, match=rf"{name}:3: byte 0xff is not UTF-8"):
+        read(tmp_path / name, text)
+
+
+def test_a_damaged_sheet_is_refused_in_a_line(tmp_path: Path) -> None:
+    book, rng = openpyxl.Workbook(), random.Random(0)
+    book.active.append(["question", "answer"])
+    book.save(tmp_path / "whole.xlsx")
+    whole, num_refused = (tmp_path / "whole.xlsx").read_bytes(), 0
+    for _ in range(60):
+        damaged = bytearray(whole)
+        for place in rng.sample(range(len(whole)), 3):
+            damaged[place] = rng.randrange(256)
+        (tmp_path / "data.xlsx").write_bytes(damaged)
+        try:
+            read_rows(str(tmp_path / "data.xlsx"), "train")
+        except DataError as error:
+            num_refused += "not a readable Excel file" in str(error)
+    assert num_refused > 10
+
+
+def test_line_breaks_of_excel_are_line_breaks(tmp_path: Path) -> None:
+    book = openpyxl.Workbook()
+    for cells in (["question", "answer"], ["one_x000D_\ntwo?", "3_x000D_"]):
+        book.active.append(cells)
+    book.save(tmp_path / "data.xlsx")
+    (row,) = columns(read_rows(str(tmp_path / "data.xlsx"), "train"))
+    assert row["question"] == "one\ntwo?"
 
 
 @pytest.mark.parametrize("size", ["A1:B2", "A1", "A1:F9", None])

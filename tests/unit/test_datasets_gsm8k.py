@@ -84,6 +84,8 @@ def test_steps_are_called_after_the_words_behind_their_result(
         "<<()=6>>",
         "<<7//2=3>>",
         "<<=6>>",
+        "<<1_000+2=1002>>",
+        f"<<{'+'.join('1' * 5000)}=5000>>",
     ],
 )
 def test_solutions_without_plain_arithmetic_have_no_program(solution: str) -> None:

@@ -189,6 +189,63 @@ def test_a_position_counts_from_what_the_recipe_says(
 
 
 @pytest.mark.parametrize(
+    ("row", "golds", "letters"),
+    [
+        ({"sol1": "x", "sol2": "y"}, [0, 1], "ab"),  # 1 is also the label of sol1
+        ({"choices": {"text": ["x", "y", "z"], "label": ["1", "2", "3"]}}, [0, 1, 2], "abc"),
+        ({"a": "", "b": "x", "c": "y"}, [1, 2], "ab"),  # blank options have positions too
+        ({"a": "x", "b": "y", "c": ""}, [0, 1], "ab"),
+        ({"choices": {"A": None, "B": "x", "C": "y"}}, [1, 2], "ab"),
+        ({"choices": {"A": "x", "B": "y"}}, ["A", "(B)"], "ab"),
+    ],
+)
+def test_a_whole_number_is_a_position_if_the_recipe_says_so(
+    tmp_path: Path, row: dict[str, Any], golds: list[object], letters: str
+) -> None:
+    names = {} if "choices" in row else {"columns": {"choices": list(row)}}
+    rows = ({"question": f"{gold}?", **row, "answer": gold} for gold in golds)
+    found = load(tmp_path, *rows, positions_from=0, **names)
+    assert "".join(str(problem.answer.value) for problem in found) == letters
+
+
+@pytest.mark.parametrize(
+    ("choices", "gold"),
+    [
+        ({"text": ["x", "y"], "label": ["(1)", "(2)"]}, "(2)"),
+        ({"text": ["x", "y"], "label": ["1.", "2."]}, 2),
+        ({"(B)": "x", "(A)": "y"}, "(A)"),
+        ({"text": ["x", "y"], "label": 1}, "y"),
+        ({"text": ["x", None, "y"], "label": ["A", "B", "C"]}, "C"),
+    ],
+)
+def test_labels_however_they_are_written(tmp_path: Path, choices: object, gold: object) -> None:
+    (problem,) = load(tmp_path, {"question": "q", "choices": choices, "answer": gold})
+    assert (problem.choices, problem.answer.value) == (("x", "y"), "b")
+
+
+@pytest.mark.parametrize(
+    ("answer", "rationale"),
+    [
+        ("#### Step 1\n6 by 7.\n\n#### Step 2\n6*7 is 42.\n\nThe answer is \\boxed{42}.", None),
+        ("###### Step\n6*7=42. The answer is 42", None),
+        ("6*7=42\n#### 42", "6*7=42"),
+        ("#### Step 1\n6*7=42\n#### 42\n", "#### Step 1\n6*7=42"),
+    ],
+)
+def test_a_heading_is_no_answer_and_stays_in_the_rationale(
+    tmp_path: Path, answer: str, rationale: str | None
+) -> None:
+    (problem,) = load(tmp_path, {"question": "6 * 7?", "answer": answer})
+    assert problem.answer == Answer(kind="number", value=Fraction(42))
+    assert problem.rationale == (rationale or answer)
+
+
+def test_a_question_of_no_columns_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at least 1 item"):
+        load(tmp_path, {"question": "q", "answer": 1}, columns={"question": []})
+
+
+@pytest.mark.parametrize(
     ("row", "message"),
     [
         ({"messages": [USER]}, "messages ends before the assistant's turn"),

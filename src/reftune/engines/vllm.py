@@ -430,9 +430,9 @@ def longest_sequence(policy: Policy, params: SamplingParams) -> int | None:
 
 def request(policy: Policy, params: SamplingParams, position: int) -> dict[str, Any]:
     """vLLM's sampling parameters for the prompt at `position`. A model's generation config can
-    change vLLM's defaults, so every parameter that it could change is included. Consecutive
-    positions get consecutive seeds, just as vLLM gives consecutive seeds to the samples of a
-    prompt."""
+    change vLLM's defaults, so the result includes every parameter that such a config could
+    change. Consecutive positions get consecutive seeds, just as vLLM gives consecutive seeds to
+    the samples of a prompt."""
     return {
         "max_tokens": params.max_new_tokens,
         "temperature": params.temperature,

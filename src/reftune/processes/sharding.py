@@ -171,9 +171,9 @@ def whole_tensor(tensor: Tensor) -> Tensor:
 
 
 def whole_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`tensors`, with each split tensor gathered and moved to the CPU. All processes must call
-    this. Only the main process gets the tensors, because it alone saves them. The other processes
-    get an empty dict."""
+    """`tensors`, moved to the CPU. A tensor that is split across the processes is gathered first.
+    All processes must call this. Only the main process gets the tensors, because it alone saves
+    them. The other processes get an empty dict."""
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         value = whole_tensor(tensor).detach()

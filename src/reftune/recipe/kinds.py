@@ -93,10 +93,10 @@ def known_kinds(group: str) -> list[str]:
 
 
 def load_component(spec: Any, *, group: str, default: str | None = None) -> Any:
-    """The plug-in that `spec` describes. `spec` is a kind, a mapping from recipe keys to values, or
-    a plug-in, which is returned unchanged. `default` is the kind of a mapping without the key
-    `kind`. Raises: PydanticCustomError if `spec` names no plug-in; ValidationError if a key or
-    value is wrong."""
+    """An instance of the plug-in that `spec` describes. `spec` is a kind, a mapping from recipe
+    keys to values, or an instance, which is returned unchanged. `default` is the kind of a mapping
+    without the key `kind`. Raises: PydanticCustomError if `spec` names no plug-in; ValidationError
+    if a key or value is wrong."""
     if isinstance(spec, Component):
         return spec
     if isinstance(spec, str):
@@ -131,7 +131,7 @@ def load_component(spec: Any, *, group: str, default: str | None = None) -> Any:
 def component_class(kind: str, *, group: str) -> Any:
     """The class that a kind names. For `file.py:Name`, the result is the object `Name` in that
     file, which may also be a function. Raises: PydanticCustomError if there is no such class or
-    object."""
+    object, or if the file cannot be loaded."""
     if ":" in kind:
         return _user_object(kind)
     kinds = known_kinds(group)

@@ -175,7 +175,8 @@ def _accuracies(
 ) -> str:
     """A table with a row for each combination of model, method and decision rule. Only rules for
     which `is_shown` returns True are included; if there are none, the result is an empty string. If
-    several tasks use the same kind of rationale, an additional column contains their average."""
+    several tasks use the same kind of rationale, an additional column contains their average. Kinds
+    for which the paper has no name, such as a user's own format, get no such column."""
     places = sorted({("", cell["task"], cell["rationale"]) for cell in found}, key=_order)
     columns = {f"{task} {rationale}": rationale for _, task, rationale in places}
     counts = Counter(columns.values())

@@ -136,8 +136,8 @@ def mcnemar_exact(only_a: int, only_b: int) -> float:
 
 
 def paired_interval(differences: ArrayLike) -> Interval:
-    """95% interval of the mean of `differences`: for each of n problems, the outcome of one method
-    minus that of another, between −1 and 1.
+    """95% interval of the mean of `differences`. Each difference belongs to one of n problems. It
+    is the outcome of one method minus that of another, a number between −1 and 1.
 
         d ± z √((q − d²) / m),   d = Σ differences / m,   q = (Σ differences² + 2) / m,   m = n + 2
 

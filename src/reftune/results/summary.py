@@ -279,8 +279,8 @@ def label_of(groups: Sequence[Group], group: Group, method: str) -> str:
 
 def leader(table: ScoreTable) -> MethodScore | None:
     """The method with the highest greedy accuracy. The baseline is left out. Methods that other
-    methods start from are left out too, unless no method would remain. None if the baseline is the
-    only method."""
+    methods start from are left out too, unless no method would remain. Returns None if the baseline
+    is the only method."""
     others = [method for method in table.methods if method.label != table.baseline]
     rivals = [method for method in others if method.label not in table.starts] or others
     return max(rivals, key=lambda method: method.greedy.accuracy, default=None)
@@ -453,7 +453,7 @@ def last_rise(run: RunResults, method: str) -> tuple[Rise, float] | None:
     """The last `dev/rise` logged in the training of a supervised method, and the dev accuracy in
     the same evaluation. For a snapshot, evaluations after its step are ignored. For a stage,
     evaluations after its chosen step are included, because they show whether dev accuracy was still
-    rising. None if the method is unknown, not supervised or not finished, or had too few
+    rising. Returns None if the method is unknown, not supervised or not finished, or had too few
     evaluations."""
     found = run.stages.get(method)
     if found is None or "chosen_step" not in found.info:

@@ -70,8 +70,8 @@ def points(difference: float) -> str:
 
 
 def p_text(p: float) -> str:
-    """A p-value as text: `p = 0.031` or `p < 0.001`. A value that would be rounded to 0.050 has
-    more digits, to show on which side of 0.05 it is."""
+    """A p-value as text: `p = 0.031` or `p < 0.001`. A value that rounds to 0.050 is
+    shown with five decimals, so that readers see on which side of 0.05 it is."""
     text = f"{p:.3f}"
     return "p < 0.001" if p < 0.001 else f"p = {text if text != '0.050' else f'{p:.5f}'}"
 

@@ -1,8 +1,9 @@
 """Reads the records of local files and notes the location of each record. CSV is read with the
-standard library, because pandas would lose line numbers or change cells such as `007` and `NA`."""
+standard library, because pandas would lose line numbers and change cells such as `007` and `NA`."""
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import io
@@ -83,12 +84,14 @@ def read_text(path: Path, *, fallback: str | None = None) -> str:
     the encoding `fallback`, if given. Raises: DataError if the file cannot be read or decoded."""
     data = _read_bytes(path)
     is_utf16 = data[:2] in (b"\xff\xfe", b"\xfe\xff")
+    mark = codecs.BOM_UTF8 * data.startswith(codecs.BOM_UTF8)
     try:
-        return data.decode("utf-16" if is_utf16 else "utf-8-sig")
+        return data.decode("utf-16") if is_utf16 else data.removeprefix(mark).decode()
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        byte, name = data[error.start], "UTF-16" if is_utf16 else "UTF-8"
-    if fallback is not None and not is_utf16:
+        place = error.start + len(mark)
+        line, byte = data.count(b"\n", 0, place) + 1, data[place]
+        name = "UTF-16" if is_utf16 else "UTF-8"
+    if fallback is not None and not is_utf16 and not mark:
         with suppress(UnicodeDecodeError):
             text = data.decode(fallback)
             LOG.warning("%s:%d: byte %#04x is not UTF-8; read as %s", path, line, byte, fallback)
@@ -234,11 +237,16 @@ def _read_xlsx(path: Path) -> Records:
         sheet = book.worksheets[0]
         sheet.reset_dimensions()  # the stored size may be out of date
         rows = [list(map(_cell, row)) for row in sheet.iter_rows()]
-    except (zipfile.BadZipFile, OSError, LookupError, ValueError, SyntaxError) as error:
+    except _DAMAGED as error:
         raise DataError(f"{path}: not a readable Excel file ({first_line(error)})") from None
     width = max(map(len, rows), default=0)  # a row may lack empty cells at its end
     whole = ([*row, *[None] * (width - len(row))] for row in rows)
     return _table((f"{path}:{n}", row) for n, row in enumerate(whole, start=1))
+
+
+_DAMAGED: tuple[type[Exception], ...] = (zipfile.BadZipFile, zlib.error, OSError, EOFError)
+_DAMAGED += (LookupError, ValueError, TypeError, AttributeError, SyntaxError, NotImplementedError)
+"""The errors that openpyxl raises for a damaged file."""
 
 
 def _cell(cell: Any) -> str | None:
@@ -249,6 +257,8 @@ def _cell(cell: Any) -> str | None:
         return None
     if "%" in shown_as and isinstance(value, int | float) and not isinstance(value, bool):
         return f"{(Decimal(repr(value)) * 100).normalize():f}%"
+    if isinstance(value, str):  # Excel writes a carriage return as _x000D_
+        value = value.replace("_x000D_", "\r")
     return str(plain(value))
 
 

@@ -100,12 +100,14 @@ def is_missing(cell: object) -> bool:
 
 
 def worked_solution(text: str) -> str | None:
-    """The worked solution in `text`. None if `text` contains no marker of an answer (such as `####`
-    or a LaTeX box) or contains nothing but the answer. The marker `####` and the answer after it
-    are cut off. Any other marker and its answer are kept."""
+    """The worked solution in `text`. The marker `####` and the answer after it are cut off, unless
+    another marker follows: the `####` is then a heading. Any other marker and its answer are kept.
+    Returns None if `text` contains no marker of an answer (such as `####` or a LaTeX box) or
+    contains nothing but the answer."""
     before, hashes, after = text.rpartition("####")
     if hashes and after.strip():
-        return before.strip() or None
+        is_heading = statements(after.strip().partition("\n")[2])
+        return text if is_heading else before.strip() or None
     is_worked = statements(text) and re.search(r"\w", reasoning_text(text))
     return text if is_worked else None
 

@@ -77,7 +77,8 @@ STEP = re.compile(r"\s*(?P<operation>\w+)\((?P<operands>[^()]*)\)\s*")
 
 def formula_steps(linear_formula: str, problem: str) -> list[tuple[str, str]] | None:
     """The formula's last step and all steps that it depends on, in order, each as (name,
-    expression). The numbers come from the question `problem`. None if the formula is unreadable."""
+    expression). The numbers come from the question `problem`. Returns None if the formula is
+    unreadable."""
     numbers = [number.replace(",", "") for number in NUMBER.findall(problem)]
     parsed = [STEP.fullmatch(text) for text in linear_formula.strip().strip("|").split("|")]
     templates = [OPERATIONS.get(match["operation"]) if match else None for match in parsed]

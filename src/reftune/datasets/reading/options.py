@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from string import ascii_lowercase
-from typing import Any
+from typing import Any, TypeGuard
 
 from reftune.datasets.reading.rows import Row
 from reftune.errors import DataError
@@ -24,20 +24,21 @@ class Options:
     """The options of a row, in the order of the data."""
 
     texts: tuple[str, ...]
+    places: tuple[int, ...]
+    """The index of each option in the data. Options that the row leaves blank are counted too."""
     labels: tuple[str, ...] = ()
-    """The data's label for each option, in lower case; empty if the options have no labels."""
+    """The data's label for each option, as `bare` returns it; empty if the options have no
+    labels."""
 
     def letter(self, gold: str, positions_from: int | None) -> str | None:
-        """The letter of the option whose label is `gold`. If there is no such option, `gold` may be
-        the position of an option, counted from `positions_from` (None: positions are not accepted).
-        Returns None if no option is found."""
+        """The letter of the option at the position `gold`, counted from `positions_from`, or of the
+        option whose label is `gold`. If `positions_from` is set, a whole number is always a
+        position; if not, positions are not accepted. Returns None if no option is found."""
         label = bare(gold)
-        if label in self.labels:
-            return ascii_lowercase[self.labels.index(label)]
-        if positions_from is None or not label.isdecimal():
-            return None
-        place = int(label) - positions_from
-        return ascii_lowercase[place] if place in range(len(self.texts)) else None
+        if positions_from is not None and label.isdecimal():
+            place = int(label) - positions_from
+            return ascii_lowercase[self.places.index(place)] if place in self.places else None
+        return ascii_lowercase[self.labels.index(label)] if label in self.labels else None
 
 
 def bare(label: str) -> str:
@@ -52,14 +53,15 @@ def read_options(row: Row, columns: str | Sequence[str], reading: Reading) -> Op
     - a list of option texts
     - a list of `{text, label}`
     - `{text: […], label: […]}`
-    - a mapping from labels to texts, in which nulls are skipped
+    - a mapping from labels to texts
 
     If there are several columns, each contains one option, and blank columns are skipped. If the
     names of the columns end in consecutive letters or numbers, as in `option_a`, `option_b`, these
-    letters or numbers are the labels. Options stored as numbers rather than text are written
-    with the decimal separator of `reading`.
+    letters or numbers are the labels. Texts that are null are skipped, except in a list of
+    texts. Options stored as numbers rather than text are written with the decimal separator of
+    `reading`.
 
-    Raises: DataError if there are not 2 to 26 options.
+    Raises: DataError if the options have another layout, or if there are not 2 to 26 of them.
     """
     names = [columns] if isinstance(columns, str) else columns
     if all(is_empty(row.get(name)) for name in names):
@@ -86,35 +88,48 @@ def is_empty(cell: object) -> bool:
 
 def _in_columns(row: Row, columns: Sequence[str]) -> Mapping[str, Any] | list[Any]:
     """The options in several columns, with their labels if the columns' names contain labels."""
-    filled = [(name, row.get(name)) for name in columns if not row.is_blank(name)]
-    labels = {name: re.sub(r".*?(\d+|.)$", r"\1", name.lower()) for name in columns}
-    places = [int(label) if label.isdecimal() else ord(label) for label in labels.values()]
+    texts = [None if row.is_blank(name) else row.get(name) for name in columns]
+    labels = [re.sub(r".*?(\d+|.)$", r"\1", name.lower()) for name in columns]
+    places = [int(label) if label.isdecimal() else ord(label) for label in labels]
     if sorted(places) == list(range(min(places), min(places) + len(columns))):
-        return {labels[name]: text for name, text in filled}
-    return [text for _, text in filled]
+        return dict(zip(labels, texts, strict=True))
+    return [{"text": text} for text in texts]
 
 
 def _options(value: object, reading: Reading) -> Options | None:
-    labels: Sequence[object] = ()
-    if isinstance(value, Mapping) and isinstance(value.get("text"), Sequence):
-        labels, value = value.get("label") or (), value["text"]
-    elif isinstance(value, Mapping):
-        filled = {label: text for label, text in value.items() if text is not None}
-        labels, value = list(filled), list(filled.values())
-    elif isinstance(value, Sequence) and all(
-        isinstance(item, Mapping) and "text" in item for item in value
-    ):
-        labels, value = [item.get("label") for item in value], [item["text"] for item in value]
-    if (
-        isinstance(value, str)
-        or not isinstance(value, Sequence)
-        or not 2 <= len(value) <= MOST
-        or not all(isinstance(text, (str, int, float)) for text in value)
-    ):
+    filled = [
+        (place, label, text)
+        for place, (label, text) in enumerate(_labelled(value))
+        if text is not None
+    ]
+    is_valid = 2 <= len(filled) <= MOST
+    if not is_valid or not all(isinstance(text, str | int | float) for _, _, text in filled):
         return None
-    texts = [x if isinstance(x, str) else with_separator(str(x), reading.decimal) for x in value]
-    spelled = tuple(str(label).strip().lower() for label in labels if label is not None)
+    places, labels, values = zip(*filled, strict=True)
+    texts = [x if isinstance(x, str) else with_separator(str(x), reading.decimal) for x in values]
     return Options(
         texts=unlettered([text.strip() for text in texts]),
-        labels=spelled if len(spelled) == len(value) else (),
+        places=places,
+        labels=() if None in labels else tuple(bare(str(label)) for label in labels),
     )
+
+
+def _labelled(value: Any) -> list[tuple[Any, Any]]:
+    """The label and the text of each option, where known. Empty if `value` has an unknown
+    layout."""
+    if isinstance(value, Mapping) and _is_list(texts := value.get("text")):
+        labels = value.get("label")
+        if not _is_list(labels) or len(labels) != len(texts):
+            labels = [None] * len(texts)
+        return [*zip(labels, texts, strict=True)]
+    if isinstance(value, Mapping):
+        return [*value.items()]
+    if not _is_list(value):
+        return []
+    if all(isinstance(item, Mapping) and "text" in item for item in value):
+        return [(item.get("label"), item["text"]) for item in value]
+    return [] if None in value else [(None, text) for text in value]
+
+
+def _is_list(value: object) -> TypeGuard[Sequence[Any]]:
+    return isinstance(value, Sequence) and not isinstance(value, str)

@@ -24,20 +24,22 @@ def program(steps: Sequence[tuple[str, str]], *, result: str | None = None) -> s
 
 def arithmetic(text: str, names: Mapping[float, str]) -> str | None:
     """`text` as a Python expression, in which each constant that is a key of `names` is replaced by
-    its name. None if `text` is not plain arithmetic.
+    its name. Returns None if `text` is not plain arithmetic.
 
     For example, `48/2` becomes `48 / 2`, and `( 4.0 - 3.0 )` becomes `4 - 3`. If `names` is
     `{24: "clips"}`, `48+24` becomes `48 + clips`.
     """
+    if "_" in text:
+        return None
     try:
         tree = ast.parse(re.sub(r"(?<![\d.])0+(?=\d)", "", text.strip()), mode="eval")
+        for node in ast.walk(tree):
+            is_other = isinstance(node, ast.Constant) and type(node.value) not in (int, float)
+            if is_other or not isinstance(node, NODES):
+                return None
+        return ast.unparse(_Renamed(names).visit(tree))
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
-    for node in ast.walk(tree):
-        is_other = isinstance(node, ast.Constant) and type(node.value) not in (int, float)
-        if is_other or not isinstance(node, NODES):
-            return None
-    return ast.unparse(_Renamed(names).visit(tree))
 
 
 class _Renamed(ast.NodeTransformer):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product, takewhile
 from string import ascii_lowercase
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import SerializerFunctionWrapHandler, model_serializer
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from reftune.datasets.reading.conversations import is_answered, turns_in
 from reftune.datasets.reading.golds import is_missing, worked_solution
@@ -49,7 +49,7 @@ class Columns(Table):
     """The names of the data's columns. The name of a nested column is a dotted path, such as
     `reward_model.ground_truth`."""
 
-    question: str | list[str] = "question"
+    question: str | Annotated[list[str], Field(min_length=1)] = "question"
     """The question or conversation. Several columns are joined by line breaks. If one of them is a
     conversation, the others are added to its first turn that is not a system message."""
     answer: str = "answer"

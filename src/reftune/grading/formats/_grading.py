@@ -46,7 +46,8 @@ def own_grader(grading: str) -> Grader:
 
 def graded_by(grader: Grader, text: str, problem: Problem) -> Graded:
     """The grade that a user's own grader gives. If the grader raises an error, or returns neither a
-    `Graded` nor a bool, the verdict is ERROR, so that such failures can be counted."""
+    valid `Graded` (see `is_grade`) nor a bool, the verdict is ERROR, so that such failures can
+    be counted."""
     try:
         verdict = grader(text, problem)
     except Exception as failure:  # noqa: BLE001  a model's text may break a grader

@@ -363,8 +363,8 @@ _DOCSTRING = re.compile(
 
 def body_of(program: str) -> str | None:
     """The body of `solution` in a gold program, without the docstring and indented by four spaces.
-    Code before the definition of `solution` moves into the body. None if the program does not
-    define `solution()`."""
+    Code before the definition of `solution` moves into the body. Returns None if the program
+    does not define `solution()`."""
     program = program.replace("\r\n", "\n").expandtabs(4)
     header = _GOLD_HEADER.search(program)
     if header is None:
