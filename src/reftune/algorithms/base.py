@@ -208,7 +208,8 @@ def group_sizes(groups: Tensor) -> Tensor:
 def truncated_importance(
     logprobs: Tensor, sampling_logprobs: Tensor, mask: Tensor, *, cap: float
 ) -> Tensor:
-    """Importance weights (B, R) that correct for differences between the sampler and the policy.
+    """Importance weights (B, R) that correct for differences between the probabilities that the
+    engine used when it drew the tokens (π_sample) and those that the trainer computes (π_train).
     They are 1 where the mask is False.
 
         w = min(π_train / π_sample, cap)
@@ -221,8 +222,9 @@ def truncated_importance(
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """Share of the returns' variance that the values explain: 1 for perfect values, 0 for constant
-    values, and below 0 if the errors vary more than the returns. NaN if all returns are equal.
+    """Share of the variance of the returns G that the values V explain: 1 for perfect values, 0 for
+    constant values, and below 0 if the errors vary more than the returns. Returns NaN if the
+    variance of the returns is at most 1e-8, for example because all returns are equal.
 
         1 - Var(G - V) / Var(G)
 
@@ -257,7 +259,7 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 def ppo_policy_terms(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float
 ) -> Tensor:
-    """Clipped policy loss of each token, (B, R).
+    """Clipped policy loss of each token, (B, R). A is the token's advantage.
 
         ρ = π / π_old        L = max(-A ρ, -A clip(ρ, 1 - ε_low, 1 + ε_high))
 

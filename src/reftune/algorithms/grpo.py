@@ -32,10 +32,11 @@ class Grpo(Clipped):
     def credit(self, batch: RolloutBatch) -> RolloutBatch:
         """A copy of `batch` in which every token of a sample has the advantage
 
-            A = (r - mean of the group) / (standard deviation of the group + 1e-4)
+            A = (r - mean of the group's r) / (standard deviation of the group's r + 1e-4)
 
-        With `scale: none`, only the numerator is used. Source: GRPO (arXiv:2402.03300), §4.1.2.
-        Differences: 1e-4 is added, and the standard deviation uses the unbiased variance.
+        where r is a sample's reward. With `scale: none`, only the numerator is used. Source: GRPO
+        (arXiv:2402.03300), §4.1.2. Differences: 1e-4 is added, and the standard deviation uses the
+        unbiased variance.
         """
         advantages = batch.rewards - group_means(batch.rewards, batch.groups)
         if self.scale == "std":

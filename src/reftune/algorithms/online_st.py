@@ -1,5 +1,5 @@
 """Online self-training takes supervised steps on the correct samples of each rollout and on the
-gold solutions to the same problems.
+gold solutions to all problems of the rollout.
 
 To come close to ReFT's code, set `gold_max_tokens: 300` and `dropout: true`. Long gold solutions
 are then truncated, as in ReFT's code, so the model never sees how they end.
@@ -73,8 +73,8 @@ class OnlineSt(Algorithm):
         """½ cross-entropy of the correct samples + ½ cross-entropy of the gold solutions. A term
         without tokens is 0.
 
-        Source: ReFT's code (arXiv:2401.08967, §4.2). Differences: each half is a mean over the
-        whole minibatch; in ReFT's code, it is a mean over the samples of one GPU.
+        Source: ReFT's code (arXiv:2401.08967, §4.2). Differences: each half is a mean over all
+        its tokens in the minibatch; in ReFT's code, it is a mean over the samples of one GPU.
         """
         assert batch.weights is not None
         nll = -scores.logprobs * batch.weights

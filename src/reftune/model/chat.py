@@ -41,8 +41,8 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> str
 @lru_cache(maxsize=4096)
 def opened_thought(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> str:
     """The end of the prompt, from an unclosed `<think>` or `<thinking>` tag onwards. For example,
-    this is "<think>\\n" with DeepSeek-R1's template. An empty string if the template leaves no
-    thought open. Raises: RecipeError as `prompt_text` does."""
+    this is "<think>\\n" with DeepSeek-R1's template. Returns an empty string if the template leaves
+    no thought open. Raises: RecipeError as `prompt_text` does."""
     return _opened(prompt_text(tokenizer, prompt), prompt)
 
 
@@ -73,8 +73,8 @@ def end_of_turn(
     tokenizer: PreTrainedTokenizerBase, prompt: Conversation | None = None
 ) -> int | None:
     """The id of the token that ends the assistant's reply to `prompt` or, without `prompt`, to a
-    short question. None if the tokenizer's template rejects the prompt, or if no special or added
-    token ends the turn."""
+    short question. Returns None if the tokenizer's template rejects the prompt, or if no special or
+    added token ends the turn."""
     system, user = (Message(role=role, content="Hm?") for role in ("system", "user"))
     any_prompt = (Conversation(turns=(user,)), Conversation(turns=(system, user)))
     for conversation in any_prompt if prompt is None else (prompt,):

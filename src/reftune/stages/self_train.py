@@ -203,9 +203,10 @@ def distinct(texts: Sequence[str], same: Same = str.strip) -> list[str]:
 
 def less_answer(text: str) -> str:
     """A natural-language solution without its answer and without leading and trailing white space.
-    The answer is the text from the last answer marker, such as `####`, to the end. It is removed
-    only if the marker is in the last line, and only if some text comes before it. Two solutions
-    thus become equal if they differ only in how the answer is written, such as 1/2 or 0.5."""
+    The answer is the text from the last built-in answer marker, such as `####`, to the end. It is
+    removed only if the marker is in the last line, and only if some text comes before the marker.
+    Two solutions thus become equal if they differ only in how the answer is written, such as 1/2 or
+    0.5."""
     *_, begins = 0, *(marker.start() for marker in marker_pattern(()).finditer(text))
     is_last_line = "\n" not in text[begins:].strip()
     return (is_last_line and text[:begins].strip()) or text.strip()

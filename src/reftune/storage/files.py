@@ -210,9 +210,9 @@ def in_parts(
     at_once: int,
 ) -> list[dict[str, Any]]:
     """Get an object for every problem, write it as a JSON line to `path`, and return all objects.
-    The problems are split into parts of at most `at_once`. `answer(start, part)` returns the
-    objects of one part, whose first problem has the index `start`. Parts that are already complete
-    in the file are not computed again."""
+    The problems are split into parts of at most `at_once` problems. `answer(start, part)` returns
+    the objects of one part. `start` is the index of the part's first problem. Parts that are
+    already complete in the file are not computed again."""
     results = JsonLines(path)
     done = len(from_main(results.rows))
     if done < len(problems):  # redo an incomplete part, because samples are drawn part by part

@@ -212,7 +212,8 @@ def readable_errors(folder: RunFolder) -> Iterator[None]:
 
 def data_facts(splits: Splits) -> dict[str, Any]:
     """The content of `data.json`: the size and a hash of each split, and the number of rows dropped
-    for each reason. The size of train is two numbers: problems with and without a rationale."""
+    for each reason. Train has two sizes: the number of problems with a rationale, and the number
+    without one."""
     with_rationale = sum(problem.rationale is not None for problem in splits.train)
     sizes = {"train": with_rationale, "dev": len(splits.dev), "test": len(splits.test)}
     return {
@@ -268,9 +269,9 @@ def refuse_foreign(folder: RunFolder, recipe: Recipe) -> bool:
 
 def lengthened_stages(folder: RunFolder, recipe: Recipe) -> list[str]:
     """The names of the stages that have begun and are lengthened: `recipe` gives them more steps or
-    epochs than the folder's recipe does. This is allowed only if the stage's model solves problems.
-    `recipe` may also lengthen stages that have not begun, add stages and change `evaluate`. Models
-    that are already trained do not depend on these changes.
+    epochs than the folder's recipe does. A stage that has begun may be lengthened only if its model
+    solves problems. `recipe` may also lengthen stages that have not begun, add stages and change
+    `evaluate`. Models that are already trained do not depend on these changes.
 
     Raises: RecipeError if the recipes differ in anything else that affects results, if a stage
     after a lengthened stage has begun, or if a lengthened stage is complete but its final
