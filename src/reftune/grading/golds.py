@@ -254,7 +254,8 @@ _LISTED = re.compile(r"\[\s*(.+?)\s*\]", re.DOTALL)
 
 def _option_gold(text: str, reading: Reading) -> Answer | None:
     """The gold answer in a text such as "(B)" or "\\textbf{(B)}\\ 12": the letter B and, if the
-    option's text follows, this text as another accepted spelling. None for any other text."""
+    option's text follows, this text as another accepted spelling. Returns None for any other
+    text."""
     found = _OPTION.fullmatch(" ".join(plain(text).split()))
     if found is None:
         return None
@@ -366,7 +367,7 @@ _LETTER = re.compile(
 def _letter(stated: object, choices: Sequence[str], reading: Reading) -> str:
     """The letter of the option that a gold answer names. The gold answer may be this letter, the
     letter and the option's text, or a text or number that only this option has. Without `choices`,
-    any letter is accepted."""
+    any letter is accepted. Raises: DataError if the gold answer names no option, or several."""
     text = with_points(stated, reading.decimal)
     choices = [with_points(choice, reading.decimal) for choice in choices]
     match = _LETTER.fullmatch(" ".join(plain(text).split()))

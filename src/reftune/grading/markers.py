@@ -149,7 +149,7 @@ def is_alternative(completion: str, before: Statement, after: Statement) -> bool
 
 def alternative_behind(completion: str, statement: Statement) -> str | None:
     """The alternative that follows a closed box or tag, such as "4" in "\\boxed{3} or 4": the rest
-    of the line after "or". None unless "or" and a number follow the box or tag."""
+    of the line after "or". Returns None unless "or" and a number directly follow the box or tag."""
     found = _OR_NUMBER.match(completion, statement.end) if statement.is_closed else None
     return None if found is None else completion[found.end() :].partition("\n")[0]
 
@@ -218,8 +218,8 @@ _OPENS_BOX = re.compile(r"\s{0,9}\{")
 
 def _box(text: str, start: int) -> tuple[str | None, int]:
     """The content of the braces at `start`, and the index after the braces. A percent sign after
-    the braces is treated as if it were inside. The content is None unless the braces close within
-    `MAX_BOX_CHARS` characters."""
+    the braces is treated as if it were inside. If the braces do not close within `MAX_BOX_CHARS`
+    characters, the content is None, and the index is the length of the text."""
     opening, depth = text.index("{", start), 0
     for index in range(opening, min(len(text), start + MAX_BOX_CHARS)):
         depth += (text[index] == "{") - (text[index] == "}")

@@ -43,10 +43,11 @@ class Number:
 
 
 def numeral_at(line: str, start: int) -> tuple[Number, int] | None:
-    """The number at index `start` of a line of plain text, and the index after it; None if there is
-    no number. A sign, a currency, a percent sign and a word such as "million" are part of the
-    number. The caller must check whether the number is itself only a part of something larger, such
-    as a range."""
+    """The number at index `start` of a line of plain text, and the index after it. A sign, a
+    currency, a percent sign and a word such as "million" are part of the number. The caller must
+    check whether the number is itself only a part of something larger, such as a range. Returns
+    None if there is no number, if it is too long or invalid (1/0), or if it is unclear whether a
+    letter after it is a magnitude ("5 M")."""
     match = _NUMBER.match(line, start)
     number = None if match is None else _number(match)
     if match is None or number is None:
@@ -121,7 +122,8 @@ def _endless(decimal: str) -> Number | None:
 
 def _in_base(digits: str, word: str) -> Number | None:
     """A number with a stated base, such as 52_8. Graders of the MATH benchmark read it as 52, and
-    so does this function. None if a digit does not exist in the stated base."""
+    so does this function. Returns None if `word` names no base from 2 to 36, or if a digit does
+    not exist in the stated base."""
     base = int(word) if word.isdigit() else _BASES.get(word.lower(), 0)
     is_in_base = 2 <= base <= 36 and all(int(digit) < base for digit in digits)
     return Number(Fraction(digits), 0) if is_in_base else None

@@ -55,8 +55,8 @@ def option_values(problem: Problem) -> list[str]:
 
 def read_choice(text: str, choices: Sequence[str]) -> str | None:
     """The letter of the option that `text` chooses. The text may state this letter, or a value or
-    words that match exactly one of the `choices`. Without `choices`, any letter is accepted. None
-    if `text` does not choose a single option, for example if it names two letters."""
+    words that match exactly one of the `choices`. Without `choices`, any letter is accepted.
+    Returns None if `text` does not choose a single option, for example if it names two letters."""
     line, choices = _NEGATED.sub("", first_line(text)), unlettered(choices)
     line = re.sub(r"\b(?:i\. ?e|e\. ?g)\b\.?", "that is", line, flags=re.IGNORECASE)
     match = _CHOICE.match(line)
@@ -72,10 +72,10 @@ def read_choice(text: str, choices: Sequence[str]) -> str | None:
 
 def _has_second_letter(said: str, rest: str, choices: Sequence[str]) -> bool:
     """Whether a second letter follows the chosen one, as in "B or C". If the text of the chosen
-    option stands between the two letters, the second letter counts only if an option has it. For
-    example, if there are four options and the text of B is "20", h in "B) 20/h" and x in "B) 20, x
-    and y are even" do not count. But a letter between "or" and a closing bracket always counts, as
-    in "B) 20 or (x)"."""
+    option stands between the two letters, the second letter counts only if it is the letter of an
+    option. For example, suppose that there are four options and that the text of B is "20". Then
+    neither the h in "B) 20/h" nor the x in "B) 20, x and y are even" counts. But a letter between
+    "or" and a closing bracket always counts, as in "B) 20 or (x)"."""
     second = _SECOND_CHOICE.match(rest)
     if second is None or rest == said or _SECOND_CHOICE.match(said):
         return second is not None

@@ -44,9 +44,9 @@ VOCABULARY = 4096
 
 
 def settled(recipe: Recipe) -> Recipe:
-    """A copy of `recipe` in which each `auto` among the `KEYS` is replaced by a value. If the run
-    folder's recipe has a value for the key, that value is used. If not, a value is chosen for this
-    machine. All processes use the main process's values."""
+    """A copy of `recipe` in which every key in `KEYS` that is set to `auto` gets a value. If the
+    run folder's recipe has a value for the key, that value is used. If not, a value is chosen for
+    this machine. All processes use the main process's values."""
     if not _open_keys(recipe):
         return recipe
     return _with(recipe, world.from_main(lambda: _choices(recipe)))

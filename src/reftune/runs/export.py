@@ -214,9 +214,9 @@ def _example(table: dict[str, Any], stage: Path) -> Problem:
 
 
 def _ask_as_trained(tokenizer: PreTrainedTokenizerBase, prompt: str | Conversation) -> None:
-    """Change the tokenizer's defaults so that it encodes prompts as in training. It adds no end
-    token after a text, and no BOS before a `BareText` (a prompt without special tokens). For a
-    chat, it uses the recipe's template arguments unless a client overrides them."""
+    """Change the tokenizer's defaults so that it encodes prompts as in training. From then on, it
+    adds no end token after a text, and no BOS before a `BareText` (a prompt without special
+    tokens). For a chat, it uses the recipe's template arguments unless a client overrides them."""
     if isinstance(prompt, Conversation):
         defaults = "".join(
             f"{{%- if {name} is not defined -%}}{{%- set {name} = {value!r} -%}}{{%- endif -%}}"
