@@ -22,8 +22,8 @@ class Part(Table):
     dataset: component_field("datasets")  # type: ignore[valid-type]
     """A table like the recipe's `dataset`."""
     share: float | None = Field(None, gt=0, le=1)
-    """This dataset's share of the mixture's training questions. Set it either for every dataset, so
-    that the shares add up to 1, or for none. By default, all training questions are used."""
+    """This dataset's share of the mixture's training rows. Set it either for every dataset, so
+    that the shares add up to 1, or for none. By default, all training rows are used."""
 
 
 class Mixture(Component):

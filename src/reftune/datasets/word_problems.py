@@ -316,9 +316,9 @@ def _options(right: _Quantity, max_value: int, rng: random.Random) -> tuple[str,
 
 
 def _formula(quantity: _Quantity, names: Mapping[_Quantity, str], swap: bool) -> str:
-    """The expression that computes a quantity, such as `(a - 4) * 3`. A quantity that has no name
-    in `names` is written as a number or expression. `swap` swaps the operands of `+` and `*`, as in
-    `3 * 12` instead of `12 * 3`."""
+    """The expression that computes a quantity, such as `(a - 4) * 3`. An operand is written as its
+    name in `names` or, if it has no name there, as a number or expression. `swap` swaps the
+    operands of `+` and `*`, as in `3 * 12` instead of `12 * 3`."""
     if not quantity.symbol:
         return str(quantity.value)
     terms = []

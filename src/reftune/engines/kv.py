@@ -370,8 +370,9 @@ def _first_past(cumulative: Tensor, threshold: Tensor) -> Tensor:
 
 def _restrict(scores: Tensor, params: SamplingParams) -> Tensor:
     """`scores`, with -inf for all tokens that must not be drawn. `top_k` keeps only the `top_k`
-    likeliest tokens. Their probabilities are then renormalised, and `top_p` keeps the smallest set
-    with a total probability of at least `top_p`."""
+    likeliest tokens, and any that are exactly as likely as the last of these. The probabilities of
+    the kept tokens are then renormalised, and `top_p` keeps the smallest set with a total
+    probability of at least `top_p`."""
     if 0 < params.top_k < scores.shape[1]:
         kth = scores.topk(params.top_k, dim=1).values[:, -1:]
         scores = scores.masked_fill(scores < kth, -torch.inf)

@@ -170,7 +170,7 @@ class _Found:
 
     def first(self, field: str, used: set[str]) -> str | None:
         """The first of the field's usual columns (see `NAMES`) that is not in `used`. Columns with
-        values are preferred to empty columns. None if there is no such column."""
+        values are preferred to empty columns. Returns None if there is no such column."""
         names = [self.by_lower.get(name, name) for name in NAMES[field]]
         free = [name for name in names if name not in used]
         unfit = (type(None),) if field == "choices" else (type(None), Mapping)

@@ -63,8 +63,9 @@ def _adds_list(column: str, problem: Problem) -> bool:
 
 
 def _is_text(column: str, problems: Sequence[Problem]) -> bool:
-    """Whether most filled cells of a column are text that is not in the row's question. If the
-    column is named like an answer or a rationale, the result is False."""
+    """Whether most of the column's first `NUM_LOOKED_AT` filled cells are text of at least
+    `LEAST_WORDS` words that is not in the row's question. If the column is named like an answer or
+    a rationale, the result is False."""
     words = [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", column)]
     if {*NAMES["answer"], *NAMES["rationale"]} & {column.lower(), *words}:
         return False

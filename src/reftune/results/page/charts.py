@@ -188,7 +188,8 @@ def _thinned(series: Series) -> Series:
 
 def dev_chart(groups: Sequence[Group]) -> Chart | None:
     """A chart of the dev accuracy of every stage except reward models. The horizontal axis counts
-    the sequences trained on since the base model. None if there is no dev evaluation yet."""
+    the sequences trained on since the base model. Returns None if there is no dev evaluation
+    yet."""
     # a reward model's dev accuracy is the accuracy of reranking
     solvers = [entry for entry in entries(groups) if entry.stages[0].is_method]
     series = tuple(filter(None, map(_dev_series, solvers)))
@@ -301,7 +302,7 @@ def equal_compute(chart: Chart, a: str, b: str) -> str:
     """A sentence with the best dev accuracies of `a` and `b` at equal training effort. Each
     method's last dev evaluation comes after some number of training sequences, counted from the
     base model. The smaller of these two numbers is the limit, and dev evaluations beyond it are
-    ignored. Empty if a method has no dev accuracy up to the limit."""
+    ignored. If a method has no dev accuracy up to the limit, the result is an empty string."""
     by_name = {series.label: series for series in chart.series}
     found = [by_name[name] for name in (a, b) if name in by_name]
     passes = min((series.x[-1] for series in found), default=0.0)

@@ -247,7 +247,7 @@ def _votes(table: ScoreTable) -> str:
 
 def _difference_rows(table: ScoreTable) -> dict[str, Any] | None:
     """The comparisons of greedy accuracy that involve the baseline or the best method, and an axis
-    that includes 0 and all their intervals. None if there are no such comparisons."""
+    that includes 0 and all their intervals. Returns None if there are no such comparisons."""
     labels, best = {method.label for method in table.methods}, leader(table)
     greedy = [found for found in table.comparisons if {found.a, found.b} <= labels]
     ends = [table.baseline, best.label] if best else [table.baseline]
