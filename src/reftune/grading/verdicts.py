@@ -77,8 +77,8 @@ def grade_completion(completion: str, problem: Problem, reading: Reading = DEFAU
 def _in_boxes(completion: str, found: Sequence[Statement]) -> str | None:
     """The list that the last statements in `found` form together: "1 and 2" for "\\boxed{1} and
     \\boxed{2}". Each of these statements must be a closed box or tag that contains a single item.
-    They must stand side by side in `completion`. None if `found` does not end with at least two
-    such statements."""
+    They must stand side by side in `completion`. Returns None if `found` does not end with at
+    least two such statements."""
     text, after = found[-1].text or "", found[-1]
     for before in reversed(found[:-1]):
         is_item = before.is_closed and len(split_items(before.text or "")) == 1
@@ -136,8 +136,8 @@ def grade_sentence(text: str, problem: Problem) -> Graded:
 
 
 def value_text(value: Any) -> str | None:
-    """A program's value as text. None unless the value is a string, a finite float or `Decimal`, or
-    an integer (but not a boolean) of at most about 900 digits."""
+    """A program's value as text. Returns None unless the value is a string, a finite float or
+    `Decimal`, or an integer (but not a boolean) of at most about 900 digits."""
     if isinstance(value, bool):
         return None
     if isinstance(value, int):

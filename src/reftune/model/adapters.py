@@ -116,8 +116,8 @@ def read_adapters(folder: Path, *, base: str | None = None) -> Adapters:
 
 def _read(folder: Path, base: str | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The configuration and the tensors of the LoRA adapters in `folder`. Raises: ModelError if
-    they cannot be read, or if the configuration names a base model other than `base`. This
-    name and `base` may be paths, of which only the last parts are compared."""
+    they cannot be read, or if the configuration names a base model other than `base`. Only the
+    last parts of this name and of `base` are compared, because either may be a path."""
     with _readable(folder):
         config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         if config.get("peft_type") != "LORA":

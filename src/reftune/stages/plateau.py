@@ -76,7 +76,7 @@ class History:
     def is_flat(self) -> bool:
         """Whether dev accuracy has risen significantly since the first evaluation, has reached
         `NEEDED_ACCURACY`, and no longer rises. The first two conditions exclude a model that has
-        not begun to learn yet, whose accuracy is flat too."""
+        not yet begun to learn; its accuracy is flat too."""
         latest = self.latest_rise()
         if latest is None:
             return False

@@ -7,11 +7,12 @@ language-modelling loss on correct solutions keeps this likelihood meaningful.
 
     logit of correct = w · h_last + a log π(solution | prompt) + b
 
-The weights w, a and b are trained. Without the likelihood, the sample with the highest score is
+Here, h_last is the hidden state, and π(solution | prompt) is the solution's likelihood. The
+weights w, a and b are trained. Without the likelihood, the sample with the highest score is
 often a wrong solution that the classifier overrates; most such solutions have a low likelihood.
 Source: the language-modelling loss comes from Cobbe et al. (arXiv:2110.14168); the log-likelihood
-as a score comes from implicit reward models (arXiv:2412.01981). Differences: unlike those, this
-classifier uses no reference model.
+as a score comes from implicit reward models (arXiv:2412.01981). Differences: implicit reward
+models compare the likelihood with a reference model's; this classifier has no reference model.
 """
 
 from __future__ import annotations

@@ -243,7 +243,7 @@ class Trainer:
     def _policy_scores(self, solutions: Sequence[Solution], batch: RolloutBatch) -> TokenScores:
         """The samples' log-probabilities, values and entropies under the policy that drew them. If
         the engine has computed these numbers for every sample and `mismatch_cap` is unset, use the
-        engine's. If not, compute them in a new forward pass."""
+        engine's. Otherwise, compute them in a new forward pass."""
         completions = [s.completion for s in solutions]
         if self.stage.mismatch_cap is not None or not all(c.values for c in completions):
             return self.policy.score(batch.tokens, temperature=self.stage.temperature)
@@ -400,8 +400,9 @@ def checked_terms(terms: object, kind: str) -> LossTerms:
 def correct_mismatch(
     batch: RolloutBatch, cap: float | None
 ) -> tuple[RolloutBatch, dict[str, float]]:
-    """Multiply a batch's advantages by the importance weights min(π_train / π_sample, cap). The
-    weights scale a token's clipped policy loss, but not its value loss. If `cap` is None, the batch
+    """Multiply a batch's advantages by the importance weights min(π_train / π_sample, cap). Here,
+    π_train and π_sample are a token's probabilities according to trainer and engine. The weights
+    scale a token's clipped policy loss, but not its value loss. If `cap` is None, the batch
     is not changed. Returns: the new batch and metrics. Raises: RecipeError if the algorithm has no
     advantages."""
     if cap is None:

@@ -235,8 +235,9 @@ def _require_whole(
 
 
 def _fault(completion: object, *, max_new: int, vocabulary: int) -> str | None:
-    """What is wrong with a completion; None if nothing is. Because a step may sample a million
-    tokens, they are checked only by sums, minima and maxima, which are fast."""
+    """What is wrong with a completion; None if nothing is. A step may sample a million tokens, so
+    token ids and log-probabilities are checked only by their sum, minimum and maximum, which are
+    fast to compute."""
     if not isinstance(completion, Completion):
         return f"expected a Completion, got {type(completion).__name__}"
     ids: Any = completion.token_ids

@@ -138,7 +138,7 @@ def check_accuracy(subject: Subject) -> Finding:
 
 def _last_rise(subject: Subject) -> tuple[Rise, float] | None:
     """The last recorded rise in dev accuracy in the stage that RL starts from (see `last_rise`),
-    and the accuracy after this rise. None if no rise was recorded."""
+    and the accuracy after this rise. Returns None if no rise was recorded."""
     if subject.method == "base":
         return None
     stage = stage_folder(subject.recipe, subject.method)

@@ -224,7 +224,7 @@ def chosen(graded: Graded, problem: Problem) -> str | None:
 
 
 def _numeric(policy: Policy, collector: Collector, problems: Sequence[Problem]) -> dict[str, bool]:
-    """By problem id, whether the model solves the problem without its options. Problems whose gold
+    """Whether the model solves each problem without its options, by problem id. Problems whose gold
     option is not a number are left out. If no answer can be read from a solution, the solution's
     number from `derived_values` is judged instead."""
     asked = [numeric for numeric in map(without_options, problems) if numeric is not None]
