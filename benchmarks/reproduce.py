@@ -110,7 +110,7 @@ SETTINGS = (
 )
 """Text below the table of findings."""
 OPEN = [
-    "**Only one pretrained model** finished RL with several seeds: SmolLM2-135M-Instruct, on "
+    "**Only one pretrained model** finished RL with more than two seeds: SmolLM2-135M-Instruct, on "
     "generated questions. On questions that need one arithmetic step (three seeds), GRPO gains "
     "9.9 points [3.6, 16.2] over a short warm-up, but further SFT with as many gradient passes is "
     "12.1 points [5.7, 18.5] better than GRPO (this difference is not paired). After a longer "

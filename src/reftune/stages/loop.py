@@ -296,8 +296,9 @@ class Loop:
         return {**metrics, "grad/norm": norm}
 
     def _leave_out(self, n: int, error: NonFiniteError, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Skip step `n`, whose loss or gradient is not finite: save its samples `rows`, clear the
-        gradient and count the skip. Raises: NonFiniteError unless another skip is allowed."""
+        """Skip an optimizer step that belongs to the stage's step `n`, because its loss or gradient
+        is not finite: save its samples `rows`, clear the gradient and count the skip. Raises:
+        NonFiniteError unless another skip is allowed."""
         self.optimizer.zero_grad(set_to_none=True)
         path, reason = self.context.folder.nonfinite(n), f"{self.context.name} step {n}: {error}"
         unsound = [name for name, value in self.model.named_parameters() if not is_finite(value)]

@@ -21,8 +21,8 @@ find a sample that causes an error.
 The function returns a list with one entry per completion: a number, a dict of named parts such as
 `{"correct": 1.0, "short": 0.1}`, or None to exclude the completion from training. Instead of the
 list, the function may return a dict of lists, such as
-`{"correct": [1.0, …], "short": [0.1, …]}`. The parts add up to the reward, and each part is logged
-as `reward_part/NAME`.
+`{"correct": [1.0, …], "short": [0.1, …]}`. Every part must be a number, never None. The parts add
+up to the reward, and each part is logged as `reward_part/NAME`.
 """
 
 from __future__ import annotations

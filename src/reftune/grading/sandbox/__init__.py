@@ -71,7 +71,7 @@ class Sandbox:
         """Execute each program, then evaluate the expression `call` in the program's scope. Returns
         one result per program, in the order of `programs`.
 
-        Raises: ReftuneError if the sandbox cannot start.
+        Raises: ReftuneError if the sandbox cannot start; the error of `refuse_after_fork`.
         """
         if not programs:
             return []

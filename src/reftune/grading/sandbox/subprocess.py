@@ -212,9 +212,9 @@ def _end(requests: socket.socket, process: subprocess.Popen[bytes], pid: int) ->
 
 
 def _exchange(output: int, status: socket.socket, timeout_s: float) -> tuple[bytes, int] | None:
-    """Read the program's output until the program ends, runs out of time or writes too much. If it
-    is still running then, it is killed. Returns the output and the exit status; None if the forking
-    process died."""
+    """Read the program's output until the program ends, runs out of time or writes too much. If
+    the program is still running then, kill it. Returns the output and the exit status. Returns None
+    if the forking process died."""
     deadline, written, code = time.monotonic() + timeout_s, b"", None
     while len(written) <= MAX_OUTPUT_BYTES:
         ready, _, _ = select.select([output], [], [], max(0.0, deadline - time.monotonic()))
