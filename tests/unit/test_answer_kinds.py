@@ -39,6 +39,11 @@ def verdict(text: str, gold: object, kind: AnswerKind | None = None) -> Verdict:
     return grade_answer(text, problem(gold, kind)).verdict
 
 
+needs_math = pytest.mark.skipif(
+    not mathematics.is_installed(), reason="math-verify is not installed"
+)
+
+
 # --- which kind -----------------------------------------------------------------------------------
 
 
@@ -85,6 +90,42 @@ def test_a_list_needs_to_be_told_how_it_is_meant() -> None:
     for empty in ([], [""], [None]):
         with pytest.raises(DataError):
             read_gold(empty, "list")
+
+
+@pytest.mark.parametrize(
+    ("gold", "items"),
+    [
+        (r"$\sqrt{2}$, $-\sqrt{2}$", (r"$\sqrt{2}$", r"$-\sqrt{2}$")),
+        ("$x+1$ and $2x$", ("$x+1$", "$2x$")),
+        ("$x+1, 2x$", ("x+1", "2x")),
+        ("[1,000, 2]", ("1,000", "2")),
+        ("[2, 10,000]", ("2", "10,000")),
+        ("[10,000]", ("10,000",)),
+        ("[100,200,300]", ("100", "200", "300")),
+        ("[1, 200, 300]", ("1", "200", "300")),
+        ('["1,000", "2"]', ("1,000", "2")),
+        ("1,2, 3", ("1", "2", "3")),
+        ("a, b,c", ("a", "b", "c")),
+        ("1,000,000, 2", ("1,000,000", "2")),
+        ("(1,2), 3", ("(1,2)", "3")),
+    ],
+)
+def test_commas_and_signs_in_a_list(gold: str, items: tuple[str, ...]) -> None:
+    assert read_gold(gold, "list").items == items
+
+
+@needs_math
+@pytest.mark.parametrize(
+    ("gold", "answer"),
+    [
+        (r"$\sqrt{2}$, $-\sqrt{2}$", r"-\sqrt2, \sqrt2"),
+        (r"$\sqrt{2}$, $-\sqrt{2}$", r"$-\sqrt2$ and $\sqrt2$"),
+        ("[1,000, 2]", "2, 1,000"),
+        ("1, 2, 3", "1,2, 3"),
+    ],
+)
+def test_a_set_is_right_however_it_is_punctuated(gold: str, answer: str) -> None:
+    assert verdict(answer, gold, "set") is CORRECT
 
 
 # --- text -----------------------------------------------------------------------------------------
@@ -172,11 +213,6 @@ def test_a_long_gold_is_no_mere_beginning() -> None:
 # --- expressions ----------------------------------------------------------------------------------
 
 
-needs_math = pytest.mark.skipif(
-    not mathematics.is_installed(), reason="math-verify is not installed"
-)
-
-
 @needs_math
 @pytest.mark.parametrize(
     ("text", "gold"),
@@ -195,6 +231,20 @@ needs_math = pytest.mark.skipif(
         (r"\begin{bmatrix}1&2\\3&4\end{bmatrix}", r"\begin{pmatrix}1 & 2 \\ 3 & 4\end{pmatrix}"),
         ("(x+1)^2, because it is a square", "x^2+2x+1"),
         (r"\frac{x}{2}", "x/2"),
+        ("√13", r"\sqrt{13}"),
+        (r"5\sqrt{20}", "5√20"),
+        ("√2.5x", r"\sqrt{2.5}x"),
+        ("√(x+1)", r"\sqrt{x+1}"),
+        ("√x", r"\sqrt{x}"),
+        ("4pi", r"4\pi"),
+        ("2*pi*r", r"2\pi r"),
+        ("sin(x)/2", r"\frac{\sin x}{2}"),
+        ("ln(2) + arctan(x)", r"\arctan x + \ln 2"),
+        ("exp(2x)", "e^{2x}"),
+        ("log_2(5)", r"\log_2 5"),
+        ("x⁴ + x¹⁰", "x^{10} + x^4"),
+        ("2⁻¹x", r"\frac{x}{2}"),
+        ("x₁ + y", "y + x_1"),
     ],
 )
 def test_an_expression_is_right_in_any_form(text: str, gold: str) -> None:
@@ -225,6 +275,10 @@ def test_an_expression_is_right_in_any_form(text: str, gold: str) -> None:
         ("x^2 +", "x^2 + 1", NO_ANSWER),
         (r"\frac{", r"\frac{x}{2}", NO_ANSWER),
         ("", "x^2", NO_ANSWER),
+        ("3", "√13", WRONG),
+        ("0", "5√20", WRONG),
+        ("10", "2√15", WRONG),
+        (r"\text{ sin }x", r"\sin x", WRONG),
     ],
 )
 def test_an_expression_that_only_looks_right_is_not(

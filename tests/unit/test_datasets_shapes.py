@@ -240,6 +240,17 @@ def test_a_heading_is_no_answer_and_stays_in_the_rationale(
     assert problem.rationale == (rationale or answer)
 
 
+@pytest.mark.parametrize("kind", ["any_of", "list", "set"])
+def test_the_solution_is_no_part_of_a_gold_answer_with_several_parts(
+    tmp_path: Path, kind: str
+) -> None:
+    row = {"question": "q", "answer": "Factor it.\n#### 1, 2"}
+    (problem,) = load(tmp_path, row, answer_kind=kind)
+    assert problem.written_answer == "1, 2"
+    (bare,) = load(tmp_path, {"question": "q", "answer": ["1", "2"]}, answer_kind=kind)
+    assert bare.answer.items == ("1", "2")
+
+
 def test_a_question_of_no_columns_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least 1 item"):
         load(tmp_path, {"question": "q", "answer": 1}, columns={"question": []})

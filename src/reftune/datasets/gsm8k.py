@@ -68,12 +68,12 @@ class Gsm8k(PaperDataset):
 
 
 def program_of(solution: str) -> str | None:
-    """A program that computes a solution's annotated steps, such as `<<48/2=24>>`. None if no step
-    contains an operator, or if any step is not plain arithmetic.
+    """A program that computes a solution's annotated steps, such as `<<48/2=24>>`. Returns None if
+    no step contains an operator, or if any step is not plain arithmetic.
 
     Each step assigns its result to a variable, which is named after the words that follow the
-    step's annotation. This variable replaces later numbers that equal the result. If several
-    earlier steps have the same result, the variable of the last one is used.
+    step's annotation. In later steps, the variable replaces numbers that equal the result. If
+    several earlier steps have the same result, the variable of the last one is used.
     """
     steps: dict[str, str] = {}
     names: dict[float, str] = {}
@@ -90,8 +90,8 @@ def program_of(solution: str) -> str | None:
 
 
 def _name(after: str) -> str:
-    """A variable name from the text after a step's annotation, such as `clips_may` for `24 clips in
-    May.`, or `step` if the text has no usable word."""
+    """A variable name from the text after a step's annotation. For example, `24 clips in May.`
+    gives `clips_may`. If the text has no usable word, the name is `step`."""
     words = re.match(r"\s*[-$]?[\d.,/]*\s*((?:[A-Za-z]+\b\s*)*)", after)
     assert words is not None
     telling = [word for word in words[1].lower().split() if word not in NOT_NAMES][:MAX_NAME_WORDS]

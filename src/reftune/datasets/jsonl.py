@@ -48,8 +48,8 @@ class Jsonl(FileDataset):
     ) -> tuple[dict[Split, list[Problem]], tuple[str, ...]]:
         """The problems of each split, and notes on unused columns. A gold answer may be both one
         option's label and another option's text. It is then read as a text if most of the dataset's
-        unambiguous gold answers are texts, and as a label otherwise. Raises: DataError if a column
-        is missing or a row is invalid."""
+        unambiguous gold answers are texts and `positions_from` is not set. Otherwise, it is read as
+        a label. Raises: DataError if a column is missing or a row is invalid."""
         columns = {split: self._columns(rows[split], is_train=split == "train") for split in rows}
         read = {split: self._read(rows[split], columns[split]) for split in rows}
         votes = sum(each.votes for of_split in read.values() for each in of_split)
@@ -224,10 +224,10 @@ class _Read:
 
 
 def _with_contexts(splits: dict[Split, list[Problem]]) -> dict[Split, list[Problem]]:
-    """The problems of each split. The same question may occur with several system messages. If most
-    such questions also have several gold answers, answers seem to depend on the system message, and
-    every question gets its system message put before it. If not, the problems are returned
-    unchanged."""
+    """The problems of each split. Some questions may occur with several system messages. If most of
+    these questions also have several gold answers, answers seem to depend on the system message.
+    The system message is then added to the beginning of every question. Otherwise, the problems are
+    returned unchanged."""
     first: dict[str, Problem] = {}
     agree: dict[str, bool] = {}
     for problem in chain.from_iterable(splits.values()):

@@ -171,7 +171,8 @@ class Mathqa(PaperDataset):
 
 def choice_program(row: Row, options: Sequence[str]) -> str | None:
     """A program that computes the value of the row's formula and returns the letter of the nearest
-    option. None if the row has no readable formula, or if none of its options states a number."""
+    option. Returns None if the row has no readable formula, or if none of its options states a
+    number."""
     steps, values = _steps(row), zip(LETTERS, map(option_value, options), strict=False)
     spelled = ", ".join(
         f'"{letter}": {spell(value).replace("/", " / ")}'
@@ -195,8 +196,9 @@ def _steps(row: Row) -> list[tuple[str, str]] | None:
 
 
 def _formulas_agree(rows: Sequence[Row]) -> list[bool]:
-    """For each row, whether its formula's value is within 1% of the gold option. True for rows from
-    the files of ReFT's authors, which are not checked."""
+    """For each row, whether its formula's value is within 1% of the gold option. The result is
+    False if the row has no readable formula. It is True for rows from the files of ReFT's authors,
+    which are not checked."""
     results = run_programs(["" if is_authors(row) else _formula_program(row) or "" for row in rows])
     return [
         is_authors(row) or _is_near_gold(row, result.value)
@@ -228,7 +230,7 @@ def _ends_in_another_letter(problem: Problem) -> bool:
 
 def read_options(text: str) -> tuple[str, ...] | None:
     """The texts of the options, beginning with option a. `text` looks like `a ) 38 , b ) 27 , …` or
-    like the Python list `["a ) 38", …]`. None for any other text."""
+    like the Python list `["a ) 38", …]`. Returns None for any other text."""
     pieces = literal(text) if text.startswith("[") else OPTION_BREAK.split(text)
     if not isinstance(pieces, list) or not all(isinstance(piece, str) for piece in pieces):
         return None
@@ -242,7 +244,8 @@ def read_options(text: str) -> tuple[str, ...] | None:
 
 def option_value(text: str) -> Fraction | None:
     """The number that an option states, for comparison with the value of a formula. For example,
-    `3 : 4` is 3/4, and `11 a . m .` is 11. None if the option states no number."""
+    `3 : 4` is 3/4, and `11 a . m .` is 11. Returns None if the option does not state a single
+    number."""
     ratio = re.fullmatch(r"([0-9]+)\s*:\s*([0-9]+)", text)
     if ratio is not None:
         return Fraction(int(ratio[1]), int(ratio[2])) if int(ratio[2]) else None
@@ -251,8 +254,8 @@ def option_value(text: str) -> Fraction | None:
 
 
 def option_answer(text: str) -> Answer | None:
-    """The number in an option, such as 500 in `500 cm 2`, where 2 belongs to the unit. None for
-    options that are not a single number, such as `3 : 4`."""
+    """The number in an option, such as 500 in `500 cm 2`, where 2 belongs to the unit. Returns None
+    if the option is not a single number, as in `3 : 4`."""
     for pattern, replacement in SPELLINGS:
         text = pattern.sub(replacement, text)
     return None if set(text) & set("([∏") else number_gold(text)

@@ -72,8 +72,8 @@ class Mixture(Component):
         return replace(mixed, train=train, counts=counts, notes=tuple(notes))
 
     def _drawn(self, train: Sequence[Problem], seed: int) -> tuple[Problem, ...]:
-        """The largest selection from `train` in which each dataset has its share. The problems are
-        drawn with `seed`. If no shares are set, all of `train` is returned."""
+        """The largest selection from `train` in which each dataset has its share, up to rounding.
+        The problems are drawn with `seed`. If no shares are set, all of `train` is returned."""
         of = {
             name: [problem for problem in train if problem.id.startswith(f"{name}/")]
             for name in self.parts

@@ -299,7 +299,8 @@ def _values(raw: Any, kind: str, reading: Reading) -> Iterator[str]:
         raw = said[0] if len(said) == 1 else said or raw
     if isinstance(raw, str) and raw.lstrip()[:1] == "[":
         is_decimal = reading.decimal == "," and COMMA_LIST.fullmatch(raw.strip())
-        raw = split_items(raw) if is_decimal else literal(raw.strip()) or raw
+        is_grouped = _GROUPED.match(raw) and re.search(r",\s|,0", raw)  # [1,000, 2], [10,000]
+        raw = split_items(raw) if is_decimal or is_grouped else literal(raw.strip()) or raw
     if isinstance(raw, str) and kind != "any_of":
         yield from split_items(with_points(raw, reading.decimal))
         return
@@ -307,6 +308,9 @@ def _values(raw: Any, kind: str, reading: Reading) -> Iterator[str]:
         if not isinstance(each, str | int | float) or isinstance(each, bool):
             raise DataError(f"{shown(raw)}; expected a list of strings or numbers")
         yield with_points(each, reading.decimal).strip()
+
+
+_GROUPED = re.compile(r"\s*\[[^\"']*\d,\d{3}(?!\d)[^\"']*$")
 
 
 def literal(text: str) -> object:
@@ -329,19 +333,18 @@ def _pattern(raw: object) -> Answer:
 
 def split_items(text: str, words: str = "and") -> tuple[str, ...]:
     """The items of a written list, with or without brackets. Commas, semicolons, line breaks and
-    matches of the pattern `words` separate items, except inside inner brackets. If any comma has a
-    space after it, commas without one do not separate: "1,000, 2" has two items. If there are
-    separators other than commas, a comma that may group thousands does not separate, as in
-    "1,000; 2"."""
-    text = re.sub(r"\\(?:left|right)\b|\\(?=[{}])", "", text.strip().strip("$")).strip()
+    matches of the pattern `words` separate items, except inside inner brackets. If there is a comma
+    with a space after it, or a separator other than a comma, a comma that may group thousands does
+    not separate: "1,000, 2" and "1,000; 2" have two items. Nor does a comma before three digits
+    that begin with 0."""
+    bare = text.strip().strip("$")
+    bare = bare if "$" not in bare else text  # not the outer signs of "$x$, $y$"
+    text = re.sub(r"\\(?:left|right)\b|\\(?=[{}])", "", bare).strip()
     if _BRACKETED.fullmatch(text):
         text = text.rstrip(".")[1:-1]
     outside = _INNER.sub(lambda match: "x" * len(match[0]), text)
-    comma = ","
-    if re.search(r",\s", outside):
-        comma = r",\s+|,$"
-    elif re.search(rf";|\n|\b(?:{words})\b", outside):
-        comma = r",(?!\d{3}(?!\d))"
+    has_others = re.search(rf",\s|;|\n|\b(?:{words})\b", outside)
+    comma = r",(?!\d{3}(?!\d))" if has_others else r",(?!0\d\d(?!\d))"
     separators = re.finditer(rf"\s*(?:{comma}|;|\n+|(?:,\s*)?\b(?:{words})\b)\s*", outside)
     edges = [0, *(edge for match in separators for edge in match.span()), len(text)]
     parts = [text[start:end] for start, end in zip(edges[::2], edges[1::2], strict=True)]

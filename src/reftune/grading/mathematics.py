@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Literal
 
 from reftune.errors import ReftuneError
+from reftune.grading.plain_text import LOWERED, RAISED, upright
 from reftune.grading.words import UNIT_NAMES
 
 CHILD = Path(__file__).with_name("_math_child.py")
@@ -61,7 +62,9 @@ _NOT_MATH = re.compile(r"^[<>≤≥≠=]|\b[a-z]\.[a-z]\b", re.IGNORECASE)
 """Matches abbreviations such as "a.m.", and bounds without a variable, such as "< 5"."""
 _NAMES = "leq geq neq infty pi pm cup cap in times cdot sqrt".split()
 _SIGNS = {sign: rf"\{name} " for sign, name in zip("≤≥≠∞π±∪∩∈×·√", _NAMES, strict=True)}
-_SIGNS |= {"°": r"^\circ ", "−": "-", "²": "^2", "³": "^3"}
+_SIGNS |= {"°": r"^\circ ", "−": "-"}
+_ROOT = re.compile(r"√ ?(?:(\d+(?:\.\d+)?)|\(([^()]*)\))")
+"""Matches a root of more than one sign: √13 and √(x + 1)."""
 _ASSIGNMENT = re.compile(r"\s*([a-zA-Z])\s*=([^=<>]+)")
 _UNIT = re.compile(
     r"(?:\\[,; ]|\s)*\\(?:text(?:rm|it)?|math(?:rm|it)|mbox) ?\{\s*"
@@ -69,6 +72,12 @@ _UNIT = re.compile(
     r"|[kcdm]?m|k?g|m?[lL])\s*\}(?:\^\{?[23]\}?)?\.?$"
 )
 """Matches a unit at the end of an expression, such as "\\text{ cm}^2"."""
+_NAMED = re.compile(
+    rf"({_TEXT.pattern})|(?<![a-zA-Z\\])"
+    r"(arc(?:sin|cos|tan)|(?:sin|cos|tan)h?|cot|sec|csc|log(?!\d)|ln|exp|pi)(?![a-zA-Z])"
+)
+"""Matches the names of functions and of π without a backslash, and (then group 1 is set) text, in
+which they stay."""
 _OTHER = re.compile(r"(?<![a-zA-Z\\])(?:or|and)(?![a-zA-Z])")
 _ASIDE = re.compile(r"\s*(?:,?\s+(?:because|since|where|when|which|so)\b|[.;] +[A-Z]|\n)")
 
@@ -98,7 +107,11 @@ def expression_in(text: str) -> str:
     """The expression in `text`. If `text` has exactly one pair of math delimiters, the expression
     is the text between them. Otherwise, it is the text before the first aside, such as "because …".
     Symbols such as π become LaTeX commands, and final punctuation is removed."""
-    text = "".join(_SIGNS.get(char, char) for char in text.strip()[: 2 * MAX_EXPRESSION_CHARS])
+    text = text.strip()[: 2 * MAX_EXPRESSION_CHARS]
+    text = _ROOT.sub(lambda m: rf"\sqrt{{{m[1] or m[2]}}}", text)
+    text = RAISED.sub(lambda m: "^" + _braced(upright(m[0])), text)
+    text = LOWERED.sub(lambda m: "_" + _braced(upright(m[0])), text)
+    text = "".join(_SIGNS.get(char, char) for char in text)
     parts: list[str] = [next(filter(None, each.groups())) for each in _DELIMITED.finditer(text)]
     if len(parts) == 1:
         return parts[0].strip().rstrip(".,;").strip()
@@ -113,6 +126,7 @@ def same_expression(gold: str, answer: str) -> Comparison:
     if not _UNIT.search(expected):
         given = _UNIT.sub("", given)
     expected, given = _in_order(expected, given), _in_order(given, expected)
+    expected, given = (_NAMED.sub(_with_backslash, each) for each in (expected, given))
     if not given or len(given) > MAX_EXPRESSION_CHARS or _words_in(given):
         return Comparison("unread")
     if _OTHER.search(_TEXT.sub("", given)) and not _OTHER.search(_TEXT.sub(" ", expected)):
@@ -123,6 +137,14 @@ def same_expression(gold: str, answer: str) -> Comparison:
     if len(brackets) > 1 and "" not in brackets:
         return Comparison("different", _spelling(given))
     return _verified(expected, given)
+
+
+def _braced(digits: str) -> str:
+    return digits if len(digits) == 1 else f"{{{digits}}}"
+
+
+def _with_backslash(match: re.Match[str]) -> str:
+    return match[1] or rf"\{match[2]} "
 
 
 def _in_order(expression: str, other: str) -> str:

@@ -36,8 +36,8 @@ _DIGIT_GAP = re.compile(r"(?<=\d)[\u00a0\u2007\u2009\u202f](?=\d{3}(?!\d))")
 _SWISS_GAP = re.compile(r"(?<=\d)['’](?=\d{3}(?!\d))")
 _SPACED_DASH = re.compile(r"(?:(?<=\s)(?<!=\s)|^)[–—](?=\s)|—")  # not in "x = – 5"
 _OVERLINED = re.compile(r"(?<=[\d.])((?:\d[\u0304\u0305])+)")
-_RAISED = re.compile(r"[⁺⁻]?[⁰¹²³⁴-⁹]+")
-_LOWERED = re.compile(r"[₀-₉]+")
+RAISED = re.compile(r"[⁺⁻]?[⁰¹²³⁴-⁹]+")
+LOWERED = re.compile(r"[₀-₉]+")
 _FRAC, _PART = r"\\(?:[dtc]|nice|s)?frac", r"(?:\{ ?(-? ?[\d.,]{1,200}) ?\}|(\d))"
 _FONT = r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox|boldsymbol|boxed|fbox)"
 _LATEX = [
@@ -110,8 +110,8 @@ def plain(text: str) -> str:
     if not text.isascii():
         text = _SPACED_DASH.sub("—", _DIGIT_GAP.sub("", text))
         text = _OVERLINED.sub(lambda match: f"({match[1][::2]})", text)
-        text = _RAISED.sub(lambda match: "^" + _upright(match[0]), text)
-        text = _LOWERED.sub(lambda match: "_" + _upright(match[0]), text)
+        text = RAISED.sub(lambda match: "^" + upright(match[0]), text)
+        text = LOWERED.sub(lambda match: "_" + upright(match[0]), text)
         text = "".join(map(_plain_char, text.translate(_ASCII)))
     if "\\" in text or "{" in text or "~" in text:
         for pattern, replacement in _LATEX:
@@ -119,7 +119,8 @@ def plain(text: str) -> str:
     return _EMPHASIS.sub("", _DOLLARS.sub("$", _TAG.sub(" ", text)))
 
 
-def _upright(digits: str) -> str:
+def upright(digits: str) -> str:
+    """Raised or lowered digits and signs as ordinary ones: `-12` for `⁻¹²`."""
     return unicodedata.normalize("NFKC", digits).replace("−", "-")
 
 

@@ -118,8 +118,8 @@ class Policy(nn.Module):
     @property
     def context(self) -> int | None:
         """Maximum length of a sequence, in tokens; None if the config does not state it. With RoPE
-        of type `longrope`, the limit is the original maximum. If one sequence is longer, the
-        position embeddings of all sequences in the batch change."""
+        of type `longrope`, this is the maximum before the context was extended, because a single
+        longer sequence would change the position embeddings of its whole batch."""
         rope = getattr(self.model.config, "rope_parameters", None) or {}
         if rope.get("rope_type") == "longrope":
             return int(rope["original_max_position_embeddings"])
@@ -233,8 +233,8 @@ class Policy(nn.Module):
             yield
 
     def hidden_states(self, batch: TokenBatch, backbone: Any = None) -> Tensor:
-        """(N, H) The final hidden states that predict the response tokens, in row-major order. They
-        are those of `backbone`, by default the policy's own transformer."""
+        """(N, H) The final hidden states that predict the response tokens, in row-major order.
+        `backbone` computes them; by default, it is the policy's own transformer."""
         backbone = self.base.base_model if backbone is None else backbone
         if self.packs:
             full = batch if self.compute_dtype == torch.float32 else batch.filled_up()
@@ -336,9 +336,9 @@ class Policy(nn.Module):
 
     def make_reference(self) -> Policy | AdapterReference:
         """A frozen copy of the current policy, called the reference. Without LoRA, its matrices are
-        in the compute dtype. With LoRA, the reference shares the policy's base and has a copy of
-        the adapters. If the adapters are new and therefore have no effect yet, the reference has no
-        adapters."""
+        in the compute dtype, except embeddings that this dtype does not represent exactly. With
+        LoRA, the reference shares the policy's base and has a copy of the adapters. If the adapters
+        are new and therefore have no effect yet, the reference has no adapters."""
         if self.is_lora:
             own = {name: p.detach().clone() for name, p in self._adapters().items()}
             return AdapterReference(self, own if self.continues_adapters else None)

@@ -46,9 +46,10 @@ def load_model(
     table: ModelTable, *, texts: Iterable[str] = (), seed: int = 0, as_stored: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal LM and its tokenizer. A from-scratch model gets its vocabulary from `texts` and its
-    weights from `seed`. The weights are in fp32 or, with `as_stored`, in the dtype of the files.
-    Use `as_stored` only for models that are not trained. Weights in formats other than safetensors
-    are not read. Raises: ModelError if the model cannot be loaded or created."""
+    weights from `seed`. The weights are in fp32. With `as_stored`, those of a pretrained model are
+    in the dtype that its configuration states or, if it states none, in the dtype of the files. Use
+    `as_stored` only for models that are not trained. Weights in formats other than safetensors are
+    not read. Raises: ModelError if the model cannot be loaded or created."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging

@@ -343,8 +343,8 @@ def _stretched_rates(recipe: dict[str, Any], longer: Collection[str]) -> Iterato
 
 
 def _changed_environment(folder: RunFolder) -> Iterator[str]:
-    """Yield a note if the run began on a GPU but there is none now, and a note for each of torch
-    and transformers whose version has changed since the run began."""
+    """Yield a note if the run began on a GPU but there is none now. Also yield a note for each of
+    the packages torch and transformers if its version has changed since the run began."""
     try:
         old = dict(json.loads(folder.environment.read_text(encoding="utf-8")))
     except (ValueError, TypeError):
@@ -359,8 +359,8 @@ def _changed_environment(folder: RunFolder) -> Iterator[str]:
 
 def _set_aside(folder: RunFolder, own: dict[str, Any], wanted: dict[str, Any]) -> Iterator[str]:
     """If the new recipe `wanted` evaluates differently from the folder's recipe `own`, rename the
-    folder of evaluations, and yield a note. It does not count as a difference if other methods are
-    evaluated, or if `wanted` adds a reranker and `own` has none."""
+    folder of evaluations, and yield a note. Two differences do not count: `wanted` may evaluate
+    other methods, and it may have a reranker if `own` has none."""
     old, new = (each.get("evaluate") or {} for each in (own, wanted))
     free = {"stages", "rerank"} if old.get("rerank") is None else {"stages"}
     change = first_difference(without(old, free), without(new, free), "evaluate")
@@ -424,7 +424,8 @@ def _own_and_wanted(folder: RunFolder, recipe: Recipe) -> tuple[dict[str, Any], 
 
 def first_difference(old: Any, new: Any, where: str = "") -> str | None:
     """The first key (in the order of `old`) whose value differs between two tables, and both
-    values, as text. None if all values are equal. `where` is the tables' path in the recipe."""
+    values, as text. Returns None if all values are equal. `where` is the tables' path in the
+    recipe."""
     if isinstance(old, dict) and isinstance(new, dict):
         changes = (
             first_difference(old.get(key), new.get(key), f"{where}.{key}".lstrip("."))

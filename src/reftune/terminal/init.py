@@ -191,7 +191,8 @@ def _lengths(
 ) -> tuple[int, int | None, bool]:
     """Length limits that fit nearly all prompts and solutions. Returns: the maximum number of
     tokens in a solution, the maximum in a prompt and its solution together (the context; None if
-    unlimited), and whether some prompts are too long. Raises: ModelError if too many are."""
+    unlimited), and whether some prompts are too long. Raises: ModelError if too many prompts are
+    too long."""
     prompts = sorted(
         len(encoder.prompt(problem)) for problem in (*splits.train, *splits.dev, *splits.test)
     )

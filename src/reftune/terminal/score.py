@@ -62,8 +62,9 @@ def score_as_recipe(file: Path, recipe: Recipe) -> Iterator[dict[str, Any]]:
 
 def _grade_of(recipe: Recipe) -> Grade:
     """The function that grades completions as in training. In the style `chat`, it needs the
-    tokenizer, as the chat template may begin a thought (`<think>`) that the completion continues.
-    If the tokenizer cannot be loaded, a warning is logged and no such thought is assumed."""
+    tokenizer, because the chat template may begin a thought (`<think>`) that the completion
+    continues. If the tokenizer cannot be loaded, a warning is logged, and completions are graded as
+    if the template began no thought."""
     if getattr(recipe.format, "style", None) == "chat" and recipe.model.path is not None:
         from reftune.model.weights import load_tokenizer
 
@@ -89,8 +90,8 @@ def golds_of(dataset: object, format: Format) -> GoldReader:
 def score_lines(
     lines: Iterable[str], grade: Grade, reward: Reward, *, where: str, golds: GoldReader = DEFAULT
 ) -> Iterator[dict[str, Any]]:
-    """Grade lines of `{"id", "completion", "answer", "choices"?, "answer_kind"?}`. Yields `{"id",
-    "verdict", "value", "reward", "reason"}` for each line.
+    """Grade lines of `{"id", "completion", "answer", "choices"?, "answer_kind"?}`. Keys marked `?`
+    are optional. Yields `{"id", "verdict", "value", "reward", "reason"}` for each line.
 
     `where` is the file's name. `golds` reads the choices and gold answers; a line's `answer_kind`
     replaces `golds.kind`. Raises: DataError, before the first result, if a line cannot be read. The
@@ -130,8 +131,10 @@ def _row(row: Mapping[str, Any], where: str, golds: GoldReader) -> _Row:
 
 
 def problem_of(row: Mapping[str, Any], where: str, golds: GoldReader = DEFAULT) -> Problem:
-    """A problem from `{"id", "answer", "choices"?, "question"?, "answer_kind"?}`. Answer and
-    choices are read as in `jsonl` data, except that an answer of kind `choice` needs no choices.
+    """A problem from `{"id", "answer", "choices"?, "question"?, "answer_kind"?}`; keys marked `?`
+    are optional. Answer and choices are read as in `jsonl` data, with two exceptions. An answer of
+    kind `choice` needs no choices. An answer that is both one option's label and another option's
+    text is always read as the label, because other rows are not looked at.
     Raises: DataError, whose message begins with `where`, if the answer or the choices are
     invalid."""
     if row.get("answer") is None:

@@ -29,8 +29,8 @@ PROJECT = "reftune"
 def tracked(progress: Progress, recipe: Recipe) -> Progress:
     """A view that forwards events to `progress` and also logs them to the trackers that the recipe
     names. If the recipe does not set `trackers`, events are logged to TensorBoard, provided that it
-    is installed. If there are no trackers, the result is `progress` itself. Raises: RecipeError if
-    a named tracker is not installed."""
+    is installed. If there are no trackers, or this is not the main process, the result is
+    `progress` itself. Raises: RecipeError if a named tracker is not installed."""
     names = recipe.trackers
     if names is None:
         names = ["tensorboard"] if find_spec("tensorboard") else []

@@ -55,8 +55,9 @@ class PaperDataset(FileDataset):
         }
 
     def trainable(self, splits: Splits) -> Splits:
-        """`splits` without the training problems whose rationale does not match the gold answer. A
-        program must return the gold answer, and prose must not state another answer."""
+        """`splits` without the training problems whose rationale does not match the gold answer. If
+        rationales are programs, each problem needs a program that returns the gold answer. If they
+        are prose, a rationale must not state another answer; problems without one are kept."""
         if self.rationale == "program":
             return drop_wrong_programs(splits)
         return super().trainable(splits)

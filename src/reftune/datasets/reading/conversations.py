@@ -56,8 +56,9 @@ class Conversation:
 
 
 def turns_in(row: Row, column: str) -> Sequence[Mapping[str, Any]] | None:
-    """The turns of the conversation in a cell, even if it is written as text, as in CSV. None for
-    any other cell. Raises: DataError if text that looks like a conversation cannot be read."""
+    """The turns of the conversation in a cell, even if it is written as text, as in CSV. Returns
+    None for any other cell. Raises: DataError if text that looks like a conversation cannot be
+    read."""
     cell = row.get(column)
     is_written = isinstance(cell, str) and WRITTEN.fullmatch(cell) is not None
     turns = _parsed(cell) if is_written else cell
@@ -93,8 +94,9 @@ def is_answered(turns: Sequence[Mapping[str, Any]]) -> bool:
 
 def read_conversation(row: Row, column: str) -> Conversation | None:
     """The conversation in a cell, without empty system messages; None if the cell contains no
-    conversation. Raises: DataError if one of the remaining turns has an unknown role, no text, or
-    content other than text, or if the conversation uses tools."""
+    conversation. Raises: DataError if one of the remaining turns has an unknown role, no text,
+    content other than text, or thoughts under a key of their own (`THOUGHTS`), or if the
+    conversation uses tools."""
     value = turns_in(row, column)
     if value is None:
         return None

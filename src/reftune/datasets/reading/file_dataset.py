@@ -98,8 +98,9 @@ class FileDataset(Component):
         return {}
 
     def load(self, *, seed: int) -> Splits:
-        """The cleaned splits. If the recipe names no source for dev, dev is drawn from train with
-        `seed`. Raises: DataError if the data cannot be read, or if `dev_size` is too large."""
+        """The splits, cleaned as `draw_splits` and `trainable` describe. If the recipe names no
+        source for dev, dev is drawn from train with `seed`. Raises: DataError if the data cannot be
+        read, or if `dev_size` is too large."""
         has_test = self.test is not None or not is_single_split(self.train)
         test = self.test or self.train if has_test else None
         sources: dict[Split, str | None] = {"test": test, "dev": self.dev, "train": self.train}

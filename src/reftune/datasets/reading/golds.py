@@ -51,7 +51,9 @@ class GoldReader:
         the cell contains no answer of the expected kind, or names none of the options."""
         kind = self.kind
         if kind in ("any_of", "list", "set", "regex"):
-            return read_gold(cell, kind, reading=self.reading), cell
+            answer = read_gold(cell, kind, reading=self.reading)
+            is_worked = kind != "regex" and statements(str(cell), self.reading)
+            return answer, ", ".join(answer.items) if is_worked else cell
         stated = stated_gold(cell, self.reading)
         if options is not None:
             return self._choice(stated, options), stated

@@ -4,10 +4,10 @@ rounding errors. To remove it, change its callers:
 - `model/policy.py`: drop the calls to `attention.attend_our_way`, `attention.takes_packing`,
   `llama.is_written_out`, `attention.read_packed` and `llama.read_packed`. In `hidden_states`, keep
   only the branch that pads.
-- `engines/kv.py`: drop the calls to `llama.is_written_out`, `llama.Decoder` and
-  `llama.packed_linears`, and keep `forward`, which calls transformers. The trainer can take the
-  log-probabilities of samples from the engine only with packing. Without this folder, it therefore
-  computes them itself.
+- `engines/kv.py`: drop the type `llama.Copies` and the calls to `llama.is_written_out`,
+  `llama.Decoder` and `llama.packed_linears`, and keep `forward`, which calls transformers. The
+  trainer can take the log-probabilities of samples from the engine only with packing. Without this
+  folder, it therefore computes them itself.
 - `stages/outline.py`: drop `ATTENTION`, and keep `sdpa`.
 - `terminal/cli.py`: drop the call to `allocator.keep_freed_memory`.
 
