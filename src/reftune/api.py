@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from pydantic import ValidationError
 from pydantic_core import PydanticCustomError
 
 from reftune.datasets.reading.golds import GoldReader
+from reftune.datasets.reading.rows import Row
 from reftune.errors import DataError, RecipeError
 from reftune.grading.formats import Format, grades_of
 from reftune.processes import launch, world
-from reftune.recipe import LengthTable, Recipe, load_component, load_recipe, parse_recipe
+from reftune.recipe import LengthTable, Recipe, load_component, load_recipe, parse_recipe, read_yaml
 from reftune.results.stats import wilson
 from reftune.storage.run_folder import StageFolder
 from reftune.terminal.score import golds_of, problem_of
@@ -67,31 +67,34 @@ def grade(
     completion: str,
     answer: float | str | Sequence[float | str],
     *,
-    choices: Sequence[str] = (),
+    choices: Iterable[str] | Mapping[str, Any] | None = (),
     answer_kind: str = "auto",
     format: FormatSpec = "nl",
     question: str = "",
 ) -> Graded:
     """Grade a completion as in training and evaluation. `answer` is the gold answer: a number,
     text, the letter of a choice, or an answer of the kind that `answer_kind` names
-    (docs/datasets.md). `choices` are the texts of the multiple-choice options, in order.
+    (docs/datasets.md). `choices` are the texts of the multiple-choice options, in order, or options
+    with labels: `{"A": "red", "B": "blue"}` or `{"text": ["red", "blue"], "label": ["A", "B"]}`.
     `question` is needed only by a `format` of your own.
 
         >>> grade("so 3 · 7 = 21. The answer is 21", 21).verdict
         <Verdict.CORRECT: 'correct'>
 
-    Raises: DataError if `completion` is not text or `answer` cannot be read as a gold answer;
+    Raises: DataError if `completion` is not text, or if `choices` or `answer` cannot be read;
     RecipeError if the format is unusable; ReftuneError if a package or sandbox that grading needs
     is missing. A completion's text never causes an error.
     """
     if not isinstance(completion, str):
         raise DataError(f"grade: completion is {shown(completion)}; expected text")
     own: Format = _component(format, "format")
+    if isinstance(choices, Iterable) and not isinstance(choices, str | Mapping):
+        choices = list(choices) or None
     row = {
         "id": "1",
         "answer": answer,
         "answer_kind": answer_kind,
-        "choices": list(choices) or None,
+        "choices": choices,
         "question": question,
     }
     return grades_of(own, [problem_of(row, "grade", golds_of(None, own))], [completion])[0]
@@ -151,18 +154,24 @@ def evaluate(
     from reftune.model.policy import Policy
     from reftune.stages.rollouts import Collector
 
-    if not problems:
+    try:
+        items = iter(problems)
+    except TypeError:
+        raise RecipeError(f"evaluate: problems is {shown(problems)}; expected a list") from None
+    if not (rows := list(items)):
         raise RecipeError("evaluate: no problems; expected at least one")
     if max_new is not None and (not isinstance(max_new, int) or max_new < 1):
         raise RecipeError(f"max_new: {max_new!r}; expected a positive number of tokens")
-    recipe = _recipe_of(model)
-    policy = model if isinstance(model, Policy) else _policy(model, recipe)
+    recipe: Mapping[str, Any] = {}
+    if isinstance(model, Policy):
+        policy = model
+    else:
+        path = _path(model)
+        recipe = _recipe_of(path)
+        policy = _policy(path, recipe)
     put: Format = _component(format or recipe.get("format") or "nl", "format")
     golds = golds_of(_dataset(recipe), put)
-    found = tuple(
-        p if isinstance(p, Problem) else _asked({"id": i, **p}, f"problem {i}", golds)
-        for i, p in enumerate(problems)
-    )
+    found = tuple(p if isinstance(p, Problem) else _asked(p, i, golds) for i, p in enumerate(rows))
     with_id = {problem.id: problem for problem in found}
     for problem in found:
         if with_id[problem.id] != problem:
@@ -180,6 +189,11 @@ def evaluate(
         reward=Outcome(),
         lengths=lengths,
     )
+    if collector.prompt_limit(policy) == 0:
+        raise RecipeError(
+            f"max_new: {lengths.max_new}; expected less than the model's context of"
+            f" {policy.context} tokens"
+        )
     own = policy.stop
     policy.stop = replace(own, texts=stop_texts(put))
     try:
@@ -191,14 +205,32 @@ def evaluate(
     )
 
 
-def _asked(row: Mapping[str, Any], where: str, golds: GoldReader) -> Problem:
+def _asked(row: Mapping[str, Any], index: int, golds: GoldReader) -> Problem:
+    where = f"problem {index}"
+    try:
+        row = {"id": index, **row}
+    except TypeError:
+        raise DataError(
+            f"evaluate: {where} is {shown(row)}; expected a list of Problems or mappings"
+        ) from None
     question = row.get("question")
     if not isinstance(question, str) or not question.strip():
         raise DataError(f"{where}: question is {shown(question)}; expected text")
+    Row(where=where, id="", columns=row).refuse_half_pairs("question", "choices")
     return problem_of(row, where, golds)
 
 
-def _policy(model: str | Path, recipe: Mapping[str, Any]) -> Policy:
+def _path(model: str | Path) -> str:
+    """The path or Hub id of a model, as text. The path of an existing `Path` becomes absolute,
+    because ./smollm2-135m is not the packaged model."""
+    try:
+        path = os.fsdecode(model)
+    except TypeError:
+        raise RecipeError(f"model: {shown(model)}; expected a folder, Hub id or Policy") from None
+    return str(model.absolute()) if isinstance(model, Path) and model.exists() else path
+
+
+def _policy(path: str, recipe: Mapping[str, Any]) -> Policy:
     """Load the model as a policy that cannot be trained. Its dtype is the one in `recipe`, the
     recipe of the run that trained the model. If `recipe` is empty, `auto` chooses the dtype."""
     import torch
@@ -208,22 +240,25 @@ def _policy(model: str | Path, recipe: Mapping[str, Any]) -> Policy:
     from reftune.recipe import ModelTable
     from reftune.runs.auto import choose_device, fastest_dtype
 
-    device = choose_device("auto")
     dtype = (recipe.get("model") or {}).get("dtype", "auto")
-    dtype = getattr(torch, fastest_dtype(device) if dtype == "auto" else dtype)
-    path = os.fspath(model)
-    if isinstance(model, Path) and model.exists():
-        path = str(model.absolute())  # ./smollm2-135m is not the packaged model
+    device = choose_device("auto")
+    name = fastest_dtype(device) if dtype == "auto" else dtype
     loaded = load_model(ModelTable(path=path), as_stored=True)
-    return Policy(*loaded, dtype=dtype, trained=False).to(device)
+    return Policy(*loaded, dtype=getattr(torch, name), trained=False).to(device)
 
 
-def _recipe_of(model: str | Path | Policy) -> Mapping[str, Any]:
-    """The run's recipe if `model` is the folder `stages/NAME` of a run; empty for other models."""
-    if not isinstance(model, str | Path) or Path(model).parent.name != "stages":
+def _recipe_of(path: str) -> Mapping[str, Any]:
+    """The run's recipe if `path` leads to the folder `stages/NAME` of a run; empty for other
+    models. Raises: RecipeError if the recipe cannot be read."""
+    from reftune.model.weights import resolve
+
+    folder = resolve(path)
+    if isinstance(folder, str):
         return {}
-    path = StageFolder(Path(model)).run.recipe
-    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    for stage in (folder.absolute(), folder.resolve()):  # NAME may be a link
+        if stage.parent.name == "stages" and (file := StageFolder(stage).run.recipe).is_file():
+            return read_yaml(file)
+    return {}
 
 
 def _dataset(recipe: Mapping[str, Any]) -> Any:

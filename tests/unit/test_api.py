@@ -7,13 +7,15 @@ import sys
 from fractions import Fraction
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
 import reftune
 from reftune.datasets.jsonl import Jsonl
-from reftune.errors import DataError, RecipeError
+from reftune.errors import DataError, RecipeError, ReftuneError
 from reftune.grading.formats.nl import Nl
 from reftune.recipe import dump_recipe
 from reftune.types import Answer
@@ -60,6 +62,34 @@ def test_grade_reads_a_gold_as_the_dataset_does(tmp_path: Path, gold: object, an
     (problem,) = dataset.load(seed=0).train
     completion = f"The answer is {answer}"
     assert reftune.grade(completion, gold) == Nl().grade([problem], [completion])[0]
+
+
+ARRAYS = {"text": np.array(["red", "blue"], dtype=object), "label": np.array(["A", "B"])}
+
+
+@pytest.mark.parametrize(
+    ("choices", "value"),
+    [
+        *[({"text": ["red", "blue"], "label": ["A", "B"]}, "a"), ({"A": "red", "B": "blue"}, "a")],
+        *[({"B": "blue", "A": "red"}, "b"), (ARRAYS, "a"), ('["red", "blue"]', "a")],
+        ([{"text": "red", "label": "A"}, {"text": "blue", "label": "B"}], "a"),
+        *[(iter(["red", "blue"]), "a"), (np.array(["red", "blue"]), "a")],
+    ],
+)
+def test_grade_reads_options_in_every_layout_of_the_data(choices: Any, value: str):
+    graded = reftune.grade("The answer is red", "A", choices=choices)
+    assert (graded.verdict, graded.value) == (reftune.Verdict.CORRECT, value)
+
+
+@pytest.mark.parametrize("choices", [None, (), [], {}, ""])
+def test_grade_without_options_reads_the_answer_as_text(choices: Any):
+    assert reftune.grade("The answer is red", "red", choices=choices).value == "red"
+
+
+@pytest.mark.parametrize("choices", ["red or blue", 5, {"A": "red"}, ["red", None], object()])
+def test_grade_refuses_options_that_it_cannot_read(choices: Any):
+    with pytest.raises(DataError, match=r"^grade: choices is .*; expected a list of 2 to 26"):
+        reftune.grade("The answer is red", "A", choices=choices)
 
 
 def test_bad_arguments_of_grade_are_reported_in_one_line():
@@ -136,6 +166,92 @@ def changed(finished: Path, to: Path, **tables: dict) -> Path:
         recipe[name] |= keys
     (copied / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     return copied / "stages" / "sft"
+
+
+def test_evaluate_finds_the_recipe_of_a_stage_folder_however_it_is_named(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    stage = finished / "stages" / "sft"
+    (tmp_path / "link").symlink_to(stage)
+    (tmp_path / "other" / "stages").mkdir(parents=True)  # a run whose stage lies elsewhere
+    shutil.copy(finished / "recipe.yaml", tmp_path / "other")
+    moved = shutil.copytree(stage, tmp_path / "moved")
+    (tmp_path / "other" / "stages" / "sft").symlink_to(moved)
+    monkeypatch.setenv("HOME", str(finished))
+    named = [
+        *[(finished, "stages/sft"), (stage.parent, "sft"), (stage.parent, Path("sft"))],
+        *[(stage, "."), (stage, "../sft"), (tmp_path, "link"), (tmp_path, "~/stages/sft")],
+        (tmp_path, "other/stages/sft"),
+    ]
+    problem = {"question": "Eva has 19 drums.", "answer": 19}
+    for folder, name in named:
+        monkeypatch.chdir(folder)
+        (graded,) = reftune.evaluate(name, [problem]).graded
+        assert "solution()" in graded.reason, name  # as the format `program` says
+    monkeypatch.chdir(stage.parent)
+    (tmp_path / "stages").symlink_to(tmp_path)  # a folder `stages` that belongs to no run
+    (graded,) = reftune.evaluate(tmp_path / "stages" / "moved", [problem], max_new=2).graded
+    assert "solution()" not in graded.reason
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [*[("", "got NoneType"), ("- a", "got list"), ("a: [1", "not valid YAML"), ("5", "got int")]],
+)
+def test_evaluate_reports_a_damaged_recipe_of_the_run(
+    written: Any, message: str, finished: Path, tmp_path: Path
+):
+    (tmp_path / "stages").mkdir()
+    (tmp_path / "stages" / "sft").symlink_to(finished / "stages" / "sft")
+    text = written if isinstance(written, str) else yaml.safe_dump(written)
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=message):
+        reftune.evaluate(tmp_path / "stages" / "sft", [{"question": "q", "answer": 1}])
+
+
+@pytest.mark.parametrize("too_long", ["drop", "refuse"])
+def test_evaluate_refuses_a_max_new_that_leaves_no_room_for_a_prompt(
+    too_long: str, finished: Path, tmp_path: Path
+):
+    problem = {"question": "Eva has 19 drums.", "answer": 19}
+    message = r"^max_new: 64; expected less than the model's context of 64 tokens$"
+    for name, max_new in (("recipe", 64), ("argument", 20)):
+        limits = {"max_new": max_new, "too_long": too_long}
+        folder = changed(finished, tmp_path / name, lengths=limits)
+        with pytest.raises(RecipeError, match=message):
+            reftune.evaluate(folder, [problem], max_new=None if name == "recipe" else 64)
+        assert len(reftune.evaluate(folder, [problem], max_new=3).completions[0].token_ids) > 1
+
+
+@pytest.mark.parametrize("model", [None, 5, object(), ["stages/sft"], Nl])
+def test_evaluate_refuses_what_is_not_a_model(model: Any):
+    with pytest.raises(RecipeError, match=r"^model: .*; expected a folder, Hub id or Policy$"):
+        reftune.evaluate(model, [{"question": "q", "answer": 1}])
+
+
+@pytest.mark.parametrize(
+    ("problems", "message"),
+    [
+        *[(["1+1?"], "problem 0 is '1\\+1\\?'"), ([None], "problem 0 is None")],
+        *[
+            ({"question": "q", "answer": 1}, "problem 0 is 'question'"),
+            ("1+1?", "problem 0 is '1'"),
+        ],
+        *[(5, "problems is 5; expected a list"), (None, "problems is None; expected a list")],
+        *[(np.array(["q"]), "problem 0 is "), (iter([]), "no problems; expected at least one")],
+        ([{"question": "\ud83d", "answer": 1}], "half a surrogate pair"),
+    ],
+)
+def test_evaluate_refuses_what_are_not_problems(problems: Any, message: str, make_policy):
+    with pytest.raises(ReftuneError, match=message):
+        reftune.evaluate(make_policy("llama"), problems)
+
+
+def test_evaluate_takes_any_iterable_of_problems(make_policy):
+    row = {"question": "wa wb", "answer": "A", "choices": np.array(["wa", "wb"])}
+    for problems in (iter([row]), (row,), np.array([row])):
+        (problem,) = reftune.evaluate(make_policy("llama"), problems, max_new=2).problems
+        assert problem.choices == ("wa", "wb")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "auto"])

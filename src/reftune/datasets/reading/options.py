@@ -83,7 +83,7 @@ def is_empty(cell: object) -> bool:
         return all(map(is_empty, cell.values()))
     if isinstance(cell, str):
         return cell.strip() in ("", "[]", "null")
-    return cell is None or cell == []
+    return cell is None or (isinstance(cell, list) and not cell)
 
 
 def _in_columns(row: Row, columns: Sequence[str]) -> Mapping[str, Any] | list[Any]:
@@ -132,4 +132,5 @@ def _labelled(value: Any) -> list[tuple[Any, Any]]:
 
 
 def _is_list(value: object) -> TypeGuard[Sequence[Any]]:
-    return isinstance(value, Sequence) and not isinstance(value, str)
+    is_sequence = isinstance(value, Sequence) or hasattr(value, "__array__")  # numpy, pandas
+    return is_sequence and not isinstance(value, str)
