@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from reftune.errors import DataError, RecipeError
 from reftune.grading import mathematics
@@ -700,6 +701,29 @@ def test_unknown_rules_and_missing_graders_are_named(tmp_path: Path) -> None:
     ]:
         with pytest.raises((RecipeError, ValueError), match=message):
             Nl(grading=grading)
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (
+            "def __init__(self, model): ...",
+            "TypeError: G.__init__() missing 1 required positional argument: 'model'",
+        ),
+        ("def __init__(self): raise RuntimeError", "RuntimeError"),
+        ("def __init__(self): raise OSError('a\\nb')", "OSError: a b"),
+        ("def __init__(self): raise ValueError('no')", "ValueError: no"),
+        ("def __init__(self): raise SystemExit(1)", "SystemExit: 1"),
+    ],
+)
+def test_a_graders_class_that_cannot_be_created_is_refused_in_one_line(
+    tmp_path: Path, body: str, reason: str
+) -> None:
+    grading = own(tmp_path, f"class G:\n    {body}\n", "G")
+    for kind in ("nl", "program"):
+        with pytest.raises(ValidationError) as refused:
+            load_component({"kind": kind, "grading": grading}, group="formats")
+        assert refused.value.errors()[0]["msg"] == f"{grading}: cannot be created: {reason}"
 
 
 # --- any text -------------------------------------------------------------------------------------

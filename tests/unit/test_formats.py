@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from reftune.errors import DataError
 from reftune.grading.formats.nl import Nl
 from reftune.grading.formats.program import HEADER, Program, body_of, programs_in
-from reftune.grading.sandbox import Sandbox
+from reftune.grading.sandbox import Sandbox, SandboxKind
 from reftune.grading.sandbox.result import ExecutionResult
 from reftune.types import Answer, Problem, Verdict
 
@@ -101,6 +101,21 @@ def test_a_compact_target_does_not_repeat_an_answer_that_the_rationale_ends_in()
     for last in ("#### 5", "Therefore, the answer is <5>.", "answer : 5"):
         assert Nl().target(number("5", rationale=f"2 + 3\n{last}")) == f"2 + 3\n{last}"
     assert Nl().target(number("5", rationale="2 + 3\n#### 6")) == "2 + 3\n#### 6\nThe answer is 5"
+
+
+@pytest.mark.parametrize("pattern", ["[Yy]es", "yes"])
+@pytest.mark.parametrize("last", ["Both agree.", "The answer is yes"])
+def test_a_paper_target_never_states_a_pattern(pattern: str, last: str) -> None:
+    answer = Answer(kind="regex", value=pattern)
+    problem = Problem(id="p", question="Really?", answer=answer, rationale=f"Look.\n{last}")
+    for format in (Nl(style="paper"), Nl(grading="paper"), Nl(style="paper", grading="paper")):
+        with pytest.raises(DataError, match="problem p: paper targets cannot state the answer"):
+            format.target(problem)
+    if last == "The answer is yes":
+        assert Nl().target(problem) == f"Look.\n{last}"
+    else:
+        with pytest.raises(DataError, match="ends without an answer"):
+            Nl().target(problem)
 
 
 def test_a_target_of_a_choice_is_its_letter() -> None:
@@ -325,6 +340,25 @@ def test_formats_are_equal_if_their_keys_are() -> None:
     assert Program() != Program(timeout_s=2)
 
 
+@pytest.mark.parametrize("sandbox", ["auto", "monty", "subprocess"])
+@pytest.mark.parametrize(
+    ("completion", "verdict"),
+    [
+        ("def solution():\n    return 5\nreturn 9", Verdict.CORRECT),
+        ("def solution():\n    return max([5], key=abs)\nreturn 9", Verdict.CORRECT),
+        ("x = 2\nreturn 5\nreturn 9", Verdict.CORRECT),  # a body ends at its first return
+        ("def solution():\n    y = 9\n    return y\nx = 5\nreturn x", Verdict.WRONG),
+        ("def solution():\n    x = 3\nreturn 5", Verdict.NO_ANSWER),
+        ("def solution():\n    return 9\nif True:\n    return 5", Verdict.WRONG),
+    ],
+)
+def test_a_return_outside_solution_does_not_count(
+    sandbox: SandboxKind, completion: str, verdict: Verdict
+) -> None:
+    graded = Program(sandbox=sandbox).grade([number("5")], [completion])[0]
+    assert graded.verdict is verdict
+
+
 # --- the paper's program rules --------------------------------------------------------------------
 
 
@@ -388,6 +422,13 @@ def test_e9_paper_takes_the_second_of_two_definitions(paper: Program) -> None:
         Verdict.CORRECT,
         "5.0",
     )
+
+
+@pytest.mark.parametrize(
+    "end", ["return 9", "return", "if True:\n    return 5", "x = \\", "@len", "x = (", "try:"]
+)
+def test_e9_paper_runs_no_code_that_python_refuses(paper: Program, end: str) -> None:
+    assert paper_value(paper, f"    return 5\n{end}") == (Verdict.ERROR, None)
 
 
 def test_e9_paper_prints_instead_of_exiting(paper: Program) -> None:

@@ -82,6 +82,30 @@ def test_a_program_that_fails_is_an_error_with_a_reason(sandbox: Sandbox, source
 
 
 @pytest.mark.parametrize(
+    "outside",
+    [
+        "return 9",
+        "return",
+        "return ()",
+        "return (5, 6)",
+        "x = 1; return x",
+        "if solution() == 5:\n    return 9",
+        "for i in range(3):\n    return i",
+        "try:\n    return 9\nfinally:\n    x = 1",
+    ],
+)
+def test_a_return_outside_a_function_is_an_error(sandbox: Sandbox, outside: str) -> None:
+    result = sandbox.run([returned("5") + f"\n{outside}"])[0]
+    assert result == ExecutionResult(status=ERROR, reason="'return' outside function")
+
+
+def test_a_tuple_and_nothing_are_values_too(sandbox: Sandbox) -> None:
+    results = sandbox.run([returned("(5, 6)"), returned("()"), returned("None")])
+    assert [result.value for result in results] == [(5, 6), (), None]
+    assert sandbox.run(["x = 5"], call="x, 6\n")[0].value == (5, 6)
+
+
+@pytest.mark.parametrize(
     ("source", "status"),
     [
         ("def solution():\n    while True:\n        pass", TIMEOUT),

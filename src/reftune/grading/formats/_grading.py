@@ -13,6 +13,7 @@ from pydantic import AfterValidator
 from reftune.grading.formats import is_grade, named
 from reftune.grading.verdicts import clip, judge
 from reftune.recipe import component_class, refusal
+from reftune.text import brief
 from reftune.types import Graded, Problem, Verdict
 
 RULES = ("robust", "paper")
@@ -38,9 +39,15 @@ Grading = Annotated[str, AfterValidator(_known)]
 
 @functools.cache
 def own_grader(grading: str) -> Grader:
-    """The function that `file.py:Name` names or, if `Name` is a class, an instance of the class."""
+    """The function that `file.py:Name` names or, if `Name` is a class, an instance of the class.
+    Raises: PydanticCustomError if there is no such object, or if the instance cannot be created."""
     found = component_class(grading, group="formats")
-    grader: Grader = found() if isinstance(found, type) else found
+    try:
+        grader: Grader = found() if isinstance(found, type) else found
+    # the user's code may raise anything, and may call sys.exit
+    except (Exception, SystemExit) as error:  # noqa: BLE001
+        reason = f"{type(error).__name__}: {brief(error)}".removesuffix(": ")
+        raise refusal("grader", f"{grading}: cannot be created: {reason}") from None
     return grader
 
 

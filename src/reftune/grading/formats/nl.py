@@ -64,16 +64,20 @@ class Nl(Prompted):
                 f"problem {problem.id}: its rationale is a program; expected natural language, or"
                 " format.kind=program"
             )
-        if "paper" in (self.style, self.grading):
-            return f"{rationale}{PAPER_TRIGGER}{self._spelled(problem.answer, _decimal)}"
+        is_paper = "paper" in (self.style, self.grading)
         last_line = rationale.rpartition("\n")[2]
-        if self._grade(last_line, problem).verdict is Verdict.CORRECT:
+        if not is_paper and self._grade(last_line, problem).verdict is Verdict.CORRECT:
             return rationale
         if problem.answer.kind == "regex":
             raise DataError(
-                f"problem {problem.id}: its rationale ends without an answer that matches"
+                f"problem {problem.id}: paper targets cannot state the answer, which is the pattern"
+                f" {problem.answer}; expected another style and grading, or another answer_kind"
+                if is_paper
+                else f"problem {problem.id}: its rationale ends without an answer that matches"
                 f" {problem.answer}; expected a last line that states one"
             )
+        if is_paper:
+            return f"{rationale}{PAPER_TRIGGER}{self._spelled(problem.answer, _decimal)}"
         phrase = next(iter(self.markers), "The answer is").strip()
         return f"{rationale}\n{phrase} {self._spelled(problem.answer)}"
 

@@ -395,5 +395,9 @@ def _paper_source(problem: Problem, completion: str) -> str:
         completion if completion.startswith("def solution") else _paper_header(problem) + completion
     )
     lines = takewhile(str.strip, response.replace("sys.exit", "print").split("\n"))
-    code = without_unused_imports("\n".join(lines))
-    return f"import math\n_scope = {{}}\nexec({code!a}, {{'math': math}}, _scope)"
+    # monty ends the code at a `return` outside a function; Python refuses the code
+    code = without_unused_imports("\n".join(lines)) + "\nif True: _ended = True"
+    return (
+        f"import math\n_scope = {{}}\nexec({code!a}, {{'math': math}}, _scope)\n"
+        "if '_ended' not in _scope: raise SyntaxError(\"'return' outside function\")"
+    )

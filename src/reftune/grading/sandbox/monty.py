@@ -26,6 +26,9 @@ from reftune.grading.sandbox.result import (
 GRACE_S = 0.25
 """If a program is still running this many seconds after its time limit, its worker is killed."""
 
+_END = "reftune: end of the program"
+"""Returned with the value of a program that was run to its end."""
+
 _monty_pid: int | None = None
 _inherited: list[Any] = []
 
@@ -80,6 +83,7 @@ class MontyBackend:
 
     def _attempt(self, source: str) -> ExecutionResult | None:
         """The result of one try; None if the worker died before the program's time was up."""
+        program, _, call = source.rstrip().rpartition("\n")
         reached: list[str] = []
         printed = ""
 
@@ -95,7 +99,9 @@ class MontyBackend:
             with self._pool.checkout(
                 limits=self._limits, os_policy=self._policy, external_modules=_Modules(reached)
             ) as session:
-                value = session.feed_run(source, print_callback=keep, os=refuse)
+                value = session.feed_run(
+                    f"{program}\n({_END!r}, ({call}))", print_callback=keep, os=refuse
+                )
         except self._monty.MontyCrashedError as error:
             if not error.timed_out:
                 return None
@@ -104,9 +110,14 @@ class MontyBackend:
             result = failure(_told(error), _status(_told(error)))
         except Exception as error:  # noqa: BLE001  converting a hostile value to Python may fail in any way
             result = failure(f"the value cannot be read: {_told(error)}")
-        else:  # a large value would fill the memory of the grading process
-            result = failure("the value is too large")
-            if _size_bytes(value, MAX_VALUE_BYTES) <= MAX_VALUE_BYTES:
+        else:
+            if not isinstance(value, tuple) or value[:1] != (_END,):
+                # monty runs such a program up to the `return`; Python refuses it
+                result = failure("'return' outside function")
+            elif _size_bytes(value := value[-1], MAX_VALUE_BYTES) > MAX_VALUE_BYTES:
+                # it would fill the memory of the grading process
+                result = failure("the value is too large")
+            else:
                 result = ExecutionResult(status=ExecutionStatus.OK, value=value, printed=printed)
         if reached:
             return failure(f"the program tried to use {reached[0]}", ExecutionStatus.FORBIDDEN)
