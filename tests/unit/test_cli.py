@@ -218,6 +218,24 @@ def test_output_that_finds_no_space_is_one_line_and_status_2(tmp_path: Path, num
     assert (result.returncode, result.stderr) == (2, "output: No space left on device\n")
 
 
+def test_half_a_surrogate_pair_from_a_users_grader_is_printed(tmp_path: Path):
+    (tmp_path / "own.py").write_text(
+        "import json\nfrom reftune.types import Graded, Verdict\n"
+        "def grade(text, problem):\n"
+        "    value = json.loads(text)['answer']\n"
+        "    return Graded(verdict=Verdict.WRONG, value=value, reason=f'got {value}')\n"
+    )
+    row = {"id": "a", "completion": '{"answer": "é\\ud83d"}', "answer": 4}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    command = [sys.executable, "-m", "reftune", "score", "rows.jsonl", "--format", "nl"]
+    command += ["--grading", "own.py:grade", "--json"]
+    result = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, check=False, encoding="utf-8"
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert (printed := json.loads(result.stdout))["value"] == "é?" and printed["reason"] == "got é?"
+
+
 def test_the_newest_checkpoint_is_by_time_not_by_number(tmp_path: Path):
     for seconds, name in (
         (100, "sft/checkpoints/step-000900"),

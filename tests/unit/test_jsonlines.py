@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from reftune.errors import CheckpointError
-from reftune.storage.files import JsonLines
+from reftune.storage.files import JsonLines, write_atomically
 
 
 @pytest.fixture
@@ -89,3 +89,13 @@ def test_a_place_that_cannot_be_written_is_reported_in_one_line(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match=r"cannot be written: "):
         JsonLines(tmp_path / "file" / "metrics.jsonl").append({"step": 1})
+
+
+def test_half_a_surrogate_pair_is_written_as_a_question_mark(lines, tmp_path):
+    # a user's grader may return {"answer": "\\ud83d"} as read from a completion
+    lines.append({"value": "a\ud83d", "reason": "\udc00 😀", "reward_part/\udfff": 1.0})
+    assert lines.rows()[4] == {"value": "a?", "reason": "? 😀", "reward_part/?": 1.0}
+    lines.keep(4)
+    assert steps(lines) == [0, 1, 2, 3]
+    write_atomically(tmp_path / "rows.json", '{"value": "a\ud83d é"}')
+    assert (tmp_path / "rows.json").read_bytes() == '{"value": "a? é"}'.encode()

@@ -387,6 +387,41 @@ def test_a_folder_that_cannot_be_written_is_one_line(server, make_policy, monkey
         engine(server).generate(make_policy(), PROMPTS, params())
 
 
+def refuse_chmod(*args, **kwargs):
+    raise PermissionError(1, "Operation not permitted")
+
+
+@pytest.mark.parametrize(
+    ("name", "lora", "reason"),
+    [
+        ("missing", None, "No such file or directory"),
+        ("missing", LoraTable(rank=2), "No such file or directory"),
+        ("file", None, "Not a directory"),
+        (".", None, "Operation not permitted"),
+    ],
+)
+def test_a_folder_that_cannot_be_created_is_one_line(
+    server, make_policy, tmp_path, monkeypatch, name, lora, reason
+):
+    (tmp_path / "file").touch()
+    if name == ".":
+        monkeypatch.setattr(Path, "chmod", refuse_chmod)
+    place = tmp_path / name
+    told = rf"^engine vllm: {place}: cannot be written: .*{reason}.*; engine.weights_dir sets"
+    with pytest.raises(EngineError, match=told):
+        engine(server, weights_dir=str(place)).generate(make_policy(lora=lora), PROMPTS, params())
+    assert server.asked == [] and [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_every_process_is_told_that_the_folder_cannot_be_created(
+    server, make_policy, tmp_path, monkeypatch
+):
+    told = []
+    monkeypatch.setattr("reftune.processes.world.raise_together", told.append)
+    engine(server, weights_dir=str(tmp_path / "missing"))._hand_over(make_policy())
+    assert [type(error) for error in told] == [EngineError]
+
+
 def test_a_colocated_engine_is_refused_in_several_processes(make_policy, monkeypatch):
     monkeypatch.setattr("reftune.processes.world.world_size", lambda: 2)
     with pytest.raises(RecipeError, match="serves only one training process; expected"):

@@ -172,16 +172,17 @@ class Vllm(Component):
         """A new folder, filled by `save` and deleted when the block ends."""
         shared = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
         parent = local_path(self.weights_dir) if self.weights_dir else shared
-        with tempfile.TemporaryDirectory(prefix="reftune-weights-", dir=parent) as name:
-            folder = Path(name)
-            folder.chmod(0o755)  # another user may run the server
+        with contextlib.ExitStack() as stack:
             try:
+                made = tempfile.TemporaryDirectory(prefix="reftune-weights-", dir=parent)
+                folder = Path(stack.enter_context(made))
+                folder.chmod(0o755)  # another user may run the server
                 save(policy, folder)
                 make_readable(folder)
             except (OSError, SafetensorError) as error:
                 raise EngineError(
-                    f"engine vllm: {folder}: cannot be written: {error}; engine.weights_dir sets"
-                    " another place"
+                    f"engine vllm: {parent or 'the temporary folder'}: cannot be written: {error};"
+                    " engine.weights_dir sets another place"
                 ) from None
             # a resumed run sends the base again; counting it would change this step's metrics
             if save is not save_base:

@@ -14,7 +14,7 @@ import yaml
 
 from reftune.errors import DataError
 from reftune.storage.run_folder import CHANGES_NO_RESULT, CHANGES_ROUNDING, RunFolder, without
-from reftune.types import Attempt, Verdict
+from reftune.types import Attempt
 
 Parsed = TypeVar("Parsed")
 
@@ -274,14 +274,14 @@ def read_json(path: Path) -> dict[str, Any]:
     if the file does not contain a JSON object."""
     if not path.exists():
         return {}
-    return _object(path.read_text(encoding="utf-8"), where=str(path))
+    return _object(path.read_bytes(), where=str(path))
 
 
-def _object(text: str, *, where: str) -> dict[str, Any]:
+def _object(content: bytes, *, where: str) -> dict[str, Any]:
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON: {error.msg}") from None
+        value = json.loads(content.decode())
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not JSON: {getattr(error, 'msg', error)}") from None
     if not isinstance(value, dict):
         raise DataError(f"{where}: expected a JSON object, got {type(value).__name__}")
     return value
@@ -292,18 +292,19 @@ def _read_lines(path: Path, parse: Callable[[dict[str, Any]], Parsed]) -> Iterat
     it is skipped, because it is still being written."""
     if not path.exists():
         return
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            if line.strip() and line.endswith("\n"):
+            if line.strip() and line.endswith(b"\n"):
                 where = f"{path}:{number}"
                 row = _object(line, where=where)
                 try:
                     yield parse(row)
                 except KeyError as error:
                     raise DataError(f"{where}: {error.args[0]} is missing") from None
-                except ValueError as error:
-                    known = ", ".join(verdict.value for verdict in Verdict)
-                    raise DataError(f"{where}: {error}; expected one of {known}") from None
+                except (ValueError, TypeError, AttributeError, OverflowError) as error:
+                    raise DataError(
+                        f"{where}: {error}; expected a line as reftune writes it"
+                    ) from None
 
 
 def _read_metrics(path: Path) -> dict[str, tuple[MetricRow, ...]]:

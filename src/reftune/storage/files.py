@@ -36,13 +36,14 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write `text` to a temporary file, then rename this file to `path`."""
+    """Write `text` to a temporary file, then rename this file to `path`. `?` replaces half a
+    surrogate pair."""
     if not is_main():
         return
     partial = path.with_name(f".{path.name}.partial")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors="replace")
         sync(partial)
         partial.replace(path)
         sync(path.parent)
@@ -139,12 +140,12 @@ class JsonLines:
         self.path = path
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Append one line."""
+        """Append one line. `?` replaces half a surrogate pair, which a user's grader may return."""
         if not is_main():
             return
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
+            with self.path.open("a", encoding="utf-8", errors="replace") as file:
                 file.write(json.dumps(row, ensure_ascii=False, allow_nan=True) + "\n")
 
     def sync(self) -> None:

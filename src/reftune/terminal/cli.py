@@ -98,9 +98,10 @@ def say(message: str) -> None:
     print(" ".join(message.splitlines()), file=sys.stderr)
 
 
-def show(document: Any) -> None:
-    """Print a result as one JSON document."""
-    print(json.dumps(document, indent=2, ensure_ascii=False))
+def show(document: Any, *, indent: int | None = 2) -> None:
+    """Print a result as one JSON document. `?` replaces half a surrogate pair."""
+    text = json.dumps(document, indent=indent, ensure_ascii=False)
+    print(text.encode(errors="replace").decode())
 
 
 @app.callback()
@@ -465,8 +466,10 @@ def score(
     else:
         rows = score_file(file, format_kind or "nl", grading=grading)
     for row in rows:
-        line = "  ".join(map(str, row.values()))
-        print(json.dumps(row, ensure_ascii=False) if as_json else printable(line))
+        if as_json:
+            show(row, indent=None)
+        else:
+            print(printable("  ".join(map(str, row.values()))))
 
 
 @app.command()

@@ -58,6 +58,29 @@ def test_a_line_still_being_written_is_left_for_later(write_run: WriteRun) -> No
     assert read_run(folder).stages == before.stages
 
 
+@pytest.mark.parametrize("file", ["metrics.jsonl", "eval/sft.jsonl", "stages/reft/samples.jsonl"])
+def test_a_line_cut_inside_a_character_is_left_for_later(write_run: WriteRun, file: str) -> None:
+    folder = write_run()
+
+    def lines() -> Any:
+        run = read_run(folder)
+        return run.stages["reft"].metrics, run.evals["sft"], list(run.stages["reft"].samples)
+
+    before = lines()
+    for cut in (b"\xc3", b"\xe2\x82", b"\xf0\x9f\x98"):  # of "é", "€" and "😀"
+        with (folder / file).open("ab") as whole:
+            whole.write(b'{"stage": "' + cut)
+        assert lines() == before
+
+
+@pytest.mark.parametrize("file", ["data.json", "env.json", "stages/sft/stage.json"])
+@pytest.mark.parametrize("content", [b'{"a": "\xc3', b'{"a": "\xff"}', b"[" * 100_000, b"9" * 5000])
+def test_a_damaged_json_file_is_named(write_run: WriteRun, file: str, content: bytes) -> None:
+    folder = write_run()
+    (folder / file).write_bytes(content)
+    assert f"{file}: not JSON: " in refused(folder)
+
+
 def test_methods_not_evaluated_yet_are_missing(write_run: WriteRun) -> None:
     run = read_run(write_run(evaluated=["warmup", "sft"]))
     assert run.missing == ("reft",)
@@ -157,17 +180,45 @@ def test_a_foreign_recipe_is_refused(tmp_path: Path, recipe: str) -> None:
             ),
             "'maybe'",
         ),
+        ('{"id": "x", "question": "q", "gold": "1", "greedy": null}', "expected a line"),
+        ('{"id": "x", "question": "q", "gold": "1", "greedy": [1]}', "expected a line"),
+        ('{"id": "x", "question": "\udcff"}', "not JSON: 'utf-8' codec"),
     ],
 )
 def test_a_damaged_line_is_named_with_its_number(
     write_run: WriteRun, line: str, complaint: str
 ) -> None:
     folder = write_run(num_problems=3)
-    with (folder / "eval" / "sft.jsonl").open("a") as file:
+    with (folder / "eval" / "sft.jsonl").open("a", errors="surrogateescape") as file:
         file.write(line + "\n")
     message = refused(folder)
     assert "sft.jsonl:4" in message
     assert complaint in message
+
+
+@pytest.mark.parametrize("step", ["null", '"abc"', "[]", "NaN", "Infinity"])
+def test_a_step_that_is_no_number_is_a_damaged_line(write_run: WriteRun, step: str) -> None:
+    folder = write_run()
+    samples = folder / "stages" / "reft" / "samples.jsonl"
+    for path in (samples, folder / "metrics.jsonl"):
+        line = json.loads(path.read_text().partition("\n")[0])
+        del line["step"]
+        path.write_text(json.dumps(line)[:-1] + f', "step": {step}}}\n')
+    assert "metrics.jsonl:1: " in (message := refused(folder)) and "correct, wrong" not in message
+    (folder / "metrics.jsonl").unlink()
+    with pytest.raises(DataError, match=r"samples\.jsonl:1: .*; expected a line as reftune writes"):
+        list(read_run(folder).stages["reft"].samples)
+
+
+@pytest.mark.parametrize("damage", [{"greedy": 7}, {"samples": 3}, {"samples": [None]}])
+def test_damaged_attempts_are_named_with_their_line(
+    write_run: WriteRun, damage: dict[str, Any]
+) -> None:
+    folder = write_run()
+    path = folder / "eval" / "sft.jsonl"
+    first, *others = path.read_text().splitlines()
+    path.write_text("\n".join([json.dumps(json.loads(first) | damage), *others, ""]))
+    assert "sft.jsonl:1: " in refused(folder)
 
 
 def test_an_empty_evaluation_is_refused(write_run: WriteRun) -> None:

@@ -39,7 +39,7 @@ ASSETS = Path(__file__).parent / "assets"
 def write_report(groups: Sequence[Group], path: Path) -> None:
     """Write the page to `path`. Runs may be unfinished. Raises: CheckpointError if the page cannot
     be written."""
-    write_atomically(path, render_report(groups).encode("utf-8", "replace").decode())
+    write_atomically(path, render_report(groups))
 
 
 def render_report(groups: Sequence[Group]) -> str:
