@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from reftune.datasets import Splits, load_splits
 from reftune.datasets.mixture import Mixture
+from reftune.errors import DataError
 
 
 def part(folder: Path, name: str, numbers: range, tested: range = range(0)) -> dict[str, Any]:
@@ -70,6 +71,38 @@ def test_a_test_question_of_one_part_is_not_trained_on_in_another(tmp_path: Path
 def test_shares_are_given_for_all_parts_and_sum_to_one(tmp_path: Path, shares: Any):
     with pytest.raises(ValidationError, match="expected one for each part, with a sum of 1"):
         mixture(part(tmp_path, "a", range(9)), part(tmp_path, "b", range(9)), shares)
+
+
+@pytest.mark.parametrize("names", [("a", "a/b"), ("a/b", "a"), ("a", "a/")])
+def test_with_shares_no_name_begins_with_another_and_a_slash(tmp_path: Path, names: Any):
+    def named(share: float | None) -> Mixture:
+        parts = {
+            name: {"dataset": part(tmp_path, f"{n}", range(100 * n, 100 * n + 20)), "share": share}
+            for n, name in enumerate(names)
+        }
+        return Mixture.model_validate({"kind": "mixture", "parts": parts})
+
+    with pytest.raises(ValidationError, match="parts: a name begins with a/; expected another"):
+        named(0.5)
+    assert len(named(None).load(seed=0).train) == 36
+
+
+def test_names_with_a_slash_or_a_common_beginning_keep_their_shares(tmp_path: Path):
+    sources = part(tmp_path, "x", range(20)), part(tmp_path, "y", range(100, 150))
+    parts = {n: {"dataset": d, "share": 0.5} for n, d in zip(("a/b", "a/bc"), sources, strict=True)}
+    splits = Mixture.model_validate({"kind": "mixture", "parts": parts}).load(seed=0)
+    found = Counter(problem.id.rpartition("/")[0] for problem in splits.train)
+    assert found == {"a/b": 18, "a/bc": 18}
+
+
+def test_if_no_dev_problems_are_left_the_key_of_a_part_is_named(tmp_path: Path, make_recipe):
+    first, second = (
+        {**part(tmp_path, name, range(n, n + 5)), "dev_size": 0} for n, name in enumerate("ab")
+    )
+    recipe = make_recipe().model_copy(update={"dataset": mixture(first, second)})
+    key = r"dataset\.parts\.NAME\.dataset\.dev_size"
+    with pytest.raises(DataError, match=rf"no dev problems .*; set {key} or a dev file$"):
+        load_splits(recipe)
 
 
 def test_a_part_keeps_rationales_that_are_right_by_its_own_decimal_separator(

@@ -93,10 +93,21 @@ def test_a_task_with_too_few_questions_is_refused() -> None:
             {"min_terms": 9, "max_terms": 2},
             r"dataset.config: chain_sum rejects .*: max_terms must be >= min_terms",
         ),
+        # the rest fails only when questions are generated, or with an unusual error
+        (
+            "countdown",
+            {"min_numbers": 2, "max_numbers": 3, "min_target": 10**7, "max_target": 10**7 + 1},
+            r"countdown rejects .*: Failed to generate valid expression",
+        ),
+        ("spell_backward", {"min_word_len": 50, "max_word_len": 60}, "from an empty sequence"),
+        ("spell_backward", {"data_file": "nope"}, r"spell_backward rejects .*: .*No such file"),
+        ("chain_sum", {"min_digits": 1.5, "max_digits": 2}, r"chain_sum rejects .*: non-integer"),
+        ("calendar_arithmetic", {"tasks": [1]}, "calendar_arithmetic rejects .*: 'int' object"),
     ],
 )
 def test_what_the_package_does_not_know_is_refused(
     task: str, config: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(RecipeError, match=message) as error:
         load(task, config=config)
+    assert "\n" not in str(error.value)

@@ -45,6 +45,9 @@ def split(train: list[Problem], **options: object) -> Splits:
         ("Tom has 12! How many", "Tom has 12. How many"),
         ("f'(3)", "f’(3)"),
         ("You don't!?", "You don't?"),
+        ("1,234,567.5 or 12,34,567", "1234567.5 or 1234567"),
+        ("a well-known x-axis", "a well known x axis"),
+        ("1,000! / 999!", "1000! / 999!"),
     ],
 )
 def test_case_space_and_sentence_punctuation_do_not_make_another_question(a: str, b: str) -> None:
@@ -67,10 +70,24 @@ def test_case_space_and_sentence_punctuation_do_not_make_another_question(a: str
         ("n! + 2", "n + 2!"),
         (".5 + 2", "5 + 2"),
         ("1,23", "12,3"),
+        ("2,50 Euro", "250 Euro"),
+        ("3,20 Euro", "320 Euro"),
+        ("0,125 kg", "0125 kg"),
+        ("the points (2,10)", "the points (210)"),
+        ("the LCM of 12,15,20", "the LCM of 121520"),
+        ("What is $x - y$?", "What is $x y$?"),
+        ("9 a - b = 10", "9 a b = 10"),
     ],
 )
 def test_numbers_operators_and_brackets_do(a: str, b: str) -> None:
     assert normalised(a) != normalised(b)
+
+
+def test_a_decimal_comma_never_separates_thousands() -> None:
+    assert normalised("It costs 1,000 Euro", ",") != normalised("It costs 1000 Euro", ",")
+    rows = [problem("Bei 1,250 kg?", 1), problem("Bei 1250 kg?", 2)]
+    assert split(rows).counts == {"contradiction": 2}
+    assert split([replace(row, decimal=",") for row in rows]).counts == {}
 
 
 def test_repeated_rows_are_dropped_and_counted() -> None:
@@ -202,3 +219,5 @@ def test_untrainable_problems_leave_train_and_lose_their_rationale_in_dev() -> N
     assert questions(cleaned.train) == ["a"]
     assert [p.rationale for p in cleaned.dev] == [None]
     assert cleaned.counts == {"bad": 1}
+    again = drop_untrainable(cleaned, "bad", lambda p: p.question == "a")
+    assert again.counts == {"bad": 2}

@@ -117,6 +117,13 @@ def test_the_original_file_has_no_nl_rationales(tmp_path: Path) -> None:
         load(tmp_path, [ORIGINAL], rationale="nl")
 
 
+def test_if_every_training_row_is_a_leak_no_rationale_is_missed(tmp_path: Path) -> None:
+    rows = [authors("svamp_1", QUESTION, solved("208"), "208.0")]
+    (tmp_path / "test.json").write_text(json.dumps(rows))
+    splits = load(tmp_path, rows, rationale="nl", test=str(tmp_path / "test.json"))
+    assert (splits.train, splits.counts) == ((), {"leak": 1})
+
+
 def test_a_row_without_a_numeric_gold_is_refused_with_its_line(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data.json:1: Answer is 'many'; expected a number"):
         load(tmp_path, [{**ORIGINAL, "Answer": "many"}])

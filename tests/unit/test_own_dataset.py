@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from reftune.datasets import Splits, load_dataset
+from reftune.datasets.jsonl import Jsonl
 from reftune.errors import DataError
 from reftune.recipe import Component
 from reftune.types import Answer, Message, Problem
@@ -137,6 +140,25 @@ def answer(kind: Any, value: Any, **more: Any) -> dict[str, Any]:
             "answer.value: expected a letter from a to b, got 'c'",
         ),
         (answer("any_of", "a"), "answer.items: expected the items of kind any_of, got none"),
+        (
+            answer("set", "1, 2", items=(1, 2)),
+            r"answer.items: expected a tuple of texts, got \(1, 2\)",
+        ),
+        (answer("any_of", "ab", items="ab"), "answer.items: expected a tuple of texts, got 'ab'"),
+        (answer("regex", "("), r"answer.value: expected a regular expression, got '\(' \(.*\)"),
+        (answer("regex", "[a"), r"answer.value: expected a regular expression, got '\[a' \(.*\)"),
+        ({"choices": (1, 2)}, r"choices: expected a tuple of texts, got \(1, 2\)"),
+        ({"choices": ["a", None]}, r"choices: expected a tuple of texts, got \['a', None\]"),
+        ({"messages": None}, "messages: expected a tuple of Messages, got None"),
+        (
+            {"messages": ({"role": "user", "content": "1?"},)},
+            r"messages: expected Messages whose content is text, got \{'role': 'user', .*\}",
+        ),
+        (
+            {"messages": (Message(role="user", content=5),)},  # type: ignore[arg-type]
+            r"messages: expected Messages whose content is text, got Message\(.*\)",
+        ),
+        ({"id": None}, "id: expected text, got None"),
     ],
 )
 def test_a_value_of_the_wrong_type_names_the_problem(changes: Any, message: str) -> None:
@@ -153,6 +175,8 @@ def test_a_value_of_the_wrong_type_names_the_problem(changes: Any, message: str)
         answer("regex", "a.*"),
         {"choices": ("x", "y"), **answer("choice", "b")},
         {"choices": ["x", "y"], **answer("choice", "a")},
+        {"messages": [Message(role="user", content="2?")]},
+        {"id": 7},
         answer("set", '["a", "b"]', items=("a", "b")),
         {"rationale": "def solution():\n    return 2"},
     ],
@@ -160,3 +184,49 @@ def test_a_value_of_the_wrong_type_names_the_problem(changes: Any, message: str)
 def test_problems_of_the_right_types_pass(changes: Any) -> None:
     made = replace(numbered(2)[0], **{"rationale": None, **changes})
     assert load(train=(made,), dev=(), test=()).train == (made,)
+
+
+# --- classes derived from a built-in dataset ------------------------------------------------------
+
+ROWS = [
+    {"id": f"{n}", "question": f"{n}?", "answer": "1.250", "rationale": f"{n}. The answer is 1.250"}
+    for n in range(20)
+]
+
+
+def derived(folder: Path, load: Any) -> Splits:
+    """The splits of a class derived from `Jsonl` with this `load`."""
+    path = folder / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in ROWS))
+    keys = {"kind": "own.py:Own", "train": str(path), "dev_size": 2, "decimal": ","}
+    return load_dataset(type("Own", (Jsonl,), {"load": load}).model_validate(keys), seed=0)
+
+
+def test_a_derived_dataset_with_its_own_load_is_checked(tmp_path: Path) -> None:
+    def load(self: Jsonl, *, seed: int) -> Splits:
+        splits = Jsonl.load(self, seed=seed)
+        return replace(splits, test=splits.train[:5])
+
+    splits = derived(tmp_path, load)
+    assert [len(split) for split in (splits.train, splits.dev, splits.test)] == [13, 2, 5]
+    assert splits.counts == {"leak": 5}, (
+        "1.250 is read with a decimal comma and contradicts nothing"
+    )
+
+
+def test_a_derived_dataset_loses_the_contradictions_of_its_own_load(tmp_path: Path) -> None:
+    def load(self: Jsonl, *, seed: int) -> Splits:
+        first, *rest = Jsonl.load(self, seed=seed).train
+        wrong = replace(first, rationale="The answer is 1,25")
+        return Splits(train=(wrong, *rest), dev=(), test=(), counts={"rationale_disagrees": 1})
+
+    splits = derived(tmp_path, load)
+    assert (len(splits.train), splits.counts) == (17, {"rationale_disagrees": 2})
+    with pytest.raises(
+        DataError, match=r"^dataset own\.py:Own: load returned None; expected Split"
+    ):
+        derived(tmp_path, lambda self, seed: None)
+
+
+def test_a_derived_dataset_without_its_own_load_is_left_alone(tmp_path: Path) -> None:
+    assert len(derived(tmp_path, Jsonl.load).train) == 18

@@ -6,11 +6,13 @@ from dataclasses import replace
 from typing import Protocol
 
 from reftune.datasets.reading.file_dataset import FileDataset
+from reftune.datasets.reading.golds import GoldReader
 from reftune.datasets.reading.rationales import drop_contradictions
 from reftune.datasets.reading.rows import Row
 from reftune.datasets.reading.splits import Splits, dropped_text, with_unique_ids, without_leaks
 from reftune.datasets.reading.validity import checked_splits
 from reftune.errors import DataError
+from reftune.grading.markers import DEFAULT
 from reftune.recipe import Recipe
 from reftune.seeds import derive_seed
 
@@ -31,12 +33,14 @@ def load_dataset(dataset: Dataset, *, seed: int) -> Splits:
     training problem has a rationale that contradicts its gold answer. Raises: as `Dataset.load`;
     also DataError if a user's own dataset returns something other than splits of problems."""
     splits = dataset.load(seed=seed)
-    is_ours = type(dataset).__module__.startswith("reftune.")
-    if is_ours or isinstance(dataset, FileDataset):  # its `load` already does this
+    source = type(dataset).load if isinstance(dataset, FileDataset) else type(dataset)
+    if source.__module__.startswith("reftune."):  # `load` already does the rest
         return splits
     splits = without_leaks(checked_splits(splits, getattr(dataset, "kind", type(dataset).__name__)))
     test, dev, train = with_unique_ids(splits.test, splits.dev, splits.train)
-    return drop_contradictions(replace(splits, train=train, dev=dev, test=test))
+    golds = getattr(dataset, "golds", None)
+    reading = golds.reading if isinstance(golds, GoldReader) else DEFAULT
+    return drop_contradictions(replace(splits, train=train, dev=dev, test=test), reading)
 
 
 def load_splits(recipe: Recipe) -> Splits:
@@ -48,8 +52,9 @@ def load_splits(recipe: Recipe) -> Splits:
     dropped = f"(dropped: {dropped_text(splits.counts)})"
     message = f"dataset: no training row is left {dropped}"
     if splits.train:
+        at = "dataset.parts.NAME.dataset" if recipe.dataset.kind == "mixture" else "dataset"
         message = (
             f"dataset: no dev problems {dropped}, but models are chosen on dev; set"
-            " dataset.dev_size or a dev file"
+            f" {at}.dev_size or a dev file"
         )
     raise DataError("; ".join([message, *splits.notes]))

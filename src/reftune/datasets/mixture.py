@@ -30,7 +30,8 @@ class Mixture(Component):
     """Combines datasets. No question is in more than one split."""
 
     parts: dict[str, Part] = Field(min_length=2)
-    """Maps names of your choice to datasets and their shares."""
+    """Maps names of your choice to datasets and their shares. If shares are set, no name may begin
+    with another name and a slash, such as `a/b` beside `a`."""
 
     @model_validator(mode="after")
     def _shares_are_whole(self) -> Self:
@@ -38,6 +39,9 @@ class Mixture(Component):
         given = [share for share in shares if share is not None]
         if given and (len(given) < len(shares) or abs(sum(given) - 1) > 1e-6):
             raise refusal("shares", "shares: expected one for each part, with a sum of 1, or none")
+        for name in self.parts if given else ():
+            if any(other.startswith(f"{name}/") for other in self.parts):
+                raise refusal("parts", f"parts: a name begins with {name}/; expected another name")
         return self
 
     def load(self, *, seed: int) -> Splits:

@@ -15,7 +15,7 @@ from reftune.datasets.reading.rationales import drop_contradictions
 from reftune.datasets.reading.splits import draw_splits, question_key
 from reftune.errors import DataError, RecipeError
 from reftune.recipe import Component, unknown_key
-from reftune.text import counted, did_you_mean
+from reftune.text import brief, counted, did_you_mean
 from reftune.types import ANY_ANSWER, Answer, Problem
 
 SEED_RANGE = 100_000_000
@@ -57,7 +57,10 @@ class ReasoningGym(Component):
         for start in range(first_seed, first_seed + PATIENCE * count, max(count, 1)):
             task = self._task(start, count)
             for n in range(count):
-                entry = _entry(task, n, seed=start + n)
+                try:
+                    entry = _entry(task, n, seed=start + n)
+                except Exception as error:  # some tasks check settings only here, or not at all
+                    raise self._rejection(error) from error
                 problem = _problem(f"{self.task}-{split}-{start + n}", task, entry)
                 if question_key(problem) not in asked:
                     drawn.setdefault(question_key(problem), problem)
@@ -92,11 +95,12 @@ class ReasoningGym(Component):
                 raise RecipeError(f"dataset.config.{unknown_key(key, known)}")
         try:
             return reasoning_gym.create_dataset(self.task, **self.config, seed=seed, size=size)
-        except (AssertionError, TypeError, ValueError) as error:
-            raise RecipeError(
-                f"dataset.config: {self.task} rejects {self.config}:"
-                f" {error or type(error).__name__}"
-            ) from None
+        except Exception as error:  # each task checks its settings in its own way
+            raise self._rejection(error) from error
+
+    def _rejection(self, error: Exception) -> RecipeError:
+        reason = brief(error) or type(error).__name__
+        return RecipeError(f"dataset.config: {self.task} rejects {self.config}: {reason}")
 
 
 def _entry(task: Any, n: int, *, seed: int) -> dict[str, Any]:

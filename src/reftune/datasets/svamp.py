@@ -28,7 +28,7 @@ class Svamp(PaperDataset):
         """Like `PaperDataset.trainable`, but also removes problems whose `nl` rationale does not
         end by stating an answer. Raises: DataError if all requested `nl` rationales are missing."""
         if self.rationale == "nl":
-            if all(problem.rationale is None for problem in splits.train):
+            if splits.train and all(problem.rationale is None for problem in splits.train):
                 raise DataError(
                     f"{self.train}: no answer_cot; expected the authors' nl file, or"
                     " dataset.rationale=program"

@@ -66,7 +66,7 @@ def question_key(problem: Problem) -> str:
     sentence punctuation, but not numbers, operators or options. If the gold answer is text, the
     question may be about case or punctuation, so only spacing is ignored."""
     text = _text_key(problem)
-    return text if problem.answer.kind == "text" else normalised(text)
+    return text if problem.answer.kind == "text" else normalised(text, problem.decimal)
 
 
 def draw_splits(
@@ -141,7 +141,8 @@ def drop_untrainable(splits: Splits, reason: str, unusable: Callable[[Problem], 
     train = tuple(problem for problem in splits.train if not unusable(problem))
     dev = tuple(replace(p, rationale=None) if unusable(p) else p for p in splits.dev)
     dropped = len(splits.train) - len(train)
-    counts = {**splits.counts, **({reason: dropped} if dropped else {})}
+    total = splits.counts.get(reason, 0) + dropped
+    counts = {**splits.counts, **({reason: total} if dropped else {})}
     return replace(splits, train=train, dev=dev, counts=counts)
 
 
@@ -160,16 +161,26 @@ def same_gold(a: Answer, b: Answer) -> bool:
     return a == b or (are_texts and same_words(str(a), str(b)))
 
 
-def normalised(text: str) -> str:
+def normalised(text: str, decimal: str = ".") -> str:
     """The words, numbers and symbols of `text`, in lower case and separated by single spaces.
-    Sentence punctuation, thousands commas and hyphens between words are left out."""
+    Sentence punctuation and hyphens between words are left out. Thousands commas are left out
+    unless `decimal` is a comma. Between two single letters, "-" is a minus sign and stays."""
     found = TOKEN.findall(re.sub("[’′]", "'", text.casefold()))
-    tokens = [_THOUSANDS.sub("", token) for token in found if token not in SILENT]
+    tokens = [
+        token.replace(",", "") if decimal == "." and _GROUPED.fullmatch(token) else token
+        for token in found
+        if token not in SILENT
+    ]
     between = zip(["", *tokens], tokens, [*tokens[1:], ""], strict=False)
-    return " ".join(t for a, t, b in between if not (t == "-" and a.isalpha() and b.isalpha()))
+    return " ".join(t for a, t, b in between if t != "-" or not _is_hyphen(a, b))
 
 
-_THOUSANDS = re.compile(r",(?=\d{2,3}(?!\d))")
+def _is_hyphen(before: str, after: str) -> bool:
+    return before.isalpha() and after.isalpha() and len(before + after) > 2
+
+
+_GROUPED = re.compile(r"(?!0)(?:\d{1,3}(?:,\d{3})+|\d{1,2}(?:,\d\d)+,\d{3})(?:\.\d+)?!*")
+"""Matches a whole number with thousands commas, such as 1,000.50, or 1,00,000 as in India."""
 
 
 def _text_key(problem: Problem) -> str:

@@ -8,16 +8,20 @@ from fractions import Fraction
 from string import ascii_lowercase
 from typing import Any, get_args
 
+import regex
+
 from reftune.datasets.reading.splits import Splits
 from reftune.errors import DataError
 from reftune.text import shown
-from reftune.types import Answer, AnswerKind, Problem
+from reftune.types import Answer, AnswerKind, Message, Problem
 
 KINDS = get_args(AnswerKind)
 TYPES = (
+    ("id", str | int, "text"),
     ("question", str, "text"),
     ("rationale", str | None, "text or None"),
     ("choices", tuple | list, "a tuple of texts"),
+    ("messages", tuple | list, "a tuple of Messages"),
     ("answer", Answer, "an Answer"),
 )
 """The fields of `Problem` that are checked, with their types and with words for these types."""
@@ -49,6 +53,12 @@ def fault_of(problem: object) -> str | None:
     for name, expected, words in TYPES:
         if not isinstance(getattr(problem, name), expected):
             return f"{name}: expected {words}, got {shown(getattr(problem, name))}"
+    if not _are_texts(problem.choices):
+        return f"choices: expected a tuple of texts, got {shown(problem.choices)}"
+    turns: Iterable[object] = problem.messages
+    for turn in turns:
+        if not (isinstance(turn, Message) and isinstance(turn.content, str)):
+            return f"messages: expected Messages whose content is text, got {shown(turn)}"
     return _fault_of_answer(problem.answer, num_choices=len(problem.choices))
 
 
@@ -62,6 +72,18 @@ def _fault_of_answer(answer: Answer, *, num_choices: int) -> str | None:
     letters = ascii_lowercase[: num_choices or None]
     if answer.kind == "choice" and answer.value not in tuple(letters):
         return f"answer.value: expected a letter from a to {letters[-1]}, {value}"
-    if answer.kind in ("any_of", "list", "set") and not answer.items:
-        return f"answer.items: expected the items of kind {answer.kind}, got none"
+    if answer.kind == "regex":
+        try:
+            regex.compile(answer.value)
+        except regex.error as error:
+            return f"answer.value: expected a regular expression, {value} ({error})"
+    if answer.kind in ("any_of", "list", "set"):
+        if not answer.items:
+            return f"answer.items: expected the items of kind {answer.kind}, got none"
+        if not _are_texts(answer.items):
+            return f"answer.items: expected a tuple of texts, got {shown(answer.items)}"
     return None
+
+
+def _are_texts(values: object) -> bool:
+    return isinstance(values, tuple | list) and all(isinstance(each, str) for each in values)
