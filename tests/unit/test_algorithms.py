@@ -94,6 +94,24 @@ def test_the_kl_estimate_is_zero_where_the_policies_agree_and_positive_elsewhere
     assert math.isfinite(float(kl_terms(torch.tensor(-1e4), torch.tensor(0.0))))
 
 
+@pytest.mark.parametrize(("reward", "size"), [(70.3, 6), (1000.1, 16), (-1e7 / 3, 7), (0.1, 10)])
+def test_equal_rewards_give_no_advantage_at_any_scale(reward, size):
+    # two groups in turn, the second with one reward that differs
+    equal = batch([reward, 2.0] * size + [5.0], [0, 1] * size + [1])
+    for algorithm in (Grpo(), Grpo(scale="none"), Rloo(kl_coef=0)):
+        found = advantages(algorithm.credit(equal))
+        assert found[::2][:-1] == [0] * size and found[-1] > 0
+
+
+def test_close_rewards_of_a_large_scale_keep_their_deviations():
+    # fp32 has no 2^24 + 1, their mean; the deviations are ±1, and with one left out ±2
+    rewards, groups = torch.tensor([2.0**24, 2.0**24 + 2]), torch.tensor([0, 0])
+    found = advantages(Grpo(scale="none").credit(batch(rewards.tolist(), [0, 0])))
+    assert found == [-1, 1]
+    assert leave_one_out(rewards, groups).tolist() == [-2, 2]
+    assert_close(group_stds(rewards, groups), torch.full((2,), math.sqrt(2)))
+
+
 # --- GRPO -----------------------------------------------------------------------------------------
 
 

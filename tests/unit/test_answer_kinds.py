@@ -693,6 +693,19 @@ def test_a_persons_grader_sees_what_a_program_returns(tmp_path: Path) -> None:
     assert verdicts == [CORRECT, WRONG, ERROR]
 
 
+@pytest.mark.parametrize(
+    "code",
+    [
+        "return 10**5000",
+        "return [10**5000]",
+        "x = []\nfor i in range(10000):\n    x = [x]\nreturn x",
+    ],
+)
+def test_a_value_without_text_is_no_answer_for_a_persons_grader(tmp_path: Path, code: str) -> None:
+    grading = own(tmp_path, "def right(text, problem):\n    return True\n")
+    assert Program(grading=grading).grade([problem("x")], [code])[0].verdict is NO_ANSWER
+
+
 def test_unknown_rules_and_missing_graders_are_named(tmp_path: Path) -> None:
     for grading, message in [
         ("robist", "expected robust, paper or your own grader"),

@@ -476,6 +476,27 @@ def test_values_that_a_program_may_not_return_are_no_answer(value: object) -> No
     assert outcome(grade_value(value, number("18"))) == (Verdict.NO_ANSWER, None)
 
 
+@pytest.mark.parametrize(
+    ("value", "gold"),
+    [
+        ("1E+28", "10000000000000000000000000000"),
+        ("-3E+30", "-3000000000000000000000000000000"),
+        ("1E+400", f"1{'0' * 400}"),
+        ("12345678901234567890123456789012.5", "12345678901200000000000000000000"),
+    ],
+)
+def test_a_large_decimal_is_read_like_a_text(value: str, gold: str) -> None:
+    assert grade_value(Decimal(value), number(gold)).verdict is Verdict.CORRECT
+    assert grade_value(Decimal(value), number("18")).verdict is Verdict.WRONG
+
+
+def test_a_signaling_nan_is_no_answer_even_in_a_list() -> None:
+    for value in (Decimal("sNaN"), Decimal("-sNaN7"), [1, Decimal("sNaN")]):
+        for problem in (number("18"), words("Paris")):
+            assert outcome(grade_value(value, problem)) == (Verdict.NO_ANSWER, None)
+            assert grade_value_paper(value, problem).verdict is not Verdict.CORRECT
+
+
 def test_a_truth_value_is_an_answer_only_if_the_gold_answer_is_one() -> None:
     for gold in ("True", "yes"):
         assert grade_value(gold, words(gold)).verdict is Verdict.CORRECT

@@ -360,6 +360,17 @@ def test_without_a_thought_in_the_prompt_a_completion_is_graded_as_it_is(name):
         verdicts = [g.verdict for g in encoder.grade([asked] * 2, [SAID, f"<think>{SAID}"])]
         assert verdicts == [Verdict.CORRECT, Verdict.NO_ANSWER]
         assert tagged.rationale in encoder.decode(encoder.target(asked))
+    short = [problem(id=asked, question=asked) for asked in ("hi", "k", "<think>")]
+    assert encoder.with_thoughts(short, [SAID] * 3) == [SAID] * 3
+
+
+@pytest.mark.parametrize("asked", ["hi", "k", "t", "<think>", "think"])
+def test_a_question_that_occurs_in_the_template_s_tag_hides_no_open_thought(asked):
+    encoder = Encoder(make_tokenizer(FAMILIES["r1"]), chat({}))
+    short = problem(question=asked)
+    assert encoder.with_thoughts([short], [SAID]) == [f"<think>\n{SAID}"]
+    assert [g.verdict for g in encoder.grade([short], [SAID])] == [Verdict.NO_ANSWER]
+    assert encoder.decode(encoder.target(short)) == f"\n</think>\n\n{SAID}"
 
 
 def test_tags_that_are_special_tokens_count_from_sampling_to_grading():

@@ -238,6 +238,17 @@ def test_a_file_is_replaced_whole(tmp_path):
     assert names(tmp_path / "sub") == ["a.json"]
 
 
+@pytest.mark.parametrize("place", [".", "..", "/", "", "sub", "new/.."])
+def test_a_folder_is_not_replaced_by_a_file(tmp_path, monkeypatch, place):
+    here = tmp_path / "deep" / "here"
+    (here / "sub").mkdir(parents=True)
+    monkeypatch.chdir(here)
+    message = r"cannot be written: it is a folder; expected a file$"
+    with pytest.raises(CheckpointError, match=message):
+        write_atomically(Path(place), "text")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
 def test_a_file_that_cannot_be_written_stays_as_it_was(tmp_path):
     write_atomically(tmp_path / "a.json", "old")
     with full_disk(), pytest.raises(CheckpointError, match=r"a\.json: cannot be written: "):

@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import HfApi
 from safetensors.torch import save_file
 
-from reftune.errors import CheckpointError, ModelError
+from reftune.errors import CheckpointError, DataError, ModelError
 from reftune.runs.export import export_model, push_model
 
 
@@ -128,6 +128,27 @@ def test_an_unfinished_method_or_an_existing_folder_is_refused(run_folder: Path,
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match=r"file/a/model: cannot be written: Not a directory$"):
         export_model(run_folder, "reft", tmp_path / "file" / "a" / "model")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (b"name: [tiny", "not valid YAML"),
+        (b"\x00", "not valid YAML"),
+        (b"\xff", "cannot be read: .*utf-8"),
+        (b"- name: tiny", "not the recipe of a run: it has no stages"),
+        (b"tiny", "not the recipe of a run: it has no stages"),
+        (b"", "not the recipe of a run: it has no stages"),
+        (b"name: tiny\nstages:", "not the recipe of a run: it has no stages"),
+    ],
+)
+def test_a_run_with_a_damaged_recipe_is_not_exported(
+    run_folder: Path, tmp_path: Path, recipe: bytes, message: str
+):
+    (run_folder / "recipe.yaml").write_bytes(recipe)
+    with pytest.raises(DataError, match=rf"recipe\.yaml: {message}"):
+        export_model(run_folder, "reft", tmp_path / "model")
+    assert not (tmp_path / "model").exists()
 
 
 def test_weights_that_are_missing_or_incomplete_are_not_exported(run_folder: Path, tmp_path: Path):

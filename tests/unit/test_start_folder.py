@@ -295,6 +295,8 @@ def test_over_a_base_in_4_bits_adapters_that_differ_in_part_are_refused(
             "not the adapters of this model: .* only in the file or only in the model",
         ),
         ({"r": 3}, "not the adapters of this model"),
+        ({"r": "8"}, "not the adapters of this model"),
+        ({"alpha_pattern": ["o_proj"]}, "not the adapters of this model"),
     ],
 )
 def test_adapters_of_another_model_are_refused(make_recipe, adapters, tmp_path, change, message):
@@ -318,6 +320,25 @@ def test_the_adapters_of_another_base_are_refused_by_its_name(make_recipe, adapt
         ModelError, match=r"adapters of owner/model-b; expected those of model.path"
     ):
         with_adapters(None, adapters, base="models/model-a")
+
+
+@pytest.mark.parametrize("config", [[], ["LORA"], "LORA", 5, None])
+def test_an_adapter_config_that_is_not_an_object_is_refused(adapters, config):
+    (adapters / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"cannot be read: adapter_config\.json holds no JSON obj"):
+        read_adapters(adapters)
+
+
+def test_a_config_with_a_value_of_a_wrong_type_is_refused(adapters):
+    path = adapters / "adapter_config.json"
+    good = json.loads(path.read_text())
+    for change, message in [
+        ({"alpha_pattern": ["o_proj"]}, "adapters cannot be read"),
+        ({"base_model_name_or_path": 5}, "adapters of 5; expected those of model.path models/a"),
+    ]:
+        path.write_text(json.dumps(good | change))
+        with pytest.raises(ModelError, match=message):
+            read_adapters(adapters, base="models/a")
 
 
 # --- what check says of the start -----------------------------------------------------------------

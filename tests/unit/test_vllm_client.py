@@ -124,6 +124,14 @@ def test_several_servers_are_given_the_weights_and_share_the_prompts(make_policy
         assert stubs[0].folders == stubs[1].folders and len(stubs[0].folders) == 1
 
 
+@pytest.mark.parametrize("ending", ["", "/", "/v1", "/v1/", "//v1//"])
+def test_the_address_of_a_server_may_be_that_of_its_openai_api(server, make_policy, ending):
+    policy = make_policy()
+    completions = Vllm(server=f"{server.address}{ending}").generate(policy, PROMPTS, params())
+    assert sampled(completions) == expected(policy, PROMPTS, params())
+    assert server.requests("/v1/completions")
+
+
 @pytest.mark.parametrize(
     ("servers", "size", "expected"),
     [

@@ -200,6 +200,15 @@ def group_means(rewards: Tensor, groups: Tensor) -> Tensor:
     return totals[groups] / sizes[groups]
 
 
+def group_deviations(rewards: Tensor, groups: Tensor) -> Tensor:
+    """Each sample's reward minus the mean reward of its group, (B,). If all rewards in the group
+    are equal, this is exactly 0."""
+    lowest = rewards.new_zeros(len(torch.bincount(groups)))
+    lowest = lowest.scatter_reduce(0, groups, rewards, "amin", include_self=False)
+    above = rewards - lowest[groups]  # sums of the rewards themselves would be rounded
+    return above - group_means(above, groups)
+
+
 def group_sizes(groups: Tensor) -> Tensor:
     """Size of each sample's group, (B,)."""
     return torch.bincount(groups)[groups]

@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from reftune.algorithms.base import Clipped, LossTerms, group_means, group_sizes
+from reftune.algorithms.base import Clipped, LossTerms, group_deviations, group_means, group_sizes
 from reftune.model.batch import RolloutBatch
 from reftune.model.policy import TokenScores
 
@@ -38,7 +38,7 @@ class Grpo(Clipped):
         (arXiv:2402.03300), §4.1.2. Differences: 1e-4 is added, and the standard deviation uses the
         unbiased variance.
         """
-        advantages = batch.rewards - group_means(batch.rewards, batch.groups)
+        advantages = group_deviations(batch.rewards, batch.groups)
         if self.scale == "std":
             advantages = advantages / (group_stds(batch.rewards, batch.groups) + STD_FLOOR)
         return replace(batch, advantages=advantages[:, None] * batch.response_mask)
@@ -59,7 +59,7 @@ class Grpo(Clipped):
 def group_stds(rewards: Tensor, groups: Tensor) -> Tensor:
     """Standard deviation of the rewards in each sample's group, (B,). It is the square root of the
     unbiased variance. For a group of one sample, it is 0."""
-    squares = group_means((rewards - group_means(rewards, groups)) ** 2, groups)
+    squares = group_means(group_deviations(rewards, groups) ** 2, groups)
     sizes = group_sizes(groups)
     return (squares * sizes / (sizes - 1).clamp(min=1)).sqrt()
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from reftune.algorithms.base import Clipped, Reduction, group_means, group_sizes, token_rewards
+from reftune.algorithms.base import Clipped, Reduction, group_deviations, group_sizes, token_rewards
 from reftune.model.batch import RolloutBatch
 
 
@@ -45,4 +45,4 @@ def leave_one_out(rewards: Tensor, groups: Tensor) -> Tensor:
     Source: RLOO (arXiv:2402.14740), §2.3. Differences: none.
     """
     sizes = group_sizes(groups)
-    return (rewards - group_means(rewards, groups)) * sizes / (sizes - 1).clamp(min=1)
+    return group_deviations(rewards, groups) * sizes / (sizes - 1).clamp(min=1)

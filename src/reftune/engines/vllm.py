@@ -75,7 +75,9 @@ class Vllm(Component):
     @property
     def servers(self) -> list[Server]:
         addresses = [self.server] if isinstance(self.server, str) else self.server or ()
-        return [Server(address.rstrip("/")) for address in addresses]
+        return [
+            Server(address.rstrip("/").removesuffix("/v1").rstrip("/")) for address in addresses
+        ]
 
     def verify(self) -> None:
         """See `reftune.engines.Engine`. Raises: RecipeError if the engine is colocated and either

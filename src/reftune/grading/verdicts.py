@@ -119,8 +119,10 @@ def grade_value(value: Any, problem: Problem) -> Graded:
     answer is yes, no, true or false. A list or date counts only if the gold answer is neither a
     number nor a choice."""
     text = value_text(value)
-    if isinstance(value, float | Decimal) and text is not None and value != value // 1:
-        text = f"{value:.{FLOAT_DIGITS}g}"
+    if isinstance(value, float | Decimal) and text is not None:
+        # Decimal's // fails above 28 digits
+        whole = value // 1 if isinstance(value, float) else value.to_integral_value()
+        text = text if value == whole else f"{value:.{FLOAT_DIGITS}g}"
     if text is None:
         text = _other_value_text(value, problem.answer)
     if text is None:
@@ -142,8 +144,10 @@ def value_text(value: Any) -> str | None:
         return None
     if isinstance(value, int):
         return str(value) if value.bit_length() < 3 * MAX_DIGITS else None
-    if isinstance(value, float | Decimal):
+    if isinstance(value, float):
         return str(value) if isfinite(value) else None
+    if isinstance(value, Decimal):  # isfinite raises for sNaN and is False for 1E+400
+        return str(value) if value.is_finite() else None
     return value if isinstance(value, str) else None
 
 

@@ -101,7 +101,7 @@ def with_adapters(model: PreTrainedModel, folder: Path, *, base: str | None) -> 
         if strange:
             raise ValueError(f"{strange[0]} is only in the file or only in the model")
         merged: PreTrainedModel = adapted.merge_and_unload()
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:
         raise ModelError(f"{folder}: not the adapters of this model: {brief(error)}") from None
     return merged
 
@@ -120,11 +120,13 @@ def _read(folder: Path, base: str | None) -> tuple[dict[str, Any], dict[str, Ten
     last parts of this name and of `base` are compared, because either may be a path."""
     with _readable(folder):
         config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError(f"{ADAPTER_CONFIG} holds no JSON object")
         if config.get("peft_type") != "LORA":
             raise ValueError(f"peft_type is {config.get('peft_type')}; expected LORA")
         tensors = load_file(folder / PEFT_ADAPTERS)
     trained_on = config.get("base_model_name_or_path")
-    if base and trained_on and Path(base).name != Path(trained_on).name:
+    if base and trained_on and Path(base).name != Path(str(trained_on)).name:
         raise ModelError(
             f"{folder}: adapters of {trained_on}; expected those of model.path {base} (if both are"
             f" the same model, set base_model_name_or_path in {ADAPTER_CONFIG} to {base})"
@@ -136,7 +138,7 @@ def _read(folder: Path, base: str | None) -> tuple[dict[str, Any], dict[str, Ten
 def _readable(folder: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
         raise ModelError(f"{folder}: adapters cannot be read: {brief(error)}") from None
 
 

@@ -43,7 +43,7 @@ def opened_thought(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> 
     """The end of the prompt, from an unclosed `<think>` or `<thinking>` tag onwards. For example,
     this is "<think>\\n" with DeepSeek-R1's template. Returns an empty string if the template leaves
     no thought open. Raises: RecipeError as `prompt_text` does."""
-    return _opened(prompt_text(tokenizer, prompt), prompt)
+    return _opened(tokenizer, prompt_text(tokenizer, prompt), prompt)
 
 
 def reply_text(tokenizer: PreTrainedTokenizerBase, prompt: Conversation, said: str) -> str:
@@ -59,7 +59,7 @@ def reply_text(tokenizer: PreTrainedTokenizerBase, prompt: Conversation, said: s
     begun = prompt_text(tokenizer, prompt)
     before, after = _around(tokenizer, prompt)
     end = _ending(tokenizer, after)[0]
-    if opened := _opened(begun, prompt):
+    if opened := _opened(tokenizer, begun, prompt):
         return _continue_thought(opened, said) + end
     whole = _render(tokenizer, prompt, said)
     fits = whole.startswith(begun) and whole.endswith(after)
@@ -95,8 +95,12 @@ def _around(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> tuple[s
 
 def _omits_last(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> bool:
     """Whether the template omits the last turn, rather than changing its text."""
-    turns = (*prompt.turns[:-1], replace(prompt.turns[-1], content=PROBE))
-    return PROBE not in _render(tokenizer, replace(prompt, turns=turns))
+    return PROBE not in _render(tokenizer, _probed(prompt))
+
+
+def _probed(prompt: Conversation) -> Conversation:
+    """The prompt with `PROBE` as its last turn."""
+    return replace(prompt, turns=(*prompt.turns[:-1], replace(prompt.turns[-1], content=PROBE)))
 
 
 def _begin(begun: str, before: str, said: str, *, asked: str) -> str:
@@ -115,9 +119,14 @@ def _begin(begun: str, before: str, said: str, *, asked: str) -> str:
     return said
 
 
-def _opened(begun: str, prompt: Conversation) -> str:
+def _opened(tokenizer: PreTrainedTokenizerBase, begun: str, prompt: Conversation) -> str:
     asked = prompt.turns[-1].content.strip()  # skipped below, because it may mention the tags
-    return open_thought(begun.rpartition(asked)[2] if asked else begun)
+    opened = open_thought(begun.rpartition(asked)[2] if asked else begun)
+    if opened or not open_thought(begun):
+        return opened
+    # the question mentions the tag, or is so short ("hi") that it occurs in the template's own tag
+    _, found, tail = _render(tokenizer, _probed(prompt)).rpartition(PROBE)
+    return open_thought(tail) if found and begun.endswith(tail) else ""
 
 
 def _continue_thought(opened: str, said: str) -> str:

@@ -169,7 +169,7 @@ def read_run(folder: Path | str) -> RunResults:
     Raises: DataError if the folder is missing, is not a run folder, or contains a damaged file.
     """
     files = RunFolder(Path(folder))
-    recipe, recipe_text = _read_recipe(files.recipe)
+    recipe, recipe_text = read_recipe(files.recipe)
     metrics = _read_metrics(files.metrics)
     infos = {name: read_json(files.stage(name).info) for name in files.trained()}
     stages = {
@@ -221,7 +221,8 @@ def read_runs(folders: Sequence[Path | str], *, finished: bool = True) -> list[R
 # --- the files ------------------------------------------------------------------------------------
 
 
-def _read_recipe(path: Path) -> tuple[dict[str, Any], str]:
+def read_recipe(path: Path) -> tuple[dict[str, Any], str]:
+    """A run's recipe as a dict and as text. Raises: DataError if it cannot be read."""
     if not path.parent.is_dir():
         raise DataError(f"{path.parent}: no such run folder")
     try:

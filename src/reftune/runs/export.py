@@ -21,7 +21,7 @@ from reftune.model.adapters import export_adapters
 from reftune.model.encoder import Encoder, bos_of, stop_texts, token_ids_of
 from reftune.recipe import LengthTable, load_component, parse_recipe
 from reftune.results import read_groups, summarize
-from reftune.results.records import evaluated_split
+from reftune.results.records import evaluated_split, read_recipe
 from reftune.stages.reward_model import WEIGHTS
 from reftune.storage.files import replace_folder
 from reftune.storage.run_folder import RunFolder
@@ -44,7 +44,8 @@ def export_model(run_folder: Path, method: str, out: Path, *, adapter: bool = Fa
     `from_pretrained` and vLLM can load it. With `adapter`, the folder contains only the adapters.
     Raises: CheckpointError if there is no such run, if the method is not finished or is a reward
     model, if its weights cannot be read, if `adapter` is set but adapters are missing, or if `out`
-    exists or cannot be written; ModelError if the run started from adapters that cannot be read."""
+    exists or cannot be written; DataError if the run's recipe cannot be read; ModelError if the run
+    started from adapters that cannot be read."""
     run = RunFolder(run_folder)
     if not run.recipe.is_file():
         raise CheckpointError(f"{run_folder}: not a run folder: it has no recipe.yaml")
@@ -60,7 +61,7 @@ def export_model(run_folder: Path, method: str, out: Path, *, adapter: bool = Fa
         raise CheckpointError(f"{out}: exists already; choose a folder that does not")
     if not adapter:
         _require_weights(stage)
-    recipe = dict(yaml.safe_load(run.recipe.read_text(encoding="utf-8")))
+    recipe, _ = read_recipe(run.recipe)
     serving = _serving(recipe, stage)
 
     def fill(folder: Path) -> None:

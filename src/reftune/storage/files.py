@@ -40,10 +40,16 @@ def write_atomically(path: Path, text: str) -> None:
     surrogate pair."""
     if not is_main():
         return
-    partial = path.with_name(f".{path.name}.partial")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+<<<<<<< HEAD
         partial.write_text(text, encoding="utf-8", errors="replace")
+=======
+        if path.is_dir():
+            raise OSError("it is a folder; expected a file")
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text(text, encoding="utf-8")
+>>>>>>> b21c768 (Values, adapters, advantages, thoughts, paths: eight faults that stopped or misled a run)
         sync(partial)
         partial.replace(path)
         sync(path.parent)

@@ -82,7 +82,7 @@ def test_a_stage_is_drawn_from_where_it_started(write_run: WriteRun) -> None:
 
 
 def test_a_stage_that_starts_from_another_runs_model_counts_that_models_training(
-    write_run: WriteRun,
+    write_run: WriteRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = write_run("first"), write_run("second", methods=("reft",))
     for stage, facts in (
@@ -95,6 +95,14 @@ def test_a_stage_that_starts_from_another_runs_model_counts_that_models_training
     init = str(first / "stages" / "sft")
     path.write_text(json.dumps({**json.loads(path.read_text()), "init": init}))
     write_metrics(second, [look("reft", 0, 0.4, 0), look("reft", 1, 0.6, 80)])
+    chart = dev_chart(read_groups([second]))
+    assert chart is not None
+    assert chart.series[0].x == [250, 330]
+    # the same folder below the home folder, in the run itself and in the run that it starts from
+    monkeypatch.setenv("HOME", str(first.parent))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "init": "~/first/stages/sft"}))
+    sft = first / "stages" / "sft" / "stage.json"
+    sft.write_text(json.dumps({**json.loads(sft.read_text()), "init": "~/first/stages/warmup"}))
     chart = dev_chart(read_groups([second]))
     assert chart is not None
     assert chart.series[0].x == [250, 330]

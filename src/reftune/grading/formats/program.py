@@ -44,7 +44,7 @@ from reftune.grading.markers import DEFAULT, UP_TO_LAST_TAG
 from reftune.grading.paper_rules import grade_value_paper, paper_response
 from reftune.grading.sandbox import Sandbox, SandboxKind
 from reftune.grading.sandbox.result import ExecutionResult, ExecutionStatus, SandboxLimits
-from reftune.grading.verdicts import grade_sentence, grade_value
+from reftune.grading.verdicts import describe, grade_sentence, grade_value, no_answer
 from reftune.recipe import refusal
 from reftune.types import Conversation, Graded, Problem, Verdict
 
@@ -180,7 +180,10 @@ class Program(Prompted):
         if not is_ok:
             return Graded.without_answer(Verdict(result.status.value), result.reason)
         if self.grading not in RULES:
-            value = result.printed if result.value is None else str(result.value)
+            try:
+                value = result.printed if result.value is None else str(result.value)
+            except (ValueError, RecursionError):  # very long integers, very deep lists
+                return no_answer(f"solution() returned {describe(result.value)}, not an answer")
             return graded_by(own_grader(self.grading), value, problem)
         if self.scripts == "read" and (result.value is None or isinstance(result.value, str)):
             lines = str(result.value or result.printed).strip().splitlines()

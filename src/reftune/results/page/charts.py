@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from reftune.recipe import local_path
 from reftune.results.metrics import PHASES, VERDICTS, VOTING, Metric
 from reftune.results.records import MetricRow, RunResults, StageResults, read_json
 from reftune.results.stats import wilson
@@ -277,7 +278,7 @@ def _passes_before(run: RunResults, method: str) -> float:
     if init == method:
         return 0.0
     if init not in run.stages:
-        return _passes_to(Path(init))
+        return _passes_to(local_path(init))
     chosen = _chosen(run, init)
     own = run.stages[init].info.get("sequence_passes", 0) if chosen is None else chosen.passes
     return _passes_before(run, init) + float(own)
@@ -294,7 +295,7 @@ def _passes_to(folder: Path) -> float:
         share = info.get("chosen_step", 0) / max(1, info.get("steps", 0))
         passes += share * info.get("sequence_passes", 0)
         init = str(info.get("init", "base"))
-        folder = folder.with_name(init) if "/" not in init else Path(init)
+        folder = folder.with_name(init) if "/" not in init else local_path(init)
     return passes
 
 
