@@ -169,6 +169,41 @@ def test_a_body_on_the_headers_line_is_a_body() -> None:
     assert body_of("def solution(): return 5") == "    return 5"
 
 
+@pytest.mark.parametrize(
+    "program",
+    [
+        f"{HEADER}{BODY}\n\nprint(solution())",
+        f"{HEADER}{BODY}\n\nif __name__ == '__main__':\n    print(solution())",
+        f"{HEADER}{BODY}\n\na = solution()\nprint(a)",
+        f"{HEADER}{BODY}\n# It returns 5.",
+        f"```python\n{HEADER}{BODY}\n```",
+        f"Sure!\n```python\n{HEADER}{BODY}\nprint(solution())\n```\nThis returns 5.",
+    ],
+)
+def test_what_surrounds_a_gold_program_is_no_part_of_its_body(program: str) -> None:
+    assert body_of(program) == BODY
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        f"{HEADER}    print 5\n    return 5",
+        f"{HEADER}    return 5\n  return 5",
+        f"{HEADER}    return (5",
+        f"{HEADER}    return {'-' * 30_000}5",
+        f"{HEADER}    return 5\0",
+        f"from math import *\n{HEADER}    return sqrt(25)",
+        f"Here is the program:\n{HEADER}{BODY}",
+        f"{HEADER}    return f()\n\ndef f():\n    return 5",
+        f"{HEADER}    return A\n\nA = 5",
+        f"{HEADER}    return math.ceil(5)\n\nimport math",
+    ],
+)
+def test_a_gold_program_without_a_valid_body_is_refused(program: str) -> None:
+    with pytest.raises(DataError, match="problem p: its rationale is not a program"):
+        Program().target(number("5", rationale=program))
+
+
 @pytest.mark.parametrize("rationale", [None, " \n"])
 def test_a_problem_without_rationale_has_no_target(rationale: str | None) -> None:
     for format in (Nl(), Program()):
@@ -473,6 +508,12 @@ def scripts() -> Program:
         "for i in range(6):\n    print(i)",
         "result = 2 + 3",
         "blueprints = 2  # do not print them\nresult = blueprints + 3",
+        "result = 5\n# print(result)",
+        '"""Does not\nprint(anything)."""\nresult = 5',
+        "hint = 'print(result)'\nresult = 5",
+        "result = 4\nprint('#', 5)  # print(4)",
+        "result = 4\nhint = '#'; print(5)",
+        "result = 4\nprint(5)  # don't",
         "answer: int = 5\nprint('done in 3 steps')",
     ],
 )

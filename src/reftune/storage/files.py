@@ -42,14 +42,10 @@ def write_atomically(path: Path, text: str) -> None:
         return
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-<<<<<<< HEAD
-        partial.write_text(text, encoding="utf-8", errors="replace")
-=======
         if path.is_dir():
             raise OSError("it is a folder; expected a file")
         partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(text, encoding="utf-8")
->>>>>>> b21c768 (Values, adapters, advantages, thoughts, paths: eight faults that stopped or misled a run)
+        partial.write_text(text, encoding="utf-8", errors="replace")
         sync(partial)
         partial.replace(path)
         sync(path.parent)

@@ -27,9 +27,12 @@ not end in an error:
 
 from __future__ import annotations
 
+import ast
 import re
 import textwrap
+import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any, Literal
@@ -68,6 +71,10 @@ _SCRIPT = re.compile(
     re.MULTILINE,
 )
 _PRINT = re.compile(r"\bprint[ \t]*\(")
+_NO_CODE = re.compile(
+    r"""#[^\n]*|("{3}|'{3}).*?\1|"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*'""", re.DOTALL
+)
+"""Matches a comment or a string."""
 _ASSIGNMENT = re.compile(r"[A-Za-z_]\w*(?: *: *[\w.]+)? *[-+*/]?=(?!=)")
 
 
@@ -255,10 +262,12 @@ def _after_helpers(program: str, blocks: list[str]) -> str:
 def _answer_of(script: str) -> str:
     """The expression whose value is the answer. It is the first of `ANSWER_NAMES` that the script
     assigns. If there is none, it is `result`, provided that the script assigns it and never calls
-    `print`. Otherwise, it is `None`, which stands for the printed text."""
+    `print`. Otherwise, it is `None`, which stands for the printed text. Comments and strings do not
+    count."""
     names = {match["name"] for match in _SCRIPT.finditer(script) if match["name"] is not None}
     first = next((name for name in ANSWER_NAMES if name in names), None)
-    return first or ("result" if "result" in names and not _PRINT.search(script) else "None")
+    prints = _PRINT.search(_NO_CODE.sub("", script))
+    return first or ("result" if "result" in names and not prints else "None")
 
 
 def _text_and_blocks(completion: str) -> tuple[str, list[str]]:
@@ -366,16 +375,36 @@ _DOCSTRING = re.compile(
 
 def body_of(program: str) -> str | None:
     """The body of `solution` in a gold program, without the docstring and indented by four spaces.
-    Code before the definition of `solution` moves into the body. Returns None if the program
-    does not define `solution()`."""
+    A fence around the program is removed. Code before the definition of `solution` moves into the
+    body. Code after it, such as `print(solution())`, is left out. Returns None if the program does
+    not define `solution()`, if a function, class, import or constant is defined after it, or if the
+    body is not valid Python."""
     program = program.replace("\r\n", "\n").expandtabs(4)
-    header = _GOLD_HEADER.search(program)
-    if header is None:
+    program = next(filter(_GOLD_HEADER.search, _FENCED.findall(program)), program)
+    lines = program.split("\n")
+    end = next((s.end_lineno for s in _functions(program) if s.name == "solution"), len(lines))
+    *_, header = None, *_GOLD_HEADER.finditer("\n".join(lines[:end]))
+    if header is None or _DEFINES.search("\n".join(lines[end:])):
         return None
     before = program[: header.start()].strip("\n")
-    body = _DOCSTRING.sub("", program[header.end() :])
+    body = _DOCSTRING.sub("", header.string[header.end() :])
     parts = [part for part in (before, textwrap.dedent(body.strip("\n"))) if part.strip()]
-    return textwrap.indent("\n".join(parts), "    ").rstrip()
+    body = textwrap.indent("\n".join(parts), "    ").rstrip()
+    return body if _functions(HEADER + body) else None
+
+
+_DEFINES = re.compile(r"^(?:def|class|from|import)\b|^\w+ *=(?!.*\bsolution\()", re.MULTILINE)
+
+
+def _functions(program: str) -> list[ast.FunctionDef]:
+    """The functions that a program defines, the last one first; none if it is not valid Python."""
+    with (
+        warnings.catch_warnings(action="ignore"),
+        suppress(SyntaxError, ValueError, RecursionError, MemoryError),
+    ):
+        compile(program, "<gold program>", "exec", dont_inherit=True)  # `parse` allows any `return`
+        return [s for s in reversed(ast.parse(program).body) if isinstance(s, ast.FunctionDef)]
+    return []
 
 
 # --- the paper's rules ----------------------------------------------------------------------------
