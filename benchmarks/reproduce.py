@@ -110,21 +110,20 @@ SETTINGS = (
 )
 """Text below the table of findings."""
 OPEN = [
-    "**Only one pretrained model** finished RL with more than two seeds: SmolLM2-135M-Instruct, on "
-    "generated questions. On questions that need one arithmetic step (three seeds), GRPO gains "
-    "9.9 points [3.6, 16.2] over a short warm-up, but further SFT with as many gradient passes is "
-    "12.1 points [5.7, 18.5] better than GRPO (this difference is not paired). After a longer "
-    "warm-up, GRPO gains 1.7 points [−4.8, 8.1] over that warm-up, n.s. In another experiment "
-    "(five seeds), questions need two steps, and half of the training solutions omit the working. "
+    "**Only one pretrained model** finished RL with more than two seeds: SmolLM2-135M-Instruct. "
+    "On generated questions that need one arithmetic step (three seeds), GRPO gains 9.9 points "
+    "[3.6, 16.2] over a short warm-up, but further SFT with as many gradient passes is 12.1 "
+    "points [5.7, 18.5] better than GRPO (this difference is not paired). After a longer warm-up, "
+    "GRPO gains 1.7 points [−4.8, 8.1] over that warm-up, n.s. In another experiment (five "
+    "seeds), questions need two steps, and half of the training solutions omit the working. "
     "There, after a warm-up and a longer SFT stage, GRPO and further SFT start from the same "
     "model, and GRPO is 14.6 points [9.4, 19.8] better ([log](experiments/smollm2-instruct.md)).",
-    "**On real data** (SVAMP programs, SmolLM2-135M), ReFT shows no gain if all training "
+    "**On real data** (SVAMP programs, the same model), ReFT shows no gain if all training "
     "questions have solutions (one seed): after a warm-up whose dev accuracy had [levelled "
     "off](handover.md), ReFT − SFT is −1.3 points [−3.8, +1.2], n.s. ReFT had little to learn "
     "from, because 90% of the warm-up's samples for training questions were already correct. If "
-    "only 500 of 2,498 questions have solutions, the result is undecided after two seeds: on "
-    "SVAMP's 1,000 test questions, ReFT − SFT is +3.2 points [+0.7, +5.6] with one seed and +1.1 "
-    "points [−1.4, +3.6] with the other ([log](experiments/smollm2-svamp.md)).",
+    "only 500 of about 2,500 questions have solutions, ReFT shows no gain either: over three "
+    "seeds, ReFT − SFT is +1.1 points [−4.3, +6.5], n.s. ([log](experiments/smollm2-svamp.md)).",
     "**With solutions of 66 tokens on average** (generated questions, a model trained from "
     "scratch), the value head explains hardly any of the reward's variance. Over five seeds, "
     "after warm-ups that had levelled off, no RL method differs significantly from another or "
