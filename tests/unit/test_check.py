@@ -25,7 +25,7 @@ from reftune.datasets import Splits, load_splits
 from reftune.engines.kv import Kv
 from reftune.engines.scripted import Scripted
 from reftune.engines.vllm import Vllm
-from reftune.errors import RecipeError, RewardError
+from reftune.errors import DataError, RecipeError, RewardError
 from reftune.grading.formats.nl import Nl
 from reftune.grading.formats.program import Program
 from reftune.model.policy import Policy
@@ -800,3 +800,43 @@ def test_a_recipe_in_chat_style_is_checked_without_its_model():
     thinking = ["format.template_args={enable_thinking: false}"]
     recipe = load_recipe(shipped_recipes() / "instruct" / "lora.yaml", thinking)
     assert check_offline(recipe).failed == []
+
+
+EXAMPLES = shipped_recipes() / "paper" / "examples"
+OWN = {"kind": "gsm8k", "rationale": "nl", "train": str(EXAMPLES / "gsm8k"), "dev_size": 2}
+
+
+@pytest.mark.parametrize(
+    ("dataset", "missing"),
+    [
+        ({**OWN, "dev": "no/dev"}, "no/dev is not on this machine;"),
+        ({**OWN, "test": "no/test", "dev": "no/dev"}, "no/dev, no/test are not on this machine;"),
+        (
+            {
+                "kind": "mixture",
+                "parts": {
+                    "a": {"dataset": {**OWN, "train": "no/a"}},
+                    "b": {"dataset": OWN},
+                    "c": {"dataset": {"kind": "svamp", "rationale": "nl", "train": "no/c"}},
+                },
+            },
+            "no/a, no/c are not on this machine;",
+        ),
+        (OWN, "the recipe's own data"),
+    ],
+)
+def test_the_offline_check_downloads_no_dataset(dataset, missing, monkeypatch):
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: pytest.fail("a download"))
+    recipe = load_recipe(shipped_recipes() / "instruct" / "lora.yaml")
+    recipe = parse_recipe({**json.loads(recipe.model_dump_json()), "dataset": dataset})
+    report = check_offline(recipe)
+    assert report.findings[0].message.startswith(missing)
+
+
+def test_the_offline_check_names_the_source_that_has_no_examples():
+    dataset = {"a": {"dataset": OWN}, "b": {"dataset": {"kind": "jsonl", "train": "no/b"}}}
+    recipe = load_recipe(shipped_recipes() / "instruct" / "lora.yaml")
+    dumped = json.loads(recipe.model_dump_json())
+    recipe = parse_recipe({**dumped, "dataset": {"kind": "mixture", "parts": dataset}})
+    with pytest.raises(DataError, match=r"^dataset\.parts\.b\.dataset\.train: no/b is not on this"):
+        check_offline(recipe)

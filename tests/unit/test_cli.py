@@ -233,7 +233,7 @@ def test_half_a_surrogate_pair_from_a_users_grader_is_printed(tmp_path: Path):
         command, cwd=tmp_path, capture_output=True, check=False, encoding="utf-8"
     )
     assert (result.returncode, result.stderr) == (0, "")
-    assert (printed := json.loads(result.stdout))["value"] == "é?" and printed["reason"] == "got é?"
+    assert r'"value": "é\ud83d"' in result.stdout, "the half is escaped"
 
 
 def test_the_newest_checkpoint_is_by_time_not_by_number(tmp_path: Path):
@@ -328,3 +328,32 @@ def test_help_answers_at_once():
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
     assert min(seconds() for _ in range(3)) < 0.5
+
+
+@pytest.mark.parametrize(
+    ("command", "status"),
+    [
+        ("init <&-", "2 --data is missing"),
+        ("--version >&-", "0 "),
+        (f"run {'x' * 300}", "2 xxx"),
+        (f"table {'x' * 300} >&-", "2 xxx"),
+    ],
+)
+def test_a_closed_stream_or_a_long_name_is_no_traceback(command: str, status: str):
+    script = f"{sys.executable} -m reftune {command}"
+    result = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+    assert f"{result.returncode} {result.stderr}".startswith(status)
+    assert "Traceback" not in result.stderr
+
+
+def test_half_a_surrogate_pair_is_escaped_in_json(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    line = {"id": ["\ud800", "😀"], "completion": "The answer is \ud83d", "answer": "x"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(line))
+    with pytest.raises(SystemExit) as stop:
+        main(["score", str(tmp_path / "rows.jsonl"), "--format", "nl", "--json"])
+    out = capfd.readouterr().out
+    assert (stop.value.code, json.loads(out)["id"]) == (0, line["id"])
+    assert "\\ud800" in out
+    assert "😀" in out

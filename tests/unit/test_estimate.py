@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from reftune.advice.check.model import num_answers
-from reftune.advice.measured import BUDGET_S, Speed, _sample_speed, _train_speed
+from reftune.advice.measured import BUDGET_S, Speed, _sample_speed, _train_speed, measure_speed
+from reftune.engines.kv import Kv
 from reftune.model.batch import token_batch
 from reftune.recipe.schema import EvaluateTable
 from reftune.stages.estimate import stage_costs
@@ -167,3 +168,12 @@ def test_training_is_timed_after_a_warm_up_on_what_the_budget_allows(
     assert _train_speed(None, batch, 100) == pytest.approx(100 / 1.1), (
         "a micro-batch holds two rows"
     )  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("length", [30, 24])
+def test_sampling_is_timed_within_the_positions_of_the_model(length, make_policy):
+    # 32 positions, but at least 12 tokens are sampled
+    policy = make_policy("gpt2", n_positions=32)
+    prompts, targets = [[4] * length, [5] * 3], [[1]] * 2
+    speed = measure_speed(policy, Kv(kind="kv"), prompts, targets, rows=2, max_tokens=64)
+    assert speed.sample > 0

@@ -348,3 +348,17 @@ def test_too_few_questions_are_refused(here: Path):
     assert not (here / "one.yaml").exists()
     with pytest.raises(DataError):
         guess_columns("absent.csv")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, EOFError])
+def test_ctrl_c_or_d_at_a_prompt_is_no_traceback(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error
+):
+    def interrupted(*_: object) -> str:
+        raise error
+
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr("sys.stdin.readline", interrupted)
+    monkeypatch.setattr("builtins.input", interrupted)
+    assert status("init") == 130
+    assert capsys.readouterr().err.endswith("interrupted\n")

@@ -449,3 +449,29 @@ def test_a_tilde_in_the_paths_of_a_recipe_is_the_home_folder(
 def test_a_path_that_begins_with_an_unknown_user_is_no_traceback():
     with pytest.raises(ModelError, match="~nobody-here/model: no such model folder"):
         load_model(ModelTable(path="~nobody-here/model"))
+
+
+@pytest.mark.parametrize("dropped", ["lm_head", "layers.1.self_attn.o_proj", "embed_tokens"])
+def test_missing_weights_are_refused_in_one_line(tmp_path, make_model, tokenizer, dropped):
+    model = make_model("llama")
+    tensors = {name: t for name, t in model.state_dict().items() if dropped not in name}
+    model.save_pretrained(tmp_path, state_dict=tensors)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=rf"no weights for \S*{dropped}.weight; expected") as error:
+        read(tmp_path)
+    one_line(error)
+
+
+def test_a_reward_model_is_refused_but_tied_weights_are_not_missing(
+    tmp_path, make_model, tokenizer
+):
+    from transformers import LlamaForSequenceClassification
+
+    config = make_model("llama").config
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path / "reward")
+    make_model("llama, tied").save_pretrained(tmp_path / "tied")
+    for folder in tmp_path.iterdir():
+        tokenizer.save_pretrained(folder)
+    with pytest.raises(ModelError, match=r"no weights for lm_head.weight; expected a causal"):
+        read(tmp_path / "reward")
+    read(tmp_path / "tied")

@@ -11,7 +11,7 @@ import pytest
 from chat_families import FAMILIES, make_tokenizer
 from reftune.errors import DataError, RecipeError, RewardError
 from reftune.recipe import load_recipe
-from reftune.terminal.score import score_as_recipe, score_file
+from reftune.terminal.score import problem_of, score_as_recipe, score_file
 
 TRIGGER = "\nTherefore, the answer is: "
 
@@ -261,3 +261,9 @@ def test_options_with_letters_are_options_without_them(tmp_path: Path) -> None:
     result = scored(tmp_path, row("The answer is 30", "c", choices=choices))
     assert result[0]["verdict"] == "correct"
     assert scored(tmp_path, row("The answer is c", "30", choices=choices))[0]["value"] == "c"
+
+
+def test_null_counts_as_not_set(tmp_path: Path) -> None:
+    line = row("The answer is 5", 5, answer_kind=None, choices=None, question=None)
+    assert scored(tmp_path, line)[0]["verdict"] == "correct"
+    assert problem_of(line, "here").question == ""

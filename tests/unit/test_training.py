@@ -675,3 +675,12 @@ def test_a_method_that_is_made_twice_is_refused(make_recipe):
         open_run(recipe, Progress()),
     ):
         pass
+
+
+def test_a_metric_in_some_minibatches_only_is_averaged_over_these(trainer, monkeypatch):
+    steps = iter([{"loss/a": 1.0}, {"loss/a": 3.0, "loss/b": 5.0}, {"loss/b": 6.0}])
+    monkeypatch.setattr(trainer, "parts", lambda batch, n: [batch] * 3)
+    monkeypatch.setattr(trainer.loop, "descend", lambda *_: next(steps))
+    batch, _ = trainer.score(trainer.sample(1, "rollout")[0])
+    metrics = trainer.update(batch, 1)
+    assert (metrics["loss/a"], metrics["loss/b"]) == (2, 5.5)

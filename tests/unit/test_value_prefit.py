@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -70,7 +72,7 @@ def test_equal_returns_give_a_head_that_predicts_them():
 
 def test_one_rollout_is_fitted_but_explains_nothing_it_has_not_seen():
     head = nn.Linear(6, 1)
-    assert fit_value_head(head, linear_rollouts(1, noise=0.0)) == 0
+    assert math.isnan(fit_value_head(head, linear_rollouts(1, noise=0.0)))
     assert_close(head.weight[0], torch.tensor([1.0, -2.0, 0.0, 0.0, 0.0, 3.0]), atol=0.1, rtol=0)
 
 
@@ -85,7 +87,7 @@ def test_without_any_rollout_the_head_stays_as_it_is():
     # a reward function may return None for every sample of the pre-fit
     head = nn.Linear(3, 1)
     before = head.weight.clone()
-    assert fit_value_head(head, []) == 0.0
+    assert math.isnan(fit_value_head(head, []))
     assert torch.equal(head.weight, before)
 
 
@@ -93,3 +95,21 @@ def test_the_rollouts_of_the_prefit_count_towards_the_cost(trainer):
     trainer.prefit()
     sampled = [trainer.sample(n, "prefit")[1]["compute/sampled_tokens"] for n in (1, 2)]
     assert trainer.loop.state.totals == {"compute/sampled_tokens": sum(sampled)}
+
+
+def test_a_last_rollout_of_equal_returns_has_no_explained_variance():
+    head = nn.Linear(6, 1)
+    features, returns = linear_rollouts(2, noise=1.0)
+    last = (returns[0], torch.full((200,), 0.25))
+    assert math.isnan(fit_value_head(head, [features, last]))
+
+
+def test_the_note_states_no_explained_variance_if_there_is_none(trainer, monkeypatch):
+    notes = []
+    monkeypatch.setattr(trainer.context.progress, "note", notes.append)
+    monkeypatch.setattr("reftune.stages.rl.fit_value_head", lambda *_: math.nan)
+    trainer.prefit()
+    monkeypatch.setattr("reftune.stages.rl.fit_value_head", lambda *_: 0.5)
+    trainer.prefit()
+    assert ["explains" in note for note in notes] == [False, True]
+    assert "it explains 50%" in notes[1]

@@ -57,12 +57,15 @@ def measure_speed(
     """Measure the speed of sampling for the first `rows` prompts, and of training on these prompts
     and their targets. An untimed pass precedes each measurement. A training pass takes no optimizer
     step. The timed training pass uses as many rows as fit in `max_tokens` and the time budget, but
-    at least one."""
+    at least one. If a prompt is so long that its sample could exceed the model's context, only the
+    prompt's end is used for sampling."""
     batch = token_batch(prompts[:rows], targets[:rows], device=policy.device)
     length = math.ceil(sum(map(len, targets)) / len(targets))
+    context = policy.context
+    room = 0 if context is None else max(1, context - max(length, FEWEST_NEW_TOKENS))
     return Speed(
         train=_train_speed(policy, batch, max_tokens),
-        sample=_sample_speed(policy, engine, prompts[:rows], length),
+        sample=_sample_speed(policy, engine, [ids[-room:] for ids in prompts[:rows]], length),
     )
 
 

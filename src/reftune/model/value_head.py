@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -29,7 +30,8 @@ def fit_value_head(head: nn.Linear, rollouts: Iterable[tuple[Tensor, Tensor]]) -
     `rollouts` yields the features (N, H) and returns (N,) of one rollout at a time, so memory does
     not grow with the number of rollouts.
 
-    Returns: the explained variance with the chosen penalty; 0 if there is at most one rollout.
+    Returns: the explained variance with the chosen penalty; NaN if there is at most one rollout, or
+    if the variance of the last rollout's returns is at most 1e-8.
     Raises: NonFiniteError if a feature or return is not finite.
     """
     sums, last = _Moments(head.in_features), None
@@ -43,15 +45,15 @@ def fit_value_head(head: nn.Linear, rollouts: Iterable[tuple[Tensor, Tensor]]) -
             sums.add(*last)
         last = (features.double().cpu(), returns.double().cpu())
     if last is None:
-        return 0.0
-    penalty, explained = PENALTIES[2], 0.0
+        return math.nan
+    penalty, explained = PENALTIES[2], math.nan
     if sums.count > 0:
         explained, penalty = max((_explained(sums.solve(p), *last), p) for p in PENALTIES)
     sums.add(*last)
     weight, bias = from_main(lambda: sums.solve(penalty))
     assign(head.weight, weight[None])
     assign(head.bias, bias[None])
-    return explained
+    return explained if last[1].var(correction=0) > 1e-8 else math.nan
 
 
 class _Moments:

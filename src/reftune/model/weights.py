@@ -49,7 +49,8 @@ def load_model(
     weights from `seed`. The weights are in fp32. With `as_stored`, those of a pretrained model are
     in the dtype that its configuration states or, if it states none, in the dtype of the files. Use
     `as_stored` only for models that are not trained. Weights in formats other than safetensors are
-    not read. Raises: ModelError if the model cannot be loaded or created."""
+    not read. Raises: ModelError if the model cannot be loaded or created, or if a weight is
+    missing."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -60,13 +61,21 @@ def load_model(
     path = resolve(table.path)
     _require_config(path)
     with _loading(path):
-        model = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             dtype="auto" if as_stored else torch.float32,
             use_safetensors=True,
+            output_loading_info=True,
             **_source(table),
         )
         tokenizer = AutoTokenizer.from_pretrained(path, **_source(table))
+    model, info = loaded
+    weights = {name for name, _ in model.named_parameters()}
+    if missing := sorted(weights & set(info["missing_keys"])):  # transformers set them at random
+        more = f" and {len(missing) - 1} more" * (len(missing) > 1)
+        raise ModelError(
+            f"{path}: no weights for {missing[0]}{more}; expected a causal language model"
+        )
     _name_eos(tokenizer, model.config)
     return model, tokenizer
 

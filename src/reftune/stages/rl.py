@@ -253,9 +253,9 @@ class Trainer:
 
     def update(self, batch: RolloutBatch, n: int) -> dict[str, float]:
         """Make `updates` passes over the rollout, with `minibatches` optimizer steps each, and
-        return metrics. If the loss or the gradient of an optimizer step is not finite, this step
-        and the rest of the update are skipped. Raises: NonFiniteError if the recipe does not allow
-        this skip."""
+        return metrics. Metrics of the loss are averaged over the steps that have them. If the loss
+        or the gradient of an optimizer step is not finite, this step and the rest of the update are
+        skipped. Raises: NonFiniteError if the recipe does not allow this skip."""
         started = time.perf_counter()
         self.policy.train(self.algorithm.trains_with_dropout)
         steps: list[dict[str, float]] = []
@@ -268,9 +268,11 @@ class Trainer:
             steps.append(metrics)
             num_sequences += len(part)
             num_tokens += int(part.tokens.lengths.sum())
-        names = steps[0] if steps else ()
+        values = defaultdict(list)
+        for name, value in chain(*(step.items() for step in steps)):
+            values[name].append(value)
         return {
-            **{name: sum(step[name] for step in steps) / len(steps) for name in names},
+            **{name: sum(of_name) / len(of_name) for name, of_name in values.items()},
             **value_metrics(batch),
             "compute/sequence_passes": num_sequences,
             "compute/train_tokens": num_tokens,
@@ -309,7 +311,7 @@ class Trainer:
         )
         self.context.progress.note(
             f"{self.context.name}: rollouts to pre-fit the value head: {self.stage.value_prefit}"
-            + explained * (self.stage.value_prefit > 1)
+            + explained * (not math.isnan(fitted))
         )
 
     def _features_and_returns(self) -> Iterator[tuple[Tensor, Tensor]]:

@@ -76,13 +76,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         with processes():
             status = app(args=arguments, prog_name="reftune", standalone_mode=False)
-            sys.stdout.flush()
+            print(end="", flush=True)  # does nothing if stdout is closed
+    except typer.Abort:  # Ctrl-C, or Ctrl-D at a prompt
+        say("interrupted")
+        sys.exit(INTERRUPTED)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG):
             raise
         say(f"{error.filename or 'output'}: {error.strerror}")
-        # without this, the interpreter would try to write stdout's buffer again when it exits
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno != errno.ENAMETOOLONG:
+            # without this, the interpreter would try to write stdout's buffer again when it exits
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(BAD_INPUT)
     except ReftuneError as error:
         say(str(error))
@@ -99,9 +103,9 @@ def say(message: str) -> None:
 
 
 def show(document: Any, *, indent: int | None = 2) -> None:
-    """Print a result as one JSON document. `?` replaces half a surrogate pair."""
+    """Print a result as one JSON document, in which half a surrogate pair is escaped."""
     text = json.dumps(document, indent=indent, ensure_ascii=False)
-    print(text.encode(errors="replace").decode())
+    print(text.encode(errors="backslashreplace").decode())
 
 
 @app.callback()
@@ -279,7 +283,7 @@ def _ask(
     `accept` no longer raises typer.BadParameter for the answer. If there is no terminal, the result
     is the default, and a line on stderr says so. Raises: RecipeError if there is neither a terminal
     nor a default."""
-    if sys.stdin.isatty():
+    if sys.stdin is not None and sys.stdin.isatty():  # None if it is closed
         return str(typer.prompt(question, default=default, err=True, value_proc=accept))
     if default is None:
         raise RecipeError(f"{flag} is missing; it is required if stdin is not a terminal")

@@ -139,7 +139,7 @@ def problem_of(row: Mapping[str, Any], where: str, golds: GoldReader = DEFAULT) 
     invalid."""
     if row.get("answer") is None:
         raise DataError(f"{where}: answer is missing; expected a number, text or a letter")
-    kind = row.get("answer_kind", golds.kind)
+    kind = golds.kind if row.get("answer_kind") is None else row["answer_kind"]
     if kind not in get_args(GoldKind):
         known = ", ".join(get_args(GoldKind))
         raise DataError(f"{where}: answer_kind: {str(kind)[:80]!r}; expected one of {known}")
@@ -151,7 +151,7 @@ def problem_of(row: Mapping[str, Any], where: str, golds: GoldReader = DEFAULT) 
         raise DataError(f"{where}: answer is {error}") from None
     return Problem(
         id=str(row["id"]),
-        question=str(row.get("question", "")),
+        question="" if row.get("question") is None else str(row["question"]),
         answer=answer,
         choices=() if options is None else options.texts,
         decimal=golds.decimal,

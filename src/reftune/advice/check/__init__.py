@@ -10,6 +10,7 @@ from reftune.advice.check.report import CheckReport, Finding, fail, ok
 from reftune.advice.check.subject import Subject, preview_of, rl_inits, subject_of
 from reftune.advice.golds import gold_kinds
 from reftune.datasets import Splits, load_splits
+from reftune.datasets.mixture import Mixture
 from reftune.errors import DataError, RecipeError, RewardError
 from reftune.recipe import Component, ModelTable, Recipe, ScratchTable, local_path, shipped_recipes
 from reftune.runs.auto import settled
@@ -62,14 +63,21 @@ def check_recipe(recipe: Recipe) -> CheckReport:
 
 
 def check_offline(recipe: Recipe) -> CheckReport:
-    """Report on the checks that need neither weights nor a download. If the dataset is not on this
-    machine, reftune's examples replace it. A word-level tokenizer replaces the model's.
+    """Report on the checks that need neither weights nor a download. If a source of a dataset is
+    not on this machine, reftune's examples replace the dataset. A word-level tokenizer replaces the
+    model's.
 
     Raises: ReftuneError as in `check_recipe`, and if reftune has no examples for the dataset.
     """
     _refuse_unknown_waivers(recipe.check.waive)
     check_stage_graph(recipe)
-    dataset, source = _offline_dataset(recipe)
+    dataset, missing = _offline_dataset(recipe.dataset, "dataset")
+    source = "the recipe's own data"
+    if missing:
+        names, are = ", ".join(missing), "are" if len(missing) > 1 else "is"
+        source = (
+            f"{names} {are} not on this machine; the check used examples that come with reftune"
+        )
     splits = load_splits(recipe.model_copy(update={"dataset": dataset}))
     lines = tuple(f"{name}: {stage.line()}" for name, stage in recipe.stages.items())
     schedule = replace(ok(counted(len(lines), "stage")), name="schedule", rows=lines)
@@ -92,23 +100,35 @@ def check_texts(recipe: Recipe, splits: Splits) -> list[Finding]:
     return _findings(subject, {name: CHECKS[name] for name in OFFLINE})
 
 
-def _offline_dataset(recipe: Recipe) -> tuple[Component, str]:
-    """Choose the recipe's dataset or, if its source is not on this machine, reftune's examples.
-    Returns: the chosen dataset, and a text that says where its data come from. Raises: DataError if
-    reftune has no examples for this kind of dataset."""
-    dataset: Component = recipe.dataset
-    source = getattr(dataset, "train", None)
-    if not isinstance(source, str) or local_path(source).exists():
-        return dataset, "the recipe's own data"
+def _offline_dataset(dataset: Component, where: str) -> tuple[Component, list[str]]:
+    """Choose the `dataset` or, if one of its sources is not on this machine, reftune's examples.
+    The choice is made separately for each dataset of a mixture. `where` is the dataset's key in the
+    recipe. Returns: the chosen dataset, and the sources that are not on this machine. Raises:
+    DataError if reftune has no examples for this kind of dataset."""
+    if isinstance(dataset, Mixture):
+        parts, missing = {}, []
+        for name, part in dataset.parts.items():
+            chosen, of_part = _offline_dataset(part.dataset, f"{where}.parts.{name}.dataset")
+            parts[name] = part.model_copy(update={"dataset": chosen})
+            missing += of_part
+        return dataset.model_copy(update={"parts": parts}), list(dict.fromkeys(missing))
+    sources = {key: getattr(dataset, key, None) for key in ("train", "dev", "test")}
+    absent = {
+        key: source
+        for key, source in sources.items()
+        if isinstance(source, str) and not local_path(source).exists()
+    }
     folder = shipped_recipes() / EXAMPLES / dataset.kind
+    if not absent:
+        return dataset, []
     if not folder.is_dir():
+        key, source = next(iter(absent.items()))
         raise DataError(
-            f"dataset.train: {source} is not on this machine, and reftune has no examples of kind"
+            f"{where}.{key}: {source} is not on this machine, and reftune has no examples of kind"
             f" {dataset.kind}"
         )
     keys = {"train": str(folder), "dev": None, "test": None, "dev_size": 2}
-    used = f"{source} is not on this machine; the check used examples that come with reftune"
-    return dataset.model_copy(update=keys), used
+    return dataset.model_copy(update=keys), list(dict.fromkeys(absent.values()))
 
 
 def _findings(subject: Subject, checks: Mapping[str, Check]) -> list[Finding]:
