@@ -597,6 +597,23 @@ def test_a_date_from_a_program(sandbox: str) -> None:
     assert format.grade([problem("2024-05-01")], [code])[0].verdict is WRONG
 
 
+@pytest.mark.parametrize("sandbox", ["auto", "subprocess"])
+@pytest.mark.parametrize(
+    ("gold", "value"),
+    [
+        ("[1/2, 3/4]", "[Fraction(1, 2), Fraction(3, 4)]"),
+        ("(1/2, 3/4)", "(Fraction(1, 2), Fraction(3, 4))"),
+        ("{1/2, 3/4}", "{Fraction(3, 4), Fraction(1, 2)}"),
+        ("[0.5, 3]", "[Fraction(1, 2), 3]"),
+    ],
+)
+def test_a_list_of_fractions_from_a_program(sandbox: str, gold: str, value: str) -> None:
+    code = f"from fractions import Fraction\ndef solution():\n    return {value}"
+    format = Program(sandbox=sandbox, allow_unisolated=True)  # type: ignore[arg-type]
+    problems = [problem(gold), problem("[1/2, 5/4]")]
+    assert [each.verdict for each in format.grade(problems, [code] * 2)] == [CORRECT, WRONG]
+
+
 def test_numbers_still_take_no_truth_values_lists_or_dates() -> None:
     number = Problem(id="p", question="?", answer=Answer(kind="number", value=Fraction(1)))
     for value in (True, [1], (1,), {1}):

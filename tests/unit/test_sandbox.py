@@ -314,12 +314,20 @@ def test_a_value_that_would_fill_the_graders_memory_is_an_error(
     assert result == ExecutionResult(status=ERROR, reason="the value is too large")
 
 
-def test_shared_and_circular_values_are_counted_once(sandbox: Sandbox) -> None:
-    shared = (
-        "def solution():\n    x = [1]\n    for _ in range(60):\n        x = [x, x]\n   "
-        " x.append(x)\n    return x"
-    )
-    assert sandbox.run([shared])[0].status is OK
+@pytest.mark.parametrize("pair", ["[x, x]", "(x, x)", "{1: x, 2: x}", "Box(x)"])
+def test_a_shared_part_of_a_value_counts_as_often_as_it_occurs(sandbox: Sandbox, pair: str) -> None:
+    # 2^10 copies of x take less than a MiB, but the text of 2^40 copies would fill any memory
+    sources = [
+        "class Box:\n    def __init__(self, x):\n        self.x = [x, x]\n\n"
+        f"def solution():\n    x = 0\n    for _ in range({n}):\n        x = {pair}\n    return x"
+        for n in (5, 40)
+    ]
+    assert [each.reason for each in sandbox.run(sources)] == ["", "the value is too large"]
+
+
+def test_a_circular_value_is_read(sandbox: Sandbox) -> None:
+    circular = "def solution():\n    x = [1]\n    x.append(x)\n    return x"
+    assert sandbox.run([circular])[0].status is OK
 
 
 def test_a_reason_cannot_steer_a_terminal(sandbox: Sandbox) -> None:
@@ -384,6 +392,29 @@ def test_the_fallback_runs_programs_with_installed_packages(fallback: Sandbox) -
         ]
     )
     assert [result.value for result in results] == [2.5, "1/2", float("inf")]
+
+
+@pytest.mark.parametrize(
+    ("expression", "value"),
+    [
+        ("[Fraction(1, 2), 3]", ["1/2", 3]),
+        ("(Decimal('1.50'), [Decimal('2')])", ["1.50", ["2"]]),
+        ("{Decimal('3'), Decimal('2')}", ["2", "3"]),
+        ("[{3, 2}, frozenset({Fraction(1, 2)})]", [[2, 3], ["1/2"]]),
+        ("[date(2024, 1, 5)]", ["2024-01-05"]),
+        ("{'a': Fraction(1, 2)}", {"a": "1/2"}),
+        ("list(numpy.array([2, 3]))", ["2", "3"]),
+        ("[1j]", None),
+        ("[object()]", None),
+    ],
+)
+def test_items_are_read_as_values_are(fallback: Sandbox, expression: str, value: object) -> None:
+    source = (
+        "import numpy\nfrom datetime import date\nfrom decimal import Decimal\n"
+        f"from fractions import Fraction\n{returned(expression)}"
+    )
+    result = fallback.run([source])[0]
+    assert (result.status, result.value) == (ERROR if value is None else OK, value)
 
 
 @pytest.mark.parametrize(
@@ -578,6 +609,34 @@ def test_packages_and_mistakes_are_no_reason_for_the_subprocess(
     assert gap(result) is None
     assert result == auto.run([source])[0]
     assert result.status is status
+
+
+@pytest.mark.parametrize("module", ["this", "msvcrt", "idlelib"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        "AttributeError(\"module '{}' has no attribute 'x'\")",
+        "ImportError(\"cannot import name 'x' from '{}'\")",
+    ],
+)
+def test_no_error_of_a_program_imports_a_module_here(
+    sandbox: Sandbox, error: str, module: str
+) -> None:
+    result = sandbox.run([f"def solution():\n    raise {error.format(module)}"])[0]
+    imported = {*sys.modules}
+    assert gap(result) is None
+    assert {*sys.modules} == imported
+
+
+@pytest.mark.parametrize("name", ["math.cbrt", "collections.ChainMap", "itertools.chain"])
+def test_a_name_that_a_module_of_monty_lacks_is_a_gap(sandbox: Sandbox, name: str) -> None:
+    module, _, function = name.partition(".")
+    sources = [
+        f"import {module}\n{returned(name)}",
+        f"from {module} import {function}\n{returned('5')}",
+    ]
+    for result in sandbox.run(sources):
+        assert gap(result) == (name if result.status is ERROR else None)
 
 
 def test_a_missing_package_is_reported_along_with_what_monty_lacks(auto: Sandbox) -> None:

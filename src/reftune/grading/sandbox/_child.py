@@ -327,16 +327,20 @@ class Printed:
         """Do nothing, because nothing is buffered."""
 
 
-def as_json(value: Any, dumps: Callable[[Any], str] = json.dumps) -> str:
-    """`value` as JSON. A set becomes a sorted list. A value of another type that JSON lacks becomes
-    a string if it has `__float__` or `isoformat`, as a Fraction or a datetime does. Raises:
-    TypeError if it has neither."""
-    try:
-        return dumps(sorted(value, key=repr) if isinstance(value, set | frozenset) else value)
-    except TypeError:
-        if hasattr(value, "__float__") or hasattr(value, "isoformat"):
-            return dumps(str(value))
-        raise
+def as_json(value: Any, dumps: Callable[..., str] = json.dumps) -> str:
+    """`value` as JSON. A set becomes a sorted list. An object of another type that JSON lacks
+    becomes a string if it has `__float__` or `isoformat`, as a Fraction or a datetime does. The
+    items of a list, set or dict are converted in the same way. Raises: TypeError if an object has
+    neither."""
+    return dumps(value, default=_plain)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, set | frozenset):
+        return sorted(value, key=repr)
+    if hasattr(value, "__float__") or hasattr(value, "isoformat"):
+        return str(value)
+    raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
 
 
 class Doorman:

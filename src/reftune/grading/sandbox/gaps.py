@@ -50,7 +50,8 @@ def _module(match: re.Match[str]) -> str | None:
 
 def _name_of_module(match: re.Match[str]) -> str | None:
     module, name = match["module"], match["name"]
-    is_allowed = _comes_with_python(module) or (module == "sys" and name in HARMLESS_IN_SYS)
+    # only these modules are imported here, because a program can raise an error that names others
+    is_allowed = module in _IN_MONTY or (module == "sys" and name in HARMLESS_IN_SYS)
     known = is_allowed and hasattr(importlib.import_module(module), name)
     return f"{module}.{name}" if known else None
 
@@ -69,6 +70,12 @@ def _comes_with_python(module: str) -> bool:
     return root in sys.stdlib_module_names - FORBIDDEN_MODULES and root not in ("os", "sys")
 
 
+_IN_MONTY = frozenset(
+    "asyncio base64 binascii bisect collections copy csv dataclasses datetime decimal functools"
+    " hashlib itertools json math pathlib posixpath random re time tomllib typing"
+    " unicodedata".split()
+)
+"""Monty's modules, except `os` and `sys`. Importing them in CPython has no side effects."""
 _TYPES = {
     name: kind
     for module in (builtins, collections, datetime)

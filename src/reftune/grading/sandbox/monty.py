@@ -158,17 +158,15 @@ class _Modules(dict[str, NoReturn]):
 
 
 def _size_bytes(value: Any, limit: int) -> int:
-    """Bytes of memory that a program's value and everything in it occupy. An object that occurs
-    several times is counted once. Counting stops as soon as the sum exceeds `limit`."""
-    size, waiting, seen = 0, [value], {id(value)}
+    """Bytes of memory that a program's value and everything in it would occupy if no two places
+    shared an object. Counting stops as soon as the sum exceeds `limit`, so it ends in a cycle."""
+    size, waiting = 0, [value]
     while waiting and size <= limit:
         each = waiting.pop()
         size += sys.getsizeof(each)
         if size <= limit:
             # monty keeps the attributes of an object where the garbage collector does not look
-            inside = [*gc.get_referents(each), getattr(each, "attributes", None)]
-            waiting += [
-                item for item in inside if id(item) not in seen and not isinstance(item, type)
-            ]
-            seen.update(map(id, inside))
+            attributes = getattr(each, "attributes", None)
+            inside = gc.get_referents(each) + ([] if attributes is None else [attributes])
+            waiting += [item for item in inside if not isinstance(item, type)]
     return size
