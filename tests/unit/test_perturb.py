@@ -52,6 +52,42 @@ def test_every_change_has_its_stated_effect_on_the_answer(problem, kind):
             assert (grade.verdict is Verdict.CORRECT) is expected, (case, grade)
 
 
+@pytest.mark.parametrize(
+    "end",
+    [
+        "return 30 * 50  # boxes",
+        "return 30 * 50;",
+        "return 30 * 50 ;  ",
+        "return (30 * 50)  # boxes (of 50;",
+        "if True:\n        return 30 * 50  # boxes",
+    ],
+)
+def test_variants_of_a_program_are_programs(end):
+    target = f"def solution():\n    {end}"
+    assert "a float" in {p.kind for p in right_solutions(NUMBER, target)}
+    for solutions, expected in ((right_solutions, True), (wrong_solutions, False)):
+        cases = list(solutions(NUMBER, target))
+        for case, grade in zip(
+            cases, Program().grade([NUMBER] * len(cases), [x.text for x in cases]), strict=True
+        ):
+            assert (grade.verdict is Verdict.CORRECT) is expected, (case, grade)
+            assert "SyntaxError" not in grade.reason, case
+
+
+@pytest.mark.parametrize(
+    "end", ["if True: return 30 * 50", "x = 30; return x * 50", "# return 1500"]
+)
+def test_a_return_that_does_not_begin_the_last_line_gives_nothing(end):
+    target = f"def solution():\n    {end}"
+    assert [*right_solutions(NUMBER, target), *wrong_solutions(NUMBER, target)] == []
+
+
+def test_words_that_end_in_a_return_are_no_program():
+    target = "The answer is 1500 that they will return 1500"
+    kinds = {p.kind for x in (right_solutions, wrong_solutions) for p in x(NUMBER, target)}
+    assert "an import" not in kinds and "printed and not returned" not in kinds
+
+
 def test_a_solution_without_its_answer_keeps_no_box_of_it():
     target = "So the total is $\\boxed{1500}$.\nThat is 30 * 50.\nThe answer is 1500"
     texts = {p.kind: p.text for p in wrong_solutions(NUMBER, target)}

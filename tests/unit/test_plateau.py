@@ -130,6 +130,24 @@ def test_a_stage_that_ended_at_its_plateau_says_so_if_it_gets_more_epochs(
     ]
 
 
+def test_a_plateau_at_the_last_step_leaves_the_stage_open_for_more_epochs(
+    make_recipe, flat_from_look
+):
+    # dev is flat at step 36, where 12 epochs end. With 20 epochs, it is flat again at the next
+    # evaluation, at step 39; the cooldown is a tenth of it: 3 steps
+    flat_from_look(10)
+    notes: list[str] = []
+    progress = Progress()
+    progress.note = notes.append
+    for epochs, steps in ((12, 36), (20, 42)):
+        recipe = make_recipe(stages={"sft": {**UNTIL, "epochs": epochs}, "reft": None})
+        with open_run(recipe, progress) as run:
+            run.train("sft")
+            assert run.folder.stage("sft").facts()["steps"] == steps
+        cooling = [note.rpartition(" until ")[2] for note in notes if "cooling down" in note]
+        assert cooling == (["step 42"] if epochs == 20 else [])
+
+
 def test_a_snapshot_due_after_the_plateau_is_the_model_of_the_last_step(
     make_recipe, flat_from_look
 ):

@@ -229,6 +229,15 @@ def test_a_reward_that_is_no_finite_number_names_the_sample(tmp_path: Path, valu
         paid(reward, problem("a"), problem("b"))
 
 
+@pytest.mark.parametrize("value", ["None", "float('nan')", "'1'"])
+def test_a_part_that_is_no_finite_number_is_named(tmp_path: Path, value: str) -> None:
+    parts = f"{{'correct': [1.0, 0.0], 'short': [0.5, {value}]}}"
+    reward = reward_from(tmp_path, f"def score(completions):\n    return {parts}\n")
+    message = "sample b: expected a finite number for the part short, got"
+    with pytest.raises(RewardError, match=message):
+        paid(reward, problem("a"), problem("b"))
+
+
 @pytest.mark.parametrize("value", ["[1]", "[]", "[1, 2, 3]"])
 def test_a_wrong_number_of_rewards_is_refused(tmp_path: Path, value: str) -> None:
     reward = reward_from(tmp_path, f"def score(completions):\n    return {value}\n")
@@ -268,6 +277,13 @@ def test_a_function_that_hangs_is_stopped_and_named(tmp_path: Path, hang: str) -
         RewardError, match=r"slow.py:score: took more than timeout_s=0.2 for the batch a … b$"
     ):
         paid(reward, problem("a"), problem("b"))
+
+
+def test_the_time_of_a_function_is_finite(tmp_path: Path) -> None:
+    reward = reward_from(tmp_path, "def score(completions):\n    return [1]\n")
+    settings = {"kind": reward.kind, "timeout_s": math.inf}
+    with pytest.raises(ValueError, match="should be a finite number"):
+        load_component(settings, group="rewards")
 
 
 def test_an_alarm_that_was_set_before_is_set_again(tmp_path: Path) -> None:

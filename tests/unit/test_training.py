@@ -231,6 +231,13 @@ def test_a_snapshot_that_the_run_never_passes_is_refused():
             Sft(**settings, snapshots={"warmup": epoch})
 
 
+@pytest.mark.parametrize("key", ["epochs", "eval_every"])
+def test_a_number_of_epochs_is_finite(key):
+    settings = {"epochs": 2, "batch_size": 4, "optimizer": {"learning_rate": 1e-3}}
+    with pytest.raises(ValueError, match="should be a finite number"):
+        Sft(**{**settings, key: math.inf})
+
+
 # --- collecting -----------------------------------------------------------------------------------
 
 

@@ -18,7 +18,7 @@ within the grader's tolerance."""
 PRINTED = "printed and not returned"
 """The change that makes a program print its answer instead of returning it. A format with
 `scripts: read` may accept such a program."""
-_RETURN = re.compile(r"(?P<indent>[ \t]*)return[ \t]+(?P<value>\S.*)\s*\Z")
+_RETURN = re.compile(r"^(?P<indent>[ \t]*)return[ \t]+(?P<value>\S.*?)[;\s]*\Z", re.MULTILINE)
 _STATED = re.compile(r"[\s:]*(?P<answer>\S(?:.*\S)?)\s*", re.DOTALL)
 
 
@@ -33,17 +33,18 @@ class Perturbed:
 
 def wrong_solutions(problem: Problem, target: str, decimal: str = ".") -> Iterator[Perturbed]:
     """Solutions that look like the gold solution `target` but state another answer, two answers or
-    none. `target` is a program or a text. Yields nothing for a text whose answer cannot be found.
-    In a text, numbers are written with the decimal separator `decimal`."""
+    none. `target` is a program or a text. Yields nothing for a program whose last line is no
+    `return`, and for a text whose answer cannot be found. In a text, numbers are written with the
+    decimal separator `decimal`."""
     end = _RETURN.search(target)
     return _wrong_programs(problem, end) if end else _wrong_words(problem, target, decimal)
 
 
 def right_solutions(problem: Problem, target: str, decimal: str = ".") -> Iterator[Perturbed]:
     """Solutions with the same answer as the gold solution `target`, written slightly differently.
-    `target` is a program or a text. Yields nothing for a text whose answer cannot be found or is
-    neither a number nor a choice. In a text, numbers are written with the decimal separator
-    `decimal`."""
+    `target` is a program or a text. Yields nothing for a program whose last line is no `return`,
+    and for a text whose answer cannot be found or is neither a number nor a choice. In a text,
+    numbers are written with the decimal separator `decimal`."""
     end = _RETURN.search(target)
     return _right_programs(problem, end) if end else _right_words(problem, target, decimal)
 
@@ -73,7 +74,8 @@ def _wrong_programs(problem: Problem, end: re.Match[str]) -> Iterator[Perturbed]
         literal = repr(answer) if problem.answer.kind == "choice" else answer
         yield Perturbed(kind, f"{head}return {literal}")
     yield Perturbed("computed and not returned", f"{head}result = {value}")
-    yield Perturbed(PRINTED, f"{head}print({value})")
+    # the bracket is on a line of its own, because the value may end in a comment
+    yield Perturbed(PRINTED, f"{head}print({value}\n{indent})")
     yield Perturbed("an error before the answer", f"{head}undefined_name\n{indent}return {value}")
 
 
@@ -85,8 +87,8 @@ def _right_programs(problem: Problem, end: re.Match[str]) -> Iterator[Perturbed]
     yield Perturbed("an import", f"{head}import math\n{indent}return {value}")
     yield Perturbed("a variable", f"{head}final_answer = {value}\n{indent}return final_answer")
     if problem.answer.kind == "number":
-        yield Perturbed("a float", f"{head}return float({value})")
-        yield Perturbed("a string", f"{head}return str({value})")
+        yield Perturbed("a float", f"{head}return float({value}\n{indent})")
+        yield Perturbed("a string", f"{head}return str({value}\n{indent})")
 
 
 # --- words ----------------------------------------------------------------------------------------

@@ -364,7 +364,8 @@ class Loop:
         history.add(look.correct)
         self.state.history = asdict(history)
         step = self.state.step
-        if self.until_plateau and history.is_flat():
+        # at the last step, the stage ends anyway, and more epochs can still be trained later
+        if self.until_plateau and history.is_flat() and step < self.total_steps:
             self.state.ends_at = min(self.total_steps, end_of_cooldown(step))
             self.context.progress.note(
                 f"{self.context.name}: dev accuracy no longer rises; cooling down until step"

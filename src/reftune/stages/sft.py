@@ -30,10 +30,10 @@ E = TypeVar("E")
 class Schedule(TrainingTable):
     """The length and pace of supervised training."""
 
-    epochs: float = Field(gt=0)
+    epochs: float = Field(gt=0, allow_inf_nan=False)
     batch_size: int = Field(gt=0)
     """Sequences per optimizer step."""
-    eval_every: float = Field(1.0, gt=0)
+    eval_every: float = Field(1.0, gt=0, allow_inf_nan=False)
     """Epochs between dev evaluations."""
 
     def cost_of_rows(self, num_rows: int, *, sampled_before: int = 0) -> Cost:

@@ -56,7 +56,7 @@ class FunctionReward(Component):
     """Calls [your own function](grading.md#your-own-reward), which `kind` names as
     `file.py:name`."""
 
-    timeout_s: float = Field(600.0, gt=0)
+    timeout_s: float = Field(600.0, gt=0, allow_inf_nan=False)
     """Seconds that a call may take before the run stops. One call rewards all samples of a step."""
 
     def model_post_init(self, _: Any) -> None:
@@ -134,15 +134,18 @@ class FunctionReward(Component):
             raise RewardError(
                 f"reward {self.kind}: sample {sample[0].id}: expected at least one part, got {{}}"
             )
-        return SumOfParts({str(name): self._number(part, sample) for name, part in reward.items()})
+        return SumOfParts(
+            {str(name): self._number(part, sample, str(name)) for name, part in reward.items()}
+        )
 
-    def _number(self, reward: Any, sample: Sample) -> float:
+    def _number(self, reward: Any, sample: Sample, part: str = "") -> float:
         with suppress(TypeError, ValueError, OverflowError):
             if not isinstance(reward, str | bytes) and math.isfinite(number := float(reward)):
                 return number
         line = repr(reward).partition("\n")[0][:100]
         where = f"reward {self.kind}: sample {sample[0].id}"
-        raise RewardError(f"{where}: expected a finite number or None, got {line}")
+        wanted = f"a finite number for the part {part}" if part else "a finite number or None"
+        raise RewardError(f"{where}: expected {wanted}, got {line}")
 
 
 class _TimeUpError(BaseException):
