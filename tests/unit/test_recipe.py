@@ -109,19 +109,6 @@ def test_a_null_override_removes_a_table_but_sets_any_other_key(folder: Path):
     assert recipe.run_dir is None
 
 
-def test_a_null_override_removes_a_table_that_is_written_as_its_kind(folder: Path):
-    text = (folder / "tiny.yaml").read_text()
-    text = text.replace("reward: mine.py:Part", "reward: outcome")
-    (folder / "tiny.yaml").write_text(text + "  more: mine.py:Train\n")
-    recipe = load_recipe("tiny.yaml", ["reward=null", "engine=null", "stages.more=null"])
-    assert (recipe.reward.kind, recipe.engine.kind) == ("outcome", "kv")
-    assert [*recipe.stages] == ["sft", "reft"]
-    with pytest.raises(RecipeError, match=r"tiny\.yaml: format: field required"):
-        load_recipe("tiny.yaml", ["format=null"])
-    with pytest.raises(RecipeError, match=r"stages\.reft\.init: input should be a valid string"):
-        load_recipe("tiny.yaml", ["stages.reft.init=null"])  # text that is no kind stays a key
-
-
 @pytest.mark.parametrize(
     "text",
     [

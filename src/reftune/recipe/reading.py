@@ -20,8 +20,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     The key `extends` contains the path of another recipe, or a list of such paths, relative to the
     recipe's folder. Later recipes in the list override earlier recipes, and the recipe's own keys
     override all of them. `merge` describes how one recipe overrides another. The override
-    `key=null` removes a table, such as a stage, even if only its kind is written. It sets any other
-    key to null.
+    `key=null` removes a table, such as a stage, and sets any other key to null.
     Raises: RecipeError if a recipe or an override cannot be read, or if the result is not valid.
     """
     data = read_yaml(Path(path))
@@ -131,10 +130,7 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
         # a copy, because stages that use the same YAML alias share one table
         table[name] = dict(own) if isinstance(own, dict) else {}
         table = table[name]
-    own = table.get(last)
-    # `reward: outcome` stands for a table
-    is_kind = isinstance(own, str) and (parents in ([], ["stages"]) or last == "algorithm")
-    if value is None and (is_kind or isinstance(own, dict)):
+    if value is None and isinstance(table.get(last), dict):
         del table[last]
     else:
         table[last] = value
