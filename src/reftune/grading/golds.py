@@ -298,9 +298,12 @@ def _values(raw: Any, kind: str, reading: Reading) -> Iterator[str]:
         said = _stated(raw, reading)
         raw = said[0] if len(said) == 1 else said or raw
     if isinstance(raw, str) and raw.lstrip()[:1] == "[":
-        is_decimal = reading.decimal == "," and COMMA_LIST.fullmatch(raw.strip())
-        is_grouped = _GROUPED.match(raw) and re.search(r",\s|,0", raw)  # [1,000, 2], [10,000]
-        raw = split_items(raw) if is_decimal or is_grouped else literal(raw.strip()) or raw
+        if reading.decimal == "," and COMMA_LIST.fullmatch(raw.strip()):
+            raw = re.split(r",\s+", raw.strip()[1:-1].strip())
+        elif _GROUPED.match(raw) and re.search(r",\s|,0", raw):  # [1,000, 2], [10,000]
+            raw = split_items(raw)
+        else:
+            raw = literal(raw.strip()) or raw
     if isinstance(raw, str) and kind != "any_of":
         yield from split_items(with_points(raw, reading.decimal))
         return
