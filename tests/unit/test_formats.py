@@ -178,6 +178,14 @@ def test_a_body_on_the_headers_line_is_a_body() -> None:
         f"{HEADER}{BODY}\n# It returns 5.",
         f"```python\n{HEADER}{BODY}\n```",
         f"Sure!\n```python\n{HEADER}{BODY}\nprint(solution())\n```\nThis returns 5.",
+        f"First:\n```\n{HEADER}    return 4\n```\nCorrected:\n```\n{HEADER}{BODY}\n```\n",
+        f"{HEADER}    return 4\n\n{HEADER}{BODY}",
+        f'{HEADER}    """\n{HEADER}    return 3\n    """\n{BODY}',
+        f'{HEADER}    """\n```\n{HEADER}    pass\n```\n    """\n{BODY}',
+        f"{HEADER}{BODY}\n\nresult = solution()\nanswer = result\nprint(answer)",
+        f"{HEADER}{BODY}\n\nexpected = 5\nassert solution() == expected",
+        f"{HEADER}{BODY}\n\ndef main():\n    print(solution())\n\nmain()",
+        f"{HEADER}{BODY}\n\nimport sys\nprint(solution(), file=sys.stdout)",
     ],
 )
 def test_what_surrounds_a_gold_program_is_no_part_of_its_body(program: str) -> None:
@@ -197,6 +205,8 @@ def test_what_surrounds_a_gold_program_is_no_part_of_its_body(program: str) -> N
         f"{HEADER}    return f()\n\ndef f():\n    return 5",
         f"{HEADER}    return A\n\nA = 5",
         f"{HEADER}    return math.ceil(5)\n\nimport math",
+        f"{HEADER}    return A\n\nA, B = 5, 6",
+        f"{HEADER}    return A\n\nif True:\n    A: int = 5",
     ],
 )
 def test_a_gold_program_without_a_valid_body_is_refused(program: str) -> None:
@@ -514,6 +524,8 @@ def scripts() -> Program:
         "result = 4\nprint('#', 5)  # print(4)",
         "result = 4\nhint = '#'; print(5)",
         "result = 4\nprint(5)  # don't",
+        "from pprint import pprint\nresult = [2, 3]\npprint(sum(result))",
+        "show = print\nresult = [2, 3]\nshow(sum(result))",
         "answer: int = 5\nprint('done in 3 steps')",
     ],
 )

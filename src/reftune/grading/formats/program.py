@@ -28,6 +28,7 @@ not end in an error:
 from __future__ import annotations
 
 import ast
+import builtins
 import re
 import textwrap
 import warnings
@@ -35,6 +36,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import takewhile
+from types import CodeType
 from typing import Any, Literal
 
 from pydantic import Field, PrivateAttr
@@ -70,7 +72,7 @@ _SCRIPT = re.compile(
     rf"^(?:(?P<name>{'|'.join(ANSWER_NAMES)}|result)[ \t]*(?::[^=\n]*)?=(?!=)|[ \t]*print[ \t]*\()",
     re.MULTILINE,
 )
-_PRINT = re.compile(r"\bprint[ \t]*\(")
+_PRINT = re.compile(r"\bp?print\b")
 _NO_CODE = re.compile(
     r"""#[^\n]*|("{3}|'{3}).*?\1|"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*'""", re.DOTALL
 )
@@ -261,7 +263,7 @@ def _after_helpers(program: str, blocks: list[str]) -> str:
 
 def _answer_of(script: str) -> str:
     """The expression whose value is the answer. It is the first of `ANSWER_NAMES` that the script
-    assigns. If there is none, it is `result`, provided that the script assigns it and never calls
+    assigns. If there is none, it is `result`, provided that the script assigns it and never names
     `print`. Otherwise, it is `None`, which stands for the printed text. Comments and strings do not
     count."""
     names = {match["name"] for match in _SCRIPT.finditer(script) if match["name"] is not None}
@@ -375,25 +377,41 @@ _DOCSTRING = re.compile(
 
 def body_of(program: str) -> str | None:
     """The body of `solution` in a gold program, without the docstring and indented by four spaces.
-    A fence around the program is removed. Code before the definition of `solution` moves into the
-    body. Code after it, such as `print(solution())`, is left out. Returns None if the program does
-    not define `solution()`, if a function, class, import or constant is defined after it, or if the
-    body is not valid Python."""
+    The program may stand in a fence. Code before the definition of `solution` moves into the body.
+    Code after it, such as `print(solution())`, is left out. Returns None if the program does not
+    define `solution()` or is not valid Python, if the body is not, or if it needs code after it."""
     program = program.replace("\r\n", "\n").expandtabs(4)
-    program = next(filter(_GOLD_HEADER.search, _FENCED.findall(program)), program)
-    lines = program.split("\n")
-    end = next((s.end_lineno for s in _functions(program) if s.name == "solution"), len(lines))
-    *_, header = None, *_GOLD_HEADER.finditer("\n".join(lines[:end]))
-    if header is None or _DEFINES.search("\n".join(lines[end:])):
+    for source in (program, *reversed(_FENCED.findall(program))):
+        found = [each for each in _functions(source) if each.name == "solution"]
+        if found:
+            break
+    else:
         return None
-    before = program[: header.start()].strip("\n")
-    body = _DOCSTRING.sub("", header.string[header.end() :])
-    parts = [part for part in (before, textwrap.dedent(body.strip("\n"))) if part.strip()]
+    solution, *earlier = found
+    lines = source.split("\n")
+    above = lines[: solution.lineno - 1]
+    for each in earlier:
+        del above[each.lineno - 1 : each.end_lineno]
+    inside = "\n".join(lines[solution.lineno - 1 : solution.end_lineno])
+    header = _GOLD_HEADER.match(inside)
+    if header is None:
+        return None
+    body = textwrap.dedent(_DOCSTRING.sub("", inside[header.end() :]).strip("\n"))
+    parts = [part for part in ("\n".join(above).strip("\n"), body) if part.strip()]
     body = textwrap.indent("\n".join(parts), "    ").rstrip()
-    return body if _functions(HEADER + body) else None
+    if not _functions(HEADER + body):
+        return None
+    below = _names("\n".join(lines[solution.end_lineno :])) - {"solution", *vars(builtins)}
+    return None if below & _names(HEADER + body) else body
 
 
-_DEFINES = re.compile(r"^(?:def|class|from|import)\b|^\w+ *=(?!.*\bsolution\()", re.MULTILINE)
+def _names(code: str | CodeType) -> set[str]:
+    """The global names and attributes that code uses or defines."""
+    if isinstance(code, str):
+        with warnings.catch_warnings(action="ignore"):
+            code = compile(code, "<gold program>", "exec", dont_inherit=True)
+    inner = (each for each in code.co_consts if isinstance(each, CodeType))
+    return {*code.co_names}.union(*map(_names, inner))
 
 
 def _functions(program: str) -> list[ast.FunctionDef]:

@@ -356,10 +356,10 @@ class Doorman:
         if event == "open":
             path, _, flags = args
             reads = flags & (os.O_WRONLY | os.O_RDWR) == 0
-            # To quote the source line of a SyntaxError, Python tries to open the file "<program>".
+            # to quote the line of a SyntaxError, Python tries to open a file of this name
             refused = (
                 not isinstance(path, int)
-                and path != "<program>"
+                and path not in ("<program>", "<string>")
                 and not (reads and self.is_library(path))
             )
         elif event in ("os.listdir", "os.scandir"):
