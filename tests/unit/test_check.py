@@ -809,8 +809,8 @@ OWN = {"kind": "gsm8k", "rationale": "nl", "train": str(EXAMPLES / "gsm8k"), "de
 @pytest.mark.parametrize(
     ("dataset", "missing"),
     [
-        ({**OWN, "dev": "no/dev"}, "no/dev is not on this machine;"),
-        ({**OWN, "test": "no/test", "dev": "no/dev"}, "no/dev, no/test are not on this machine;"),
+        ({**OWN, "dev": "no/dev"}, "no/dev is not on this machine,"),
+        ({**OWN, "test": "no/test", "dev": "no/dev"}, "no/dev, no/test are not on this machine,"),
         (
             {
                 "kind": "mixture",
@@ -820,7 +820,14 @@ OWN = {"kind": "gsm8k", "rationale": "nl", "train": str(EXAMPLES / "gsm8k"), "de
                     "c": {"dataset": {"kind": "svamp", "rationale": "nl", "train": "no/c"}},
                 },
             },
-            "no/a, no/c are not on this machine;",
+            "no/a, no/c are not on this machine,",
+        ),
+        (
+            {
+                "kind": "mixture",
+                "parts": {name: {"dataset": {**OWN, "train": name}, "share": 0.5} for name in "ab"},
+            },
+            "a, b are not on this machine,",
         ),
         (OWN, "the recipe's own data"),
     ],
@@ -831,6 +838,21 @@ def test_the_offline_check_downloads_no_dataset(dataset, missing, monkeypatch):
     recipe = parse_recipe({**json.loads(recipe.model_dump_json()), "dataset": dataset})
     report = check_offline(recipe)
     assert report.findings[0].message.startswith(missing)
+
+
+def test_the_offline_check_reads_training_data_on_this_machine_whatever_else_is_missing(tmp_path):
+    rows = [{"question": f"{n} + 1?", "answer": n + 1, "rationale": f"{n}."} for n in range(90)]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dataset = {"kind": "jsonl", "train": str(tmp_path / "own.jsonl"), "dev_size": 8}
+    recipe = load_recipe(shipped_recipes() / "instruct" / "lora.yaml")
+    dumped = json.loads(recipe.model_dump_json())
+    recipe = parse_recipe({**dumped, "dataset": {**dataset, "test": "owner/name"}})
+    report = check_offline(recipe)
+    assert report.findings[0].message.startswith("owner/name is not on this machine")
+    gold = next(found for found in report.findings if found.name == "gold_answers")
+    assert "90" in gold.message, gold.message
+    with pytest.raises(DataError, match="no such file"):
+        check_offline(parse_recipe({**dumped, "dataset": {**dataset, "test": "./tset.jsonl"}}))
 
 
 def test_the_offline_check_names_the_source_that_has_no_examples():

@@ -208,7 +208,7 @@ def _said(statement: Statement, text: str, end: int, reading: Reading) -> str:
     return said.strip() if has_more or text[statement.start] == "#" else first
 
 
-_JOINT = re.compile(r"[\s,;]*(?:\b(?:or|and)\W*)?$", re.IGNORECASE)
+_JOINT = re.compile(r"(?<![\s,;])[\s,;]*(?:\b(?:or|and)\W*)?$", re.IGNORECASE)
 _BULLET = re.compile(r"^[ \t:*_]*\n\s*[-*+•] +")
 _EXPLANATION = re.compile(r"\W*(?:explanation|reason(?:ing)?|check|verification|note)\b", re.I)
 
@@ -300,7 +300,7 @@ def _values(raw: Any, kind: str, reading: Reading) -> Iterator[str]:
     if isinstance(raw, str) and raw.lstrip()[:1] == "[":
         if reading.decimal == "," and COMMA_LIST.fullmatch(raw.strip()):
             raw = re.split(r",\s+", raw.strip()[1:-1].strip())
-        elif _GROUPED.match(raw) and re.search(r",\s|,0", raw):  # [1,000, 2], [10,000]
+        elif _GROUPED.match(raw) and re.search(r", |,0", raw):  # [1,000, 2], [10,000]
             raw = split_items(raw)
         else:
             raw = literal(raw.strip()) or raw
@@ -336,18 +336,22 @@ def _pattern(raw: object) -> Answer:
 
 def split_items(text: str, words: str = "and") -> tuple[str, ...]:
     """The items of a written list, with or without brackets. Commas, semicolons, line breaks and
-    matches of the pattern `words` separate items, except inside inner brackets. If there is a comma
-    with a space after it, or a separator other than a comma, a comma that may group thousands does
-    not separate: "1,000, 2" and "1,000; 2" have two items. Nor does a comma before three digits
-    that begin with 0."""
+    matches of the pattern `words` separate items, except inside inner brackets. If any comma has a
+    space after it, commas without one do not separate: "1,000, 2" has two items. If there are
+    separators other than commas, a comma that may group thousands does not separate, as in
+    "1,000; 2". Nor does one before three digits that begin with 0, unless the list begins so."""
     bare = text.strip().strip("$")
-    bare = bare if "$" not in bare else text  # not the outer signs of "$x$, $y$"
+    if "$" in bare.replace("\\$", ""):
+        bare = text  # not without the outer signs of "$x$, $y$"
     text = re.sub(r"\\(?:left|right)\b|\\(?=[{}])", "", bare).strip()
     if _BRACKETED.fullmatch(text):
         text = text.rstrip(".")[1:-1]
     outside = _INNER.sub(lambda match: "x" * len(match[0]), text)
-    has_others = re.search(rf",\s|;|\n|\b(?:{words})\b", outside)
-    comma = r",(?!\d{3}(?!\d))" if has_others else r",(?!0\d\d(?!\d))"
+    comma = "," if re.match(r"-?0\d", outside) else r",(?!0\d\d(?!\d))"
+    if re.search(r",\s", outside):
+        comma = r",\s+|,$"
+    elif re.search(rf";|\n|\b(?:{words})\b", outside):
+        comma = r",(?!\d{3}(?!\d))"
     separators = re.finditer(rf"\s*(?:{comma}|;|\n+|(?:,\s*)?\b(?:{words})\b)\s*", outside)
     edges = [0, *(edge for match in separators for edge in match.span()), len(text)]
     parts = [text[start:end] for start, end in zip(edges[::2], edges[1::2], strict=True)]

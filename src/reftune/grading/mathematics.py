@@ -58,8 +58,11 @@ _STRUCTURE = re.compile(
     r"|\d ?[a-z]\b|[-+*/] ?[a-z]\b|\b[a-z] ?[-+*/(]",
     re.DOTALL,
 )
-_NOT_MATH = re.compile(r"^[<>≤≥≠=]|\b[a-z]\.[a-z]\b", re.IGNORECASE)
-"""Matches abbreviations such as "a.m.", and bounds without a variable, such as "< 5"."""
+_NOT_MATH = re.compile(
+    r"^[<>≤≥≠=]|\b[a-z]\.[a-z]\b|^(?:[A-Z][₀-₉]+[a-z]|\d[spdf][⁰¹⁴-⁹]+)$", re.IGNORECASE
+)
+"""Matches abbreviations such as "a.m.", bounds without a variable, such as "< 5", and the names of
+symmetries (C₂v) and orbitals (3d⁵)."""
 _NAMES = "leq geq neq infty pi pm cup cap in times cdot sqrt".split()
 _SIGNS = {sign: rf"\{name} " for sign, name in zip("≤≥≠∞π±∪∩∈×·√", _NAMES, strict=True)}
 _SIGNS |= {"°": r"^\circ ", "−": "-"}
@@ -74,7 +77,7 @@ _UNIT = re.compile(
 """Matches a unit at the end of an expression, such as "\\text{ cm}^2"."""
 _NAMED = re.compile(
     rf"({_TEXT.pattern})|(?<![a-zA-Z\\])"
-    r"(arc(?:sin|cos|tan)|(?:sin|cos|tan)h?|cot|sec|csc|log(?!\d)|ln|exp|pi)(?![a-zA-Z])"
+    r"(arc(?:sin|cos|tan)|(?:sin|cos|tan)h?|cot|sec(?!\s*$)|csc|log(?!\d)|ln|exp|pi)(?![a-zA-Z])"
 )
 """Matches the names of functions and of π without a backslash, and (then group 1 is set) text, in
 which they stay."""

@@ -147,7 +147,7 @@ def value_text(value: Any) -> str | None:
     if isinstance(value, float):
         return str(value) if isfinite(value) else None
     if isinstance(value, Decimal):  # isfinite raises for sNaN and is False for 1E+400
-        return str(value) if value.is_finite() else None
+        return str(value) if value.is_finite() and abs(value.adjusted()) < MAX_DIGITS else None
     return value if isinstance(value, str) else None
 
 
@@ -328,6 +328,8 @@ def _grade_list(text: str, problem: Problem) -> Graded:
     parts, gold = _parts(problem), str(problem.answer.value)
     listed = _listed_in(text, len(parts))
     said = split_items(listed)
+    if len(said) < len(parts):  # "1,2, 3"
+        said = split_items(re.sub(r",(?!\s)", ", ", listed))
     if problem.answer.kind == "set" and len(said) < len(parts):
         said = split_items(listed, "and|or")
     if not said:

@@ -11,6 +11,7 @@ from reftune.advice.check.subject import Subject, preview_of, rl_inits, subject_
 from reftune.advice.golds import gold_kinds
 from reftune.datasets import Splits, load_splits
 from reftune.datasets.mixture import Mixture
+from reftune.datasets.reading.file_dataset import FileDataset
 from reftune.errors import DataError, RecipeError, RewardError
 from reftune.recipe import Component, ModelTable, Recipe, ScratchTable, local_path, shipped_recipes
 from reftune.runs.auto import settled
@@ -63,9 +64,8 @@ def check_recipe(recipe: Recipe) -> CheckReport:
 
 
 def check_offline(recipe: Recipe) -> CheckReport:
-    """Report on the checks that need neither weights nor a download. If a source of a dataset is
-    not on this machine, reftune's examples replace the dataset. A word-level tokenizer replaces the
-    model's.
+    """Report on the checks that need neither weights nor a download. If training data is not
+    on this machine, reftune's examples replace it. A word-level tokenizer replaces the model's.
 
     Raises: ReftuneError as in `check_recipe`, and if reftune has no examples for the dataset.
     """
@@ -76,7 +76,8 @@ def check_offline(recipe: Recipe) -> CheckReport:
     if missing:
         names, are = ", ".join(missing), "are" if len(missing) > 1 else "is"
         source = (
-            f"{names} {are} not on this machine; the check used examples that come with reftune"
+            f"{names} {are} not on this machine, and {are} left out or replaced by examples that"
+            " come with reftune"
         )
     splits = load_splits(recipe.model_copy(update={"dataset": dataset}))
     lines = tuple(f"{name}: {stage.line()}" for name, stage in recipe.stages.items())
@@ -101,34 +102,38 @@ def check_texts(recipe: Recipe, splits: Splits) -> list[Finding]:
 
 
 def _offline_dataset(dataset: Component, where: str) -> tuple[Component, list[str]]:
-    """Choose the `dataset` or, if one of its sources is not on this machine, reftune's examples.
-    The choice is made separately for each dataset of a mixture. `where` is the dataset's key in the
-    recipe. Returns: the chosen dataset, and the sources that are not on this machine. Raises:
-    DataError if reftune has no examples for this kind of dataset."""
+    """Choose the `dataset` or, if its training data is not on this machine, reftune's examples. Dev
+    or test data that is not on this machine is left out. The choice is made separately for each
+    part of a mixture. `where` is the dataset's key in the recipe. Returns: the chosen dataset, and
+    the sources that are not on this machine. Raises: DataError if reftune has no examples for this
+    kind of dataset."""
     if isinstance(dataset, Mixture):
         parts, missing = {}, []
         for name, part in dataset.parts.items():
             chosen, of_part = _offline_dataset(part.dataset, f"{where}.parts.{name}.dataset")
-            parts[name] = part.model_copy(update={"dataset": chosen})
+            parts[name] = part.model_copy(update={"dataset": chosen, "share": None})
             missing += of_part
-        return dataset.model_copy(update={"parts": parts}), list(dict.fromkeys(missing))
-    sources = {key: getattr(dataset, key, None) for key in ("train", "dev", "test")}
+        mixed = dataset.model_copy(update={"parts": parts}) if missing else dataset
+        return mixed, list(dict.fromkeys(missing))
+    keys = ("train", "dev", "test") if isinstance(dataset, FileDataset) else ("train",)
+    sources = {key: getattr(dataset, key, None) for key in keys}
     absent = {
         key: source
         for key, source in sources.items()
         if isinstance(source, str) and not local_path(source).exists()
+        if key == "train" or not source.startswith((".", "/", "~"))  # these are never on the Hub
     }
+    missing = list(dict.fromkeys(absent.values()))
+    if "train" not in absent:
+        return dataset.model_copy(update=dict.fromkeys(absent)), missing
     folder = shipped_recipes() / EXAMPLES / dataset.kind
-    if not absent:
-        return dataset, []
     if not folder.is_dir():
-        key, source = next(iter(absent.items()))
         raise DataError(
-            f"{where}.{key}: {source} is not on this machine, and reftune has no examples of kind"
-            f" {dataset.kind}"
+            f"{where}.train: {missing[0]} is not on this machine, and reftune has no examples of"
+            f" kind {dataset.kind}"
         )
-    keys = {"train": str(folder), "dev": None, "test": None, "dev_size": 2}
-    return dataset.model_copy(update=keys), list(dict.fromkeys(absent.values()))
+    examples = {"train": str(folder), "dev": None, "test": None, "dev_size": 2}
+    return dataset.model_copy(update=examples), missing
 
 
 def _findings(subject: Subject, checks: Mapping[str, Check]) -> list[Finding]:
