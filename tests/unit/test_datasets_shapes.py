@@ -182,8 +182,9 @@ def test_a_position_counts_from_what_the_recipe_says(
         load(tmp_path, row)
     # 9 is also a text, which must not hide that positions count from another number
     outside = {**row, "choices": ["x", "y", "9"], "answer": 9}
+    known = f"{first}, {first + 1}, {first + 2}"
     with pytest.raises(
-        DataError, match=rf":1: answer is 9; expected a position from {first} to {first + 2}$"
+        DataError, match=rf":1: answer is 9; expected one of the positions {known}$"
     ):
         load(tmp_path, outside, positions_from=first)
 
@@ -195,7 +196,7 @@ def test_a_position_counts_from_what_the_recipe_says(
         ({"choices": {"text": ["x", "y", "z"], "label": ["1", "2", "3"]}}, [0, 1, 2], "abc"),
         ({"a": "", "b": "x", "c": "y"}, [1, 2], "ab"),  # blank options have positions too
         ({"a": "x", "b": "y", "c": ""}, [0, 1], "ab"),
-        ({"choices": {"A": None, "B": "x", "C": "y"}}, [1, 2], "ab"),
+        ({"choices": {"A": None, "1": "x", "2": "y"}}, [0, 1], "ab"),  # null: no such label
         ({"choices": {"A": "x", "B": "y"}}, ["A", "(B)"], "ab"),
     ],
 )
@@ -229,6 +230,8 @@ def test_labels_however_they_are_written(tmp_path: Path, choices: object, gold: 
         ("#### Step 1\n6 by 7.\n\n#### Step 2\n6*7 is 42.\n\nThe answer is \\boxed{42}.", None),
         ("###### Step\n6*7=42. The answer is 42", None),
         ("6*7=42\n#### 42", "6*7=42"),
+        ("6*7=42\n#### 42\nThe answer is: 42", "6*7=42"),
+        ("6*7=42\n#### 42\n<answer>42</answer>", "6*7=42"),
         ("#### Step 1\n6*7=42\n#### 42\n", "#### Step 1\n6*7=42"),
     ],
 )

@@ -140,7 +140,12 @@ def test_an_instruct_model_is_asked_in_its_own_template(here: Path, kind: str, s
         ("%s Put the final answer within \\boxed{}.", True),
         ('%s Output the final answer after "####".', True),
         ("The last line should be of the form Answer: $Answer.\n\n%s", True),
+        ("%s Conclude with: The answer is X.", True),
         ("Answer the following question. %s", False),
+        ("Question: %s\nAnswer:", False),
+        ("Choose the correct answer: %s", False),
+        ("#### Problem\n%s", False),
+        ("Tom says the answer is 5. Is he right? %s", False),
         ("Think step by step. %s", False),
     ],
 )

@@ -34,7 +34,11 @@ INSTRUCTIONS: Mapping[str, str] = {
 }
 """Kind of format → the instruction that precedes each question for an instruct model."""
 _SAYS_HOW: Mapping[str, re.Pattern[str]] = {
-    "nl": re.compile(r"\\boxed|####|<answer>|\banswer(?: is|:)", re.IGNORECASE),
+    "nl": re.compile(
+        r"\\boxed|[^\s#][ \"'`(]*####|<answer>"
+        r"|\b(?:form|format|line|end|finish|conclude)\b.*\banswer(?: is|:)",
+        re.IGNORECASE,
+    ),
     "program": re.compile(r"\bsolution\("),
 }
 """Kind of format → matches an instruction on how to state the answer."""

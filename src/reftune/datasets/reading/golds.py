@@ -85,8 +85,8 @@ class GoldReader:
         letter = options.letter(spelled, first)
         is_digits = spelled.strip().isdecimal()
         if letter is None and is_digits and first is not None:
-            last = first + len(options.texts) - 1
-            raise DataError(f"{shown(stated)}; expected a position from {first} to {last}")
+            known = ", ".join(str(first + place) for place in options.places)
+            raise DataError(f"{shown(stated)}; expected one of the positions {known}")
         try:
             return read_gold(
                 letter or stated, "choice", choices=options.texts, reading=self.reading
@@ -103,12 +103,14 @@ def is_missing(cell: object) -> bool:
 
 def worked_solution(text: str) -> str | None:
     """The worked solution in `text`. The marker `####` and the answer after it are cut off, unless
-    another marker follows: the `####` is then a heading. Any other marker and its answer are kept.
-    Returns None if `text` contains no marker of an answer (such as `####` or a LaTeX box) or
-    contains nothing but the answer."""
+    a marker of another answer follows: the `####` is then a heading. Any other marker and its
+    answer are kept. Returns None if `text` contains no marker of an answer (such as `####` or a
+    LaTeX box) or contains nothing but the answer."""
     before, hashes, after = text.rpartition("####")
     if hashes and after.strip():
-        is_heading = statements(after.strip().partition("\n")[2])
+        line, _, below = after.strip().partition("\n")
+        later = statements(below)
+        is_heading = later and line.strip() not in (later[-1].text or "")
         return text if is_heading else before.strip() or None
     is_worked = statements(text) and re.search(r"\w", reasoning_text(text))
     return text if is_worked else None

@@ -86,14 +86,14 @@ def is_empty(cell: object) -> bool:
     return cell is None or (isinstance(cell, list) and not cell)
 
 
-def _in_columns(row: Row, columns: Sequence[str]) -> Mapping[str, Any] | list[Any]:
+def _in_columns(row: Row, columns: Sequence[str]) -> list[Any]:
     """The options in several columns, with their labels if the columns' names contain labels."""
     texts = [None if row.is_blank(name) else row.get(name) for name in columns]
     labels = [re.sub(r".*?(\d+|.)$", r"\1", name.lower()) for name in columns]
     places = [int(label) if label.isdecimal() else ord(label) for label in labels]
-    if sorted(places) == list(range(min(places), min(places) + len(columns))):
-        return dict(zip(labels, texts, strict=True))
-    return [{"text": text} for text in texts]
+    is_labelled = sorted(places) == list(range(min(places), min(places) + len(columns)))
+    pairs = zip(labels, texts, strict=True)
+    return [{"label": label if is_labelled else None, "text": text} for label, text in pairs]
 
 
 def _options(value: object, reading: Reading) -> Options | None:
@@ -117,13 +117,15 @@ def _options(value: object, reading: Reading) -> Options | None:
 def _labelled(value: Any) -> list[tuple[Any, Any]]:
     """The label and the text of each option, where known. Empty if `value` has an unknown
     layout."""
-    if isinstance(value, Mapping) and _is_list(texts := value.get("text")):
-        labels = value.get("label")
+    if isinstance(value, Mapping) and "text" in value:
+        labels, texts = value.get("label"), value["text"]
+        if not _is_list(texts):
+            return []
         if not _is_list(labels) or len(labels) != len(texts):
             labels = [None] * len(texts)
         return [*zip(labels, texts, strict=True)]
     if isinstance(value, Mapping):
-        return [*value.items()]
+        return [pair for pair in value.items() if pair[1] is not None]  # null: no such label
     if not _is_list(value):
         return []
     if all(isinstance(item, Mapping) and "text" in item for item in value):

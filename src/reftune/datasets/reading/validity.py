@@ -17,7 +17,7 @@ from reftune.types import Answer, AnswerKind, Message, Problem
 
 KINDS = get_args(AnswerKind)
 TYPES = (
-    ("id", str | int, "text"),
+    ("id", str | int | float, "text or a number"),
     ("question", str, "text"),
     ("rationale", str | None, "text or None"),
     ("choices", tuple | list, "a tuple of texts"),
