@@ -158,7 +158,7 @@ def answer(kind: Any, value: Any, **more: Any) -> dict[str, Any]:
             {"messages": (Message(role="user", content=5),)},  # type: ignore[arg-type]
             r"messages: expected Messages whose content is text, got Message\(.*\)",
         ),
-        ({"id": None}, "id: expected text, got None"),
+        ({"id": None}, "id: expected text or a number, got None"),
     ],
 )
 def test_a_value_of_the_wrong_type_names_the_problem(changes: Any, message: str) -> None:
