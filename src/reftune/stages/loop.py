@@ -461,8 +461,7 @@ class Loop:
         self, folder: StageFolder, step: int, accuracy: float, *, snapshot_of: str | None = None
     ) -> None:
         """Write `stage.json`, with the saved model's step and dev accuracy, and the stage's cost so
-        far. For a snapshot, this is the cost up to the snapshot. The stage's final cost includes
-        this cost."""
+        far. A snapshot's cost is a part of its stage's final cost, so the two must not be added."""
         document = {
             "stage": folder.path.name,
             "kind": self.context.stage.kind,

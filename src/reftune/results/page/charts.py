@@ -75,8 +75,8 @@ NUM_COLOURS = 8
 
 def method_colours(labels: Sequence[str]) -> dict[str, str]:
     """Label of a method → CSS variable of the method's colour. If there is only one group of runs,
-    the methods in `_COLOURS` have fixed colours. All other methods get colours in order of
-    appearance. `base`, which no curve shows, gets the last colour."""
+    the methods in `_COLOURS` have fixed colours. Other methods get colours in order of appearance,
+    except `base`, which no curve shows: it always gets the last of the colours."""
     if any("/" in label for label in labels):
         trained = [label for label in labels if not label.endswith("/base")]
         places = {label: index for index, label in enumerate(trained)}
