@@ -40,6 +40,6 @@ def grade_value_paper(value: Any, problem: Problem) -> Graded:
 
 def paper_response(completion: str) -> str:
     """The part of a completion that the ReFT authors' code grades: the text after the last
-    `PAPER_HEADER`. If the completion does not contain this header, all of it is graded, because the
-    header is already in the prompt."""
+    `PAPER_HEADER`. The prompt already ends with this header, so a completion that does not repeat
+    it is graded in full."""
     return (PAPER_HEADER + completion).split(PAPER_HEADER)[-1].strip()

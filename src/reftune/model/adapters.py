@@ -179,8 +179,9 @@ def require_continuable(folder: Path, table: ModelTable) -> None:
 
 def side_by_side(chain: Sequence[Adapters]) -> dict[str, Adapter]:
     """One set of adapters that has the same effect as all sets in `chain` together. Its adapters
-    have scaling 1 and are padded with zeros to the same rank. If `chain` contains a single set,
-    that set is returned unchanged. Set i adds sᵢ Bᵢ Aᵢ to a layer's weight; the result adds B A:
+    have scaling 1 and are padded with zeros, so that they all have the same rank. If `chain`
+    contains a single set, that set is returned unchanged. Set i adds sᵢ Bᵢ Aᵢ to a layer's weight;
+    the result adds B A:
 
         Σ sᵢ Bᵢ Aᵢ = B A,    B = [s₁ B₁  s₂ B₂ …  0],    A = [A₁; A₂; …; 0]
     """
