@@ -74,7 +74,8 @@ def check_offline(recipe: Recipe) -> CheckReport:
     dataset, missing = _offline_dataset(recipe.dataset, "dataset")
     source = "the recipe's own data"
     if missing:
-        names, are = ", ".join(missing), "are" if len(missing) > 1 else "is"
+        distinct = dict.fromkeys(missing)
+        names, are = ", ".join(distinct), "are" if len(distinct) > 1 else "is"
         source = (
             f"{names} {are} not on this machine, and {are} left out or replaced by examples that"
             " come with reftune"
@@ -113,8 +114,7 @@ def _offline_dataset(dataset: Component, where: str) -> tuple[Component, list[st
             chosen, of_part = _offline_dataset(part.dataset, f"{where}.parts.{name}.dataset")
             parts[name] = part.model_copy(update={"dataset": chosen, "share": None})
             missing += of_part
-        mixed = dataset.model_copy(update={"parts": parts}) if missing else dataset
-        return mixed, list(dict.fromkeys(missing))
+        return dataset.model_copy(update={"parts": parts}) if missing else dataset, missing
     keys = ("train", "dev", "test") if isinstance(dataset, FileDataset) else ("train",)
     sources = {key: getattr(dataset, key, None) for key in keys}
     absent = {
@@ -123,7 +123,7 @@ def _offline_dataset(dataset: Component, where: str) -> tuple[Component, list[st
         if isinstance(source, str) and not local_path(source).exists()
         if key == "train" or not source.startswith((".", "/", "~"))  # these are never on the Hub
     }
-    missing = list(dict.fromkeys(absent.values()))
+    missing = list(absent.values())
     if "train" not in absent:
         return dataset.model_copy(update=dict.fromkeys(absent)), missing
     folder = shipped_recipes() / EXAMPLES / dataset.kind

@@ -382,15 +382,17 @@ def body_of(program: str) -> str | None:
     define `solution()` or is not valid Python, if the body is not, or if it needs code after it."""
     program = program.replace("\r\n", "\n").expandtabs(4)
     for source in (program, *reversed(_FENCED.findall(program))):
-        found = [each for each in _functions(source) if each.name == "solution"]
+        parsed = _parsed(source)
+        functions = [s for s in parsed[0].body if isinstance(s, ast.FunctionDef)] if parsed else []
+        found = [each for each in functions if each.name == "solution"]
         if found:
             break
     else:
         return None
-    solution, *earlier = found
+    *earlier, solution = found
     lines = source.split("\n")
     above = lines[: solution.lineno - 1]
-    for each in earlier:
+    for each in reversed(earlier):
         del above[each.lineno - 1 : each.end_lineno]
     inside = "\n".join(lines[solution.lineno - 1 : solution.end_lineno])
     header = _GOLD_HEADER.match(inside)
@@ -399,30 +401,28 @@ def body_of(program: str) -> str | None:
     body = textwrap.dedent(_DOCSTRING.sub("", inside[header.end() :]).strip("\n"))
     parts = [part for part in ("\n".join(above).strip("\n"), body) if part.strip()]
     body = textwrap.indent("\n".join(parts), "    ").rstrip()
-    if not _functions(HEADER + body):
+    whole, below = _parsed(HEADER + body), _parsed("\n".join(lines[solution.end_lineno :]))
+    if whole is None or below is None:
         return None
-    below = _names("\n".join(lines[solution.end_lineno :])) - {"solution", *vars(builtins)}
-    return None if below & _names(HEADER + body) else body
+    needed = _names(whole[1]) & _names(below[1]) - {"solution", *vars(builtins)}
+    return None if needed else body
 
 
-def _names(code: str | CodeType) -> set[str]:
-    """The global names and attributes that code uses or defines."""
-    if isinstance(code, str):
-        with warnings.catch_warnings(action="ignore"):
-            code = compile(code, "<gold program>", "exec", dont_inherit=True)
-    inner = (each for each in code.co_consts if isinstance(each, CodeType))
-    return {*code.co_names}.union(*map(_names, inner))
-
-
-def _functions(program: str) -> list[ast.FunctionDef]:
-    """The functions that a program defines, the last one first; none if it is not valid Python."""
+def _parsed(program: str) -> tuple[ast.Module, CodeType] | None:
+    """A program's syntax tree and its code; None if it is not valid Python."""
     with (
         warnings.catch_warnings(action="ignore"),
         suppress(SyntaxError, ValueError, RecursionError, MemoryError),
     ):
-        compile(program, "<gold program>", "exec", dont_inherit=True)  # `parse` allows any `return`
-        return [s for s in reversed(ast.parse(program).body) if isinstance(s, ast.FunctionDef)]
-    return []
+        tree = ast.parse(program)
+        return tree, compile(tree, "<gold program>", "exec", dont_inherit=True)
+    return None
+
+
+def _names(code: CodeType) -> set[str]:
+    """The global names and attributes that code uses or defines."""
+    inner = (each for each in code.co_consts if isinstance(each, CodeType))
+    return {*code.co_names}.union(*map(_names, inner))
 
 
 # --- the paper's rules ----------------------------------------------------------------------------
