@@ -14,6 +14,7 @@ from reftune.stages.loop import Look
 from reftune.stages.plateau import History, rise
 from reftune.stages.stage import Progress
 from reftune.storage.files import JsonLines
+from reftune.storage.run_folder import StageFolder
 
 
 def solved(number: int, of: int = 100) -> list[bool]:
@@ -110,19 +111,23 @@ def test_a_stage_ends_at_the_plateau_after_a_cooldown(make_recipe, flat_from_loo
     assert rises == pytest.approx([0.4] * 6 + [0.3, 0.2]), "none after the plateau"
 
 
+def trained_for(epochs: int, make_recipe) -> tuple[StageFolder, list[str]]:
+    """The folder of `sft` after at most `epochs` epochs, and the notes of this part of the run."""
+    notes: list[str] = []
+    progress = Progress()
+    progress.note = notes.append
+    recipe = make_recipe(stages={"sft": {**UNTIL, "epochs": epochs}, "reft": None})
+    with open_run(recipe, progress) as run:
+        run.train("sft")
+        return run.folder.stage("sft"), notes
+
+
 def test_a_stage_that_ended_at_its_plateau_says_so_if_it_gets_more_epochs(
     make_recipe, flat_from_look
 ):
     flat_from_look(10)
-    notes: list[str] = []
-    progress = Progress()
-    progress.note = notes.append
     for epochs in (20, 30):
-        notes.clear()
-        recipe = make_recipe(stages={"sft": {**UNTIL, "epochs": epochs}, "reft": None})
-        with open_run(recipe, progress) as run:
-            run.train("sft")
-            folder = run.folder.stage("sft")
+        folder, notes = trained_for(epochs, make_recipe)
     assert folder.facts()["steps"] == 39
     assert notes == [
         "sft: ended at its plateau, at step 39, and is not trained further; to start another run"
@@ -136,14 +141,9 @@ def test_a_plateau_at_the_last_step_leaves_the_stage_open_for_more_epochs(
     # dev is flat at step 36, where 12 epochs end. With 20 epochs, it is flat again at the next
     # evaluation, at step 39; the cooldown is a tenth of it: 3 steps
     flat_from_look(10)
-    notes: list[str] = []
-    progress = Progress()
-    progress.note = notes.append
     for epochs, steps in ((12, 36), (20, 42)):
-        recipe = make_recipe(stages={"sft": {**UNTIL, "epochs": epochs}, "reft": None})
-        with open_run(recipe, progress) as run:
-            run.train("sft")
-            assert run.folder.stage("sft").facts()["steps"] == steps
+        folder, notes = trained_for(epochs, make_recipe)
+        assert folder.facts()["steps"] == steps
         cooling = [note.rpartition(" until ")[2] for note in notes if "cooling down" in note]
         assert cooling == (["step 42"] if epochs == 20 else [])
 
