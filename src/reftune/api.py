@@ -221,8 +221,8 @@ def _asked(row: Mapping[str, Any], index: int, golds: GoldReader) -> Problem:
 
 
 def _path(model: str | Path) -> str:
-    """The path or Hub id of a model, as text. The path of an existing `Path` becomes absolute,
-    because ./smollm2-135m is not the packaged model."""
+    """The path or Hub id of a model, as text. A `Path` that exists is made absolute. As text,
+    `Path("./smollm2-135m")` would be the name of the packaged model."""
     try:
         path = os.fsdecode(model)
     except TypeError:

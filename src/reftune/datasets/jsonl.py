@@ -98,8 +98,8 @@ class Jsonl(FileDataset):
     def _columns(self, rows: Sequence[Row], *, is_train: bool) -> Columns:
         """The column of each field, such as `question`: the one that the user named, or else one
         with a usual name. Raises: DataError if no question or answer is found, or if a column that
-        the user named is missing. In dev and test, this method raises the error for a missing
-        column only if the column holds options or is the first of the question's columns."""
+        the user named is missing. Dev and test may lack a named column, unless the user named it
+        for the options or as the first column of the question."""
         named = {} if self.columns is None else self.columns.model_dump()
         for field, value in named.items():
             names = [value] if isinstance(value, str) else value or []
@@ -187,7 +187,7 @@ class Jsonl(FileDataset):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Read:
     """A row that has been read. If the gold answer is both one option's label and another option's
-    text, `problem` takes it as the label, and `as_text` as the text."""
+    text, `problem` reads it as the label, and `as_text` reads it as the text."""
 
     problem: Problem
     gold: str

@@ -148,8 +148,8 @@ class Vllm(Component):
         """Whether all servers still have the base model of `policy`. `before` holds the policy
         whose weights the servers loaded last, and the name of that policy's adapter. The result is
         False if `before` is None or holds another policy. In all other cases, this method unloads
-        the adapter from every server. If a server did not have the adapter, it was restarted and
-        has lost the base model too, so the result is False."""
+        the adapter from every server. A server that does not have the adapter must have been
+        restarted, and so has lost the base model too; the result is then False."""
         if before is None or before[0]() is not policy:
             return False
         with ThreadPoolExecutor(len(self.servers)) as pool:

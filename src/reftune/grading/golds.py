@@ -338,8 +338,9 @@ def split_items(text: str, words: str = "and") -> tuple[str, ...]:
     """The items of a written list, with or without brackets. Commas, semicolons, line breaks and
     matches of the pattern `words` separate items, except inside inner brackets. If any comma has a
     space after it, commas without one do not separate: "1,000, 2" has two items. If there are
-    separators other than commas, a comma that may group thousands does not separate, as in
-    "1,000; 2". Nor does one before three digits that begin with 0, unless the list begins so."""
+    separators other than commas, a comma that may group thousands does not separate, as in "1,000;
+    2". If commas are the only separators, a comma before three digits that begin with 0, as in
+    "1,050", does not separate, unless the first item begins with 0."""
     bare = text.strip().strip("$")
     if "$" in bare.replace("\\$", ""):
         bare = text  # not without the outer signs of "$x$, $y$"

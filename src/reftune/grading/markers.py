@@ -78,7 +78,7 @@ def statements(completion: str, reading: Reading = DEFAULT) -> list[Statement]:
     `\\boxed{…}`, `<answer>…</answer>` and `reading.markers`.
 
     A completion that ends inside `<think>` has no statements. Otherwise, only text after the last
-    `</think>` and before any question that the model asks itself (see `Reading.stop_at`) counts. A
+    `</think>` and before any new question that the model writes (see `Reading.stop_at`) counts. A
     heading is a marker only if there is no other marker and one short line follows the heading. A
     remark on an earlier statement, such as "so our answer is correct", is not a statement.
     """

@@ -33,8 +33,8 @@ class Perturbed:
 
 def wrong_solutions(problem: Problem, target: str, decimal: str = ".") -> Iterator[Perturbed]:
     """Solutions that look like the gold solution `target` but state another answer, two answers or
-    none. `target` is a program or a text. Yields nothing for a program whose last line is no
-    `return`, and for a text whose answer cannot be found. In a text, numbers are written with the
+    none. `target` is a program or a text. Yields nothing for a program whose last line is not a
+    `return`, or for a text whose answer cannot be found. In a text, numbers are written with the
     decimal separator `decimal`."""
     end = _RETURN.search(target)
     return _wrong_programs(problem, end) if end else _wrong_words(problem, target, decimal)
@@ -42,8 +42,8 @@ def wrong_solutions(problem: Problem, target: str, decimal: str = ".") -> Iterat
 
 def right_solutions(problem: Problem, target: str, decimal: str = ".") -> Iterator[Perturbed]:
     """Solutions with the same answer as the gold solution `target`, written slightly differently.
-    `target` is a program or a text. Yields nothing for a program whose last line is no `return`,
-    and for a text whose answer cannot be found or is neither a number nor a choice. In a text,
+    `target` is a program or a text. Yields nothing for a program whose last line is not a `return`,
+    or for a text whose answer cannot be found or is neither a number nor a choice. In a text,
     numbers are written with the decimal separator `decimal`."""
     end = _RETURN.search(target)
     return _right_programs(problem, end) if end else _right_words(problem, target, decimal)

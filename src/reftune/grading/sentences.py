@@ -168,8 +168,8 @@ _IN_ANGLES = re.compile(rf"^({_LEAD_IN.pattern})<([^ <>][^<>]*)>(?!\d)", re.IGNO
 
 def _only_number(line: str) -> Number | None:
     """The only number in the first sentence of a line of plain text, as in "each child gets 12
-    sweets". Returns None if there is no number or a second one, or if the words before the number
-    may change its meaning, as in "at least 12"."""
+    sweets". Returns None if the sentence has no number or more than one, or if the words before the
+    number may change its meaning, as in "at least 12"."""
     sentence = _SENTENCE_END.split(line, maxsplit=1)[0].lstrip(" :,*\"'")
     digit = _DIGIT.search(sentence)
     if digit is None:

@@ -75,10 +75,10 @@ def grade_completion(completion: str, problem: Problem, reading: Reading = DEFAU
 
 
 def _in_boxes(completion: str, found: Sequence[Statement]) -> str | None:
-    """The list that the last statements in `found` form together: "1 and 2" for "\\boxed{1} and
-    \\boxed{2}". Each of these statements must be a closed box or tag that contains a single item.
-    They must stand side by side in `completion`. Returns None if `found` does not end with at
-    least two such statements."""
+    """The list formed by the last statements in `found`: "1 and 2" for "\\boxed{1} and \\boxed{2}".
+    Each of these statements must be a closed box or tag that contains a single item. They must
+    stand side by side in `completion`. Returns None if `found` does not end with at least two such
+    statements."""
     text, after = found[-1].text or "", found[-1]
     for before in reversed(found[:-1]):
         is_item = before.is_closed and len(split_items(before.text or "")) == 1

@@ -202,9 +202,9 @@ def side_by_side(chain: Sequence[Adapters]) -> dict[str, Adapter]:
 
 def _chain(run: RunFolder, method: str, model: Mapping[str, Any]) -> list[Adapters]:
     """The sets of adapters that turn the base into the model of the stage `method`, oldest first.
-    If the run began with adapters, they are the first set. Then comes one set for each stage that
-    leads to `method`. With a 4-bit base, a stage continues training the adapters of its initial
-    model, so only the last set is returned."""
+    If the run began with adapters, they are the first set. The stages on the way to `method`, and
+    `method` itself, each add one set. With a 4-bit base, a stage continues training the adapters of
+    its initial model, so only the last set is returned."""
     table = LoraTable(**(model.get("lora") or {}))
     chain: list[Adapters] = []
     while method != "base":

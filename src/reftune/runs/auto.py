@@ -152,8 +152,8 @@ def total_bytes(device: torch.device) -> float:
 @cache
 def fastest_dtype(device: torch.device) -> Dtype:
     """The dtype that `auto` chooses for a device. A CUDA GPU gets bfloat16 if it supports bfloat16
-    natively. Any other device gets bfloat16 if its matrix products are at least as fast in bfloat16
-    as in float32. Otherwise, the dtype is float32."""
+    natively. A device of another kind gets bfloat16 if its matrix products are at least as fast in
+    bfloat16 as in float32. In all other cases, the dtype is float32."""
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return "bfloat16" if native else "float32"

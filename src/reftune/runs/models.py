@@ -41,8 +41,8 @@ class Models:
         model's own adapters, unless the model is `base`. In all other cases, they are new.
         The policy is kept for later calls, so the caller must not change it, even with `trained`.
         To get a policy that may be changed, call `take`.
-        Raises: RecipeError if the method is not trained yet, or if this machine or FSDP2 does not
-        support a setting; ModelError if the model cannot be used."""
+        Raises: RecipeError if the model has not been trained yet, or if this machine or FSDP2 does
+        not support a setting; ModelError if the model cannot be used."""
         table = self.recipe.model
         is_other = table.lora is not None or table.gradient_checkpointing
         key = (name, trained and is_other)
@@ -121,8 +121,9 @@ class Models:
 
 
 def check_stage_graph(recipe: Recipe) -> None:
-    """Raises: RecipeError if a stage uses any model but `base`, earlier methods and model folders,
-    if it saves a model under an invalid or taken name, or if `evaluate` names an unknown model."""
+    """Check that each stage uses only the model `base`, models that earlier stages save, and model
+    folders; that no stage saves a model under an invalid or taken name; and that `evaluate` names
+    only known models. Raises: RecipeError if not."""
     known, made = ["base"], {"base"}
     for name, stage in recipe.stages.items():
         for method in stage.needs:

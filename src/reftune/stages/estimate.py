@@ -186,8 +186,9 @@ class Estimate:
 
     def _sampler(self, copies: float) -> float:
         """Bytes that each device needs for the sampler, a model that is loaded only to sample. They
-        include the copies that the engine makes of the sampler's weights. These copies take at most
-        `copies` bytes, the size of the copies that the engine makes of the policy's weights."""
+        include the engine's copies of the sampler's weights. `copies` is the size, in bytes, of the
+        engine's copies of the policy's weights; the copies of the sampler's weights are never
+        larger."""
         outline, table = self.outline, self.outline.table
         is_frozen = table.lora is not None or table.gradient_checkpointing
         if is_frozen:
@@ -195,9 +196,10 @@ class Estimate:
         return outline.weights + copies
 
     def _sampling(self, rows: int) -> tuple[dict[str, float], float]:
-        """A pair. The first item contains the bytes needed to sample up to `rows` sequences at
-        once, by purpose. The second is the size, in bytes, of the copies that the engine makes of
-        the policy's weights. This size assumes that FSDP2 does not split the weights."""
+        """A pair. The first item maps each purpose to the number of bytes that it needs when up to
+        `rows` sequences are sampled at once. The second is the size, in bytes, of the copies that
+        the engine makes of the policy's weights. This size assumes that FSDP2 does not split the
+        weights."""
         if self.requests is not None:
             rows = min(rows, math.ceil(self.requests / self.devices))
         outline = self.outline

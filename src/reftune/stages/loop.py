@@ -481,10 +481,10 @@ class Loop:
 
 def _is_candidate(context: StageContext) -> bool:
     """Whether the initial model is evaluated on dev too, so that the stage may choose it. A model
-    other than `base` is always evaluated; an untrained `base` never is. A pretrained `base` usually
-    does not know the answer format yet, so most stages do not evaluate it. A stage does so only
-    if it samples solutions and needs no model but `base`, because then `base` must already know the
-    format."""
+    other than `base` is always evaluated. A `base` with random weights never is. A pretrained
+    `base` usually does not know the answer format yet, so most stages do not evaluate it. A stage
+    does so only if it samples solutions and needs no model but `base`, because then `base` must
+    already know the format."""
     stage, is_pretrained = context.stage, context.recipe.model.path is not None
     learns_from_itself = stage.reads_questions and set(stage.needs) == {"base"}
     return stage.init != "base" or (is_pretrained and learns_from_itself)

@@ -158,7 +158,8 @@ class LineProgress(Progress):
 
 class RichProgress(Progress):
     """The live view: a bar, numbers, each phase's share of the time and a recently sampled
-    solution. When a stage ends, or its dev accuracy levels off, a line remains on the screen."""
+    solution. When a stage ends, or when its dev accuracy levels off, the view prints a line that
+    stays on the screen."""
 
     def __init__(self, console: Console, *, time_s: Callable[[], float] = time.monotonic) -> None:
         self._console, self._time_s = console, time_s

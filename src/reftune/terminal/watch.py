@@ -35,8 +35,9 @@ class RunClock:
 def follow(
     folder: Path, progress: Progress, clock: RunClock, *, wait: Callable[[float], None] = time.sleep
 ) -> bool:
-    """Report the run's past and present events to `progress` until no process is working on the
-    run. Returns: whether the run is finished. Raises: DataError if `folder` is not a run folder."""
+    """Report the run's past events to `progress`, then new ones as they occur, until no process is
+    working on the run. Returns: whether the run is finished. Raises: DataError if `folder` is not a
+    run folder."""
     stages = _stages(folder)
     metrics, current = Tail(RunFolder(folder).metrics), ""
     samples = {name: Tail(RunFolder(folder).stage(name).samples) for name in stages}

@@ -218,8 +218,9 @@ def _other_solutions(rows: Sequence[Row]) -> list[Written]:
 
 
 def check_reward(subject: Subject) -> Finding:
-    """Check that gold solutions earn a higher mean reward than solutions to other problems, and a
-    higher mean reward than empty completions. Raises: RewardError if the reward function fails."""
+    """Check that, on average, a problem's gold solution earns a higher reward than another
+    problem's gold solution in its place, and a higher reward than an empty completion. Raises:
+    RewardError if the reward function fails."""
     rows = subject.rows[:NUM_REWARDED]
     if not rows:
         return ok("there is no gold solution to reward")

@@ -264,8 +264,8 @@ def _after_helpers(program: str, blocks: list[str]) -> str:
 def _answer_of(script: str) -> str:
     """The expression whose value is the answer. It is the first of `ANSWER_NAMES` that the script
     assigns. If there is none, it is `result`, provided that the script assigns it and never names
-    `print`. Otherwise, it is `None`, which stands for the printed text. Comments and strings do not
-    count."""
+    `print`. Otherwise, it is the string "None", which stands for the printed text. Comments and
+    strings do not count."""
     names = {match["name"] for match in _SCRIPT.finditer(script) if match["name"] is not None}
     first = next((name for name in ANSWER_NAMES if name in names), None)
     prints = _PRINT.search(_NO_CODE.sub("", script))
@@ -377,9 +377,10 @@ _DOCSTRING = re.compile(
 
 def body_of(program: str) -> str | None:
     """The body of `solution` in a gold program, without the docstring and indented by four spaces.
-    The program may stand in a fence. Code before the definition of `solution` moves into the body.
-    Code after it, such as `print(solution())`, is left out. Returns None if the program does not
-    define `solution()` or is not valid Python, if the body is not, or if it needs code after it."""
+    The program may be inside a Markdown code fence. Code before the definition of `solution` moves
+    into the body. Code after it, such as `print(solution())`, is left out. Returns None if the
+    program does not define `solution()`, if the program or the body is not valid Python, or if the
+    body needs code that comes after the definition."""
     program = program.replace("\r\n", "\n").expandtabs(4)
     for source in (program, *reversed(_FENCED.findall(program))):
         parsed = _parsed(source)

@@ -110,9 +110,9 @@ def serve(requests: socket.socket, settings: dict[str, Any]) -> None:
 
 
 def is_closed(waiting: socket.socket) -> bool:
-    """Whether the other end of a program's status socket is closed, which means that nobody waits
-    for the result any more. A poll event does not prove this, because the descriptor may have been
-    closed and reused since the event."""
+    """Whether the other end of a program's status socket is closed, which means that nobody is
+    waiting for the result any more. A poll event does not prove this, because the descriptor may
+    have been closed and reused since the event."""
     try:
         return waiting.recv(1, socket.MSG_DONTWAIT) == b""
     except BlockingIOError:

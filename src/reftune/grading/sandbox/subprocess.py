@@ -3,10 +3,11 @@
 Some packages, such as numpy, are slow to import. For each combination of them that programs import,
 there is a forking process: a Python interpreter that has already imported these packages. Each
 program runs in a fork of the process for its packages, with a fixed environment and an empty
-temporary folder to work in. Start-up hooks in site-packages do not run. The kernel's Landlock lets
-the program read only the libraries of Python and of the system, and write nothing. An allow-list of
-system calls rules out sockets, new processes, threads and signals. Each program has its own
-session, namespaces and resource limits. docs/sandbox.md lists what these protections cover.
+temporary folder as its working directory. Start-up hooks in site-packages do not run. The kernel's
+Landlock lets the program read only the libraries of Python and of the system. The program cannot
+write anywhere, not even to its working directory. An allow-list of system calls rules out sockets,
+new processes, threads and signals. Each program has its own session, namespaces and resource
+limits. docs/sandbox.md lists what these protections cover.
 """
 
 from __future__ import annotations

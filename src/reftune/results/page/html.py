@@ -173,8 +173,8 @@ def _heading(groups: Sequence[Group], table: ScoreTable) -> Headline:
 
 
 def _coloured_parts(title: str, table: ScoreTable) -> list[tuple[str, str]]:
-    """The title in parts, as pairs of a text and a colour. If the text is a method's name, the
-    colour is the method's CSS variable. Otherwise, the colour is an empty string."""
+    """The title split into parts, each a string with its colour. If the string is a method's name,
+    the colour is the method's CSS variable. Otherwise, the colour is an empty string."""
     colours = charts.method_colours([method.label for method in table.methods])
     by_name = {display(label): colour for label, colour in colours.items()}
     longest_first = sorted(map(re.escape, by_name), key=len, reverse=True)
