@@ -221,8 +221,9 @@ def _asked(row: Mapping[str, Any], index: int, golds: GoldReader) -> Problem:
 
 
 def _path(model: str | Path) -> str:
-    """The path or Hub id of a model, as text. A `Path` that exists is made absolute. As text,
-    `Path("./smollm2-135m")` would be the name of the packaged model."""
+    """The path or Hub id of a model, as text. A `Path` that exists is made absolute, because
+    `Path("./smollm2-135m")` loses its `./` when converted to text and would then be taken for the
+    name of the packaged model."""
     try:
         path = os.fsdecode(model)
     except TypeError:

@@ -98,8 +98,8 @@ class Jsonl(FileDataset):
     def _columns(self, rows: Sequence[Row], *, is_train: bool) -> Columns:
         """The column of each field, such as `question`: the one that the user named, or else one
         with a usual name. Raises: DataError if no question or answer is found, or if a column that
-        the user named is missing. Dev and test may lack a named column, unless the user named it
-        for the options or as the first column of the question."""
+        the user named is missing. There is one exception: in dev and test, a column that the user
+        named may be missing, unless it holds the options or is the first column of the question."""
         named = {} if self.columns is None else self.columns.model_dump()
         for field, value in named.items():
             names = [value] if isinstance(value, str) else value or []
@@ -143,10 +143,9 @@ class Jsonl(FileDataset):
         return self.columns is not None and field in self.columns.model_fields_set
 
     def _id(self, row: Row, column: str | None) -> str:
-        """The id in `column`, or `row.id` if there is no such column or the cell is null. Any other
-        cell should contain text or a number. If it contains neither, the result is `row.id` too,
-        unless the user named the column. Raises: DataError if it contains neither and the user
-        named the column."""
+        """The id in `column`, or `row.id` if there is no such column or the cell is null. If the
+        cell contains something other than text or a number, the result is `row.id` too. Raises:
+        DataError in that case if the user named the column."""
         if column is None or (value := row.get(column)) is None:
             return row.id
         if isinstance(value, int | float):

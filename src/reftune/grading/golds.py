@@ -128,8 +128,8 @@ def stated_gold(raw: object, reading: Reading = DEFAULT) -> object:
     """The last answer that a marker ("The answer is") announces in a cell. Without a marker, the
     answer is the text after the last `</think>` or, if there is none, the whole cell.
 
-    Raises: DataError if different answers stand side by side, as in "\\boxed{3} or \\boxed{4}", if
-    there are markers but none announces an answer, or if nothing follows the last `</think>`.
+    Raises: DataError if different answers stand side by side (as in "\\boxed{3} or \\boxed{4}"); if
+    there are markers but none announces an answer; or if nothing follows the last `</think>`.
     """
     if not isinstance(raw, str):
         return raw
@@ -266,7 +266,7 @@ def _option_gold(text: str, reading: Reading) -> Answer | None:
 
 
 def worded_gold(text: str, reading: Reading = DEFAULT) -> Answer:
-    """The gold answer in a text that is not a number: an option's letter (see `_option_gold`), an
+    """The gold answer in `text`, which is not a number: an option's letter (see `_option_gold`), an
     expression (kind `latex`), words (kind `text`), or a list in square brackets. Text in brackets
     is read as a list only if it has at least three items, or two items that are single words."""
     text = text.strip()
@@ -339,8 +339,8 @@ def split_items(text: str, words: str = "and") -> tuple[str, ...]:
     matches of the pattern `words` separate items, except inside inner brackets. If any comma has a
     space after it, commas without one do not separate: "1,000, 2" has two items. If there are
     separators other than commas, a comma that may group thousands does not separate, as in "1,000;
-    2". If commas are the only separators, a comma before three digits that begin with 0, as in
-    "1,050", does not separate, unless the first item begins with 0."""
+    2". If the text has no separators other than commas, a comma before three digits that begin with
+    0, as in "1,050", does not separate, unless the first item begins with 0."""
     bare = text.strip().strip("$")
     if "$" in bare.replace("\\$", ""):
         bare = text  # not without the outer signs of "$x$, $y$"

@@ -23,8 +23,8 @@ def grade_completion_paper(completion: str, problem: Problem) -> Graded:
 def grade_value_paper(value: Any, problem: Problem) -> Graded:
     """Grade a program's value as the authors of the ReFT paper do. If the gold answer is a number,
     `float(value)` may differ from this number by at most 0.01; nan and inf are wrong, and a value
-    that `float()` cannot read, such as "1,000", is no answer. If the gold answer is not a number,
-    it is compared with the value's text, ignoring case and quotation marks."""
+    that `float()` cannot read, such as "1,000", counts as no answer. If the gold answer is not a
+    number, it is compared with the value's text, ignoring case and quotation marks."""
     gold = problem.answer.value
     if not isinstance(gold, Fraction):
         text = value if isinstance(value, str) else value_text(value) or describe(value)

@@ -97,8 +97,9 @@ def bare_words(text: str) -> str:
 
 def states_words(text: str, gold: str) -> Literal["yes", "no", "unclear"]:
     """Whether a text states the gold answer. It does if the whole text or its first line is the
-    gold answer. If this answer is short, punctuation or a reason may follow ("Yes, they do."). If
-    the line then withdraws the answer or adds another ("Yes and no"), the result is `unclear`."""
+    gold answer. A short gold answer may be followed by punctuation or a reason ("Yes, they do.").
+    If the line then withdraws the answer or adds another ("Yes and no"), the result is
+    `unclear`."""
     answer = text.strip()
     first_line = answer.partition("\n")[0]
     if same_words(answer, gold) or same_words(first_line, gold):

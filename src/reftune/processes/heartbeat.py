@@ -86,9 +86,9 @@ class Heartbeat:
                 self._heard[other] = beat, now
 
     def _most_silent(self) -> tuple[int, float]:
-        """The rank of the other process that has been silent longest, and the length of its silence
-        in seconds. If that process is silent because it has called `leave`, the length is given as
-        0."""
+        """Of all other processes, the rank of the one that has been silent longest, and the length
+        of its silence in seconds. If that process is silent because it has called `leave`, the
+        length is given as 0."""
         now = time.monotonic()
         rank = min(self._others, key=lambda other: self._heard[other][1])
         beat, at = self._heard[rank]

@@ -36,7 +36,7 @@ def processes(environment: Mapping[str, str] = os.environ) -> Iterator[None]:
     Nothing happens if there are no others, or if they are already connected. An error in the block
     ends all processes: the first process to fail raises its error, and the others exit silently
     with status 1. Raises: RecipeError for a launcher setting that is not supported; ProcessError if
-    another process has died."""
+    another process has ended without an error, for example because it was killed."""
     global _store
     is_alone = int(environment.get("WORLD_SIZE", "1")) == 1
     if is_alone:

@@ -1,6 +1,6 @@
 """Loads plug-ins. A plug-in is a class that derives from `Component`. Its fields are its recipe
-keys. A reward may also be a function. A recipe names a plug-in by its kind. The kind is either the
-name of a module that comes with reftune (`gsm8k` for `reftune/datasets/gsm8k.py`) or
+keys. A reward may also be a function. A recipe refers to a plug-in by a string, the kind: either
+the name of a module that comes with reftune (`gsm8k` for `reftune/datasets/gsm8k.py`) or
 `file.py:Name`. The file is looked up in the working directory, then among reftune's recipes."""
 
 from __future__ import annotations
@@ -94,9 +94,9 @@ def known_kinds(group: str) -> list[str]:
 
 def load_component(spec: Any, *, group: str, default: str | None = None) -> Any:
     """An instance of the plug-in that `spec` describes. `spec` is a kind, a mapping from recipe
-    keys to values, or an instance, which is returned unchanged. `default` is the kind of a mapping
-    without the key `kind`. Raises: PydanticCustomError if `spec` names no plug-in; ValidationError
-    if a key or value is wrong."""
+    keys to values, or an instance, which is returned unchanged. If `spec` is a mapping without the
+    key `kind`, its kind is `default`. Raises: PydanticCustomError if `spec` names no plug-in;
+    ValidationError if a key or value is wrong."""
     if isinstance(spec, Component):
         return spec
     if isinstance(spec, str):

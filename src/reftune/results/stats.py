@@ -37,8 +37,8 @@ def wilson(num_correct: float, n: int) -> Interval:
 
 def accuracy_interval(outcomes: ArrayLike) -> Interval:
     """95% Wilson interval of the mean of `outcomes`, which are numbers from 0 to 1. If some are
-    neither 0 nor 1, as with pass@k, the interval tends to be too wide, because it assumes the
-    larger variance of outcomes that are all 0 or 1."""
+    neither 0 nor 1, as with pass@k, the interval tends to be too wide, because it assumes that each
+    outcome is either 0 or 1, which would give a larger variance."""
     values = np.asarray(outcomes, dtype=float)
     return wilson(float(values.sum()), values.size)
 

@@ -185,8 +185,8 @@ def read_groups(run_dirs: Sequence[Path | str], *, finished: bool = True) -> lis
 
 def comparable_groups(runs: Sequence[RunResults]) -> list[Group]:
     """The runs in groups, as `group_runs` returns them. Raises: DataError if the methods of a run
-    answered different problems; with several groups, also if two runs answered different problems,
-    or if the groups have different numbers of seeds."""
+    answered different problems. If there are several groups, this is also raised if two runs
+    answered different problems, or if the groups have different numbers of seeds."""
     for run in runs:
         if not _same_problems(run.evals.values()):
             raise DataError(

@@ -186,9 +186,8 @@ class Estimate:
 
     def _sampler(self, copies: float) -> float:
         """Bytes that each device needs for the sampler, a model that is loaded only to sample. They
-        include the engine's copies of the sampler's weights. `copies` is the size, in bytes, of the
-        engine's copies of the policy's weights; the copies of the sampler's weights are never
-        larger."""
+        include the engine's copies of the sampler's weights, which are never larger than `copies`,
+        the size in bytes of the engine's copies of the policy's weights."""
         outline, table = self.outline, self.outline.table
         is_frozen = table.lora is not None or table.gradient_checkpointing
         if is_frozen:

@@ -340,9 +340,9 @@ class Loop:
         write_atomically(folder / BEST, json.dumps(facts))
 
     def _adopt_best(self) -> None:
-        """If the best model so far is newer than the checkpoint from which the stage resumes, it
-        stays the best model: read its step and accuracy from its folder. The stage will repeat the
-        steps after the checkpoint, but on a GPU, the repeated steps may not lead to an equally good
+        """Keep the best model so far if it is newer than the checkpoint from which the stage
+        resumes. Its step and accuracy are read from its folder. The stage will repeat the steps
+        after the checkpoint, but on a GPU, the repeated steps may not lead to an equally good
         model."""
         restore_folder(self.context.folder.best)
         path = self.context.folder.best / BEST
@@ -482,9 +482,9 @@ class Loop:
 def _is_candidate(context: StageContext) -> bool:
     """Whether the initial model is evaluated on dev too, so that the stage may choose it. A model
     other than `base` is always evaluated. A `base` with random weights never is. A pretrained
-    `base` usually does not know the answer format yet, so most stages do not evaluate it. A stage
-    does so only if it samples solutions and needs no model but `base`, because then `base` must
-    already know the format."""
+    `base` usually does not know the answer format yet, so most stages do not evaluate it. It is
+    evaluated only if the stage samples solutions and needs no model but `base`, because then `base`
+    must already know the format."""
     stage, is_pretrained = context.stage, context.recipe.model.path is not None
     learns_from_itself = stage.reads_questions and set(stage.needs) == {"base"}
     return stage.init != "base" or (is_pretrained and learns_from_itself)

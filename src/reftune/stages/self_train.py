@@ -205,8 +205,8 @@ def less_answer(text: str) -> str:
     """A natural-language solution without its answer and without leading and trailing white space.
     The answer is the text from the last built-in answer marker, such as `####`, to the end. It is
     removed only if the marker is in the last line, and only if some text comes before the marker.
-    Two solutions thus become equal if they differ only in how the answer is written, such as 1/2 or
-    0.5."""
+    Two solutions thus become equal if they differ only in how the answer is written, for example as
+    1/2 in one and as 0.5 in the other."""
     *_, begins = 0, *(marker.start() for marker in marker_pattern(()).finditer(text))
     is_last_line = "\n" not in text[begins:].strip()
     return (is_last_line and text[:begins].strip()) or text.strip()
@@ -224,7 +224,7 @@ def join_as_paper(
     correct: Sequence[str], gold: Sequence[str], keep: int, same: Same = str.strip
 ) -> list[str]:
     """The result of `join_once`, then the gold solution again. Source: ReFT's code
-    (arXiv:2401.08967, §4.2). Differences: white space at both ends is kept, because programs need
-    it, and solutions in words count as repeats if they differ only in how the answer is
-    written."""
+    (arXiv:2401.08967, §4.2). Differences: white space at the start and end of a solution is kept,
+    because programs need it. Solutions in words count as repeats if they differ only in how the
+    answer is written."""
     return [*join_once(correct, gold, keep, same), *gold]

@@ -167,4 +167,5 @@ class Stage(Component, ABC):
     @abstractmethod
     def run(self, context: StageContext) -> None:
         """Train, then save the chosen model and `stage.json` in `context.folder`. `stage.json`
-        needs the keys in `FACTS` and, if the model does not solve problems, `is_method: false`."""
+        needs the keys in `FACTS` and, if the model is not meant to solve problems (such as a reward
+        model), `is_method: false`."""

@@ -127,8 +127,8 @@ def _settings(
 def demo(overrides: Overrides = None, as_json: AsJson = False, quiet: Quiet = False) -> None:
     """Watch a small model learn to reason. This takes a few minutes on two cores.
 
-    After a supervised warm-up, SFT and ReFT continue on the same questions, and their accuracies
-    are compared.
+    SFT and ReFT each continue from the same supervised warm-up, on the same questions. Their
+    accuracies are then compared.
     """
     _run(_load(DEMO, overrides), None, as_json=as_json, quiet=quiet)
 

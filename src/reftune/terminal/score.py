@@ -133,8 +133,8 @@ def _row(row: Mapping[str, Any], where: str, golds: GoldReader) -> _Row:
 def problem_of(row: Mapping[str, Any], where: str, golds: GoldReader = DEFAULT) -> Problem:
     """A problem from `{"id", "answer", "choices"?, "question"?, "answer_kind"?}`; keys marked `?`
     are optional. Answer and choices are read as in `jsonl` data, with two exceptions. An answer of
-    kind `choice` needs no choices. An answer that is both one option's label and another option's
-    text is always read as the label, because other rows are not looked at.
+    kind `choice` needs no choices. In `jsonl` data, other rows may decide how to read an answer
+    that is both one option's label and another option's text. Here, it is always read as the label.
     Raises: DataError, whose message begins with `where`, if the answer or the choices are
     invalid."""
     if row.get("answer") is None:

@@ -61,7 +61,8 @@ def read_options(row: Row, columns: str | Sequence[str], reading: Reading) -> Op
     texts. Options stored as numbers rather than text are written with the decimal separator of
     `reading`.
 
-    Raises: DataError if the options have another layout, or if there are not 2 to 26 of them.
+    Raises: DataError if the options have another layout, or if there are fewer than 2 or more than
+    26 of them.
     """
     names = [columns] if isinstance(columns, str) else columns
     if all(is_empty(row.get(name)) for name in names):

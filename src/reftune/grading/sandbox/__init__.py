@@ -8,8 +8,8 @@ lacks (see `gaps.py`), `auto` runs it again in a subprocess. With `auto`, progra
 third-party packages, so that verdicts do not depend on which packages are installed. If the
 subprocess backend cannot start, `auto` uses monty alone.
 
-In both backends, a program gets the status FORBIDDEN if it opens a file or lists a folder outside
-Python's libraries, or if it imports a forbidden module, such as `socket` or `ctypes`. A program
+In both backends, a program gets the status FORBIDDEN if it opens a file outside Python's libraries,
+lists a folder outside them, or imports a forbidden module, such as `socket` or `ctypes`. A program
 cannot hide this by catching the error. It also gets the status FORBIDDEN if it calls a function of
 `os` or `sys` that acts outside the program, such as `os.system` or `sys.exit`. Only monty forbids
 opening files in Python's libraries, reading the environment, and using `__import__`, `globals`,

@@ -203,8 +203,9 @@ def keep_only(results: int) -> None:
 def fence_in(readable: list[str]) -> str:
     """Permanently give up access to the network, other processes and the contents of all files
     except `readable`, as far as the system allows. Without seccomp, other processes may remain
-    accessible. Protecting files and the network needs certain features of the system. Returns a
-    phrase that names the features that the system lacks; empty if it lacks none."""
+    accessible. Access to files and the network can be blocked only if the system has certain
+    features. Returns a phrase that names the features that the system lacks; empty if it lacks
+    none."""
     try:
         libc = ctypes.CDLL(None, use_errno=True)
         namespaces = libc.unshare(CLONE_NEWUSER | CLONE_NEWNET | CLONE_NEWIPC) == 0

@@ -5,9 +5,9 @@ rounding errors. To remove it, change its callers:
   `llama.is_written_out`, `attention.read_packed` and `llama.read_packed`. In `hidden_states`, keep
   only the branch that pads.
 - `engines/kv.py`: drop the type `llama.Copies` and the calls to `llama.is_written_out`,
-  `llama.Decoder` and `llama.packed_linears`, and keep `forward`, which calls transformers. The
-  trainer can take the log-probabilities of samples from the engine only with packing. Without this
-  folder, it therefore computes them itself.
+  `llama.Decoder` and `llama.packed_linears`, and keep `forward`, which calls transformers. With
+  packing, the trainer can reuse the log-probabilities that the engine computed for its samples.
+  Without this folder, there is no packing, so the trainer computes them itself.
 - `stages/outline.py`: drop `ATTENTION`, and keep `sdpa`.
 - `terminal/cli.py`: drop the call to `allocator.keep_freed_memory`.
 

@@ -6,9 +6,9 @@ This file therefore has its own transformer blocks. Each block maps hidden state
     h' = h + W_o attention(turn(W_q x), turn(W_k x), W_v x),    x = norm(h)
     h'' = h' + W_down (silu(W_gate y) · W_up y),                y = norm(h')
 
-Here, `turn` applies rotary positions. In Qwen3, queries and keys are normalised before that. One
-half of this file is for training, and the other half is for decoding. The halves compute the parts
-of a block as follows:
+Here, `turn` applies rotary position embeddings. In Qwen3, queries and keys are normalised before
+that. One half of this file is for training, and the other half is for decoding. The halves compute
+the parts of a block as follows:
 
     part                   in training: `read_packed`       in decoding: `Decoder`
     norm                   `_RmsNorm`                       one PyTorch call

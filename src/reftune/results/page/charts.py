@@ -75,8 +75,8 @@ NUM_COLOURS = 8
 
 def method_colours(labels: Sequence[str]) -> dict[str, str]:
     """Label of a method → CSS variable of the method's colour. If there is only one group of runs,
-    the methods in `_COLOURS` have fixed colours. Other methods get colours in order of appearance,
-    except `base`, which no curve shows: it always gets the last of the colours."""
+    the methods in `_COLOURS` have fixed colours. `base` always gets the last colour, because no
+    curve shows it. All other methods get colours in order of appearance."""
     if any("/" in label for label in labels):
         trained = [label for label in labels if not label.endswith("/base")]
         places = {label: index for index, label in enumerate(trained)}
@@ -300,10 +300,11 @@ def _passes_to(folder: Path) -> float:
 
 
 def equal_compute(chart: Chart, a: str, b: str) -> str:
-    """A sentence with the best dev accuracies of `a` and `b` at equal training effort. Each
-    method's last dev evaluation comes after some number of training sequences, counted from the
-    base model. The smaller of these two numbers is the limit, and dev evaluations beyond it are
-    ignored. If a method has no dev accuracy up to the limit, the result is an empty string."""
+    """A sentence with the best dev accuracies of `a` and `b` at equal training effort. The effort
+    is the number of training sequences since the base model. The limit is the effort that both
+    methods reached: the smaller of their efforts at their last dev evaluations. Later dev
+    evaluations are ignored. If a method has no dev accuracy up to the limit, the result is an empty
+    string."""
     by_name = {series.label: series for series in chart.series}
     found = [by_name[name] for name in (a, b) if name in by_name]
     passes = min((series.x[-1] for series in found), default=0.0)
