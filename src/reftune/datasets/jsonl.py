@@ -143,9 +143,9 @@ class Jsonl(FileDataset):
         return self.columns is not None and field in self.columns.model_fields_set
 
     def _id(self, row: Row, column: str | None) -> str:
-        """The id in `column`, or `row.id` if there is no such column or the cell is null. If the
-        cell contains something other than text or a number, the result is `row.id` too. Raises:
-        DataError in that case if the user named the column."""
+        """The id in `column`, or `row.id` if there is no such column or the cell is null. A cell
+        with something other than text or a number is ignored in the same way, unless the user named
+        the column. Raises: DataError for such a cell if the user named the column."""
         if column is None or (value := row.get(column)) is None:
             return row.id
         if isinstance(value, int | float):

@@ -93,9 +93,9 @@ class Mathqa(PaperDataset):
         return drop_untrainable(splits, "rationale_disagrees", _ends_in_another_letter)
 
     def problems(self, rows: Sequence[Row], split: Split, counts: Counter[str]) -> list[Problem]:
-        """The problems in the rows of a split. In train and dev of the published files, the value
-        of a row's formula is compared with the gold option. If they differ by more than 1%, a
-        numeric problem is dropped, and a multiple-choice problem is kept without its program.
+        """The problems in the rows of a split. In the train and dev splits of the published files,
+        the value of a row's formula is compared with the gold option. If they differ by more than
+        1%, a numeric problem is dropped, and a multiple-choice problem is kept without its program.
         Multiple-choice problems with `nl` rationales are not checked."""
         if split == "test":
             unread = Counter[str]()

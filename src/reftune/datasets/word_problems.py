@@ -382,8 +382,9 @@ _PROGRAM_STYLES = [
 
 
 def _write_prose(story: _Story, style: int) -> str:
-    """A worked solution with one sentence per computed quantity. The style determines how sentences
-    begin. In some styles, the solution is a single equation, such as `(12 - 4) * 3 = 24.`"""
+    """A worked solution. In some styles, it is a single equation, such as `(12 - 4) * 3 = 24.` In
+    the others, it has one sentence per computed quantity, and the style determines how these
+    sentences begin."""
     begin, swap = _PROSE_STYLES[style]
     needed = dict.fromkeys((*story.quantities, story.answer))
     computed = [quantity for quantity in needed if quantity.symbol]

@@ -336,11 +336,15 @@ def _pattern(raw: object) -> Answer:
 
 def split_items(text: str, words: str = "and") -> tuple[str, ...]:
     """The items of a written list, with or without brackets. Commas, semicolons, line breaks and
-    matches of the pattern `words` separate items, except inside inner brackets. If any comma has a
-    space after it, commas without one do not separate: "1,000, 2" has two items. If there are
-    separators other than commas, a comma that may group thousands does not separate, as in "1,000;
-    2". If the text has no separators other than commas, a comma before three digits that begin with
-    0, as in "1,050", does not separate, unless the first item begins with 0."""
+    matches of the pattern `words` separate items, except inside inner brackets. Commas that may
+    belong to a number do not separate items:
+
+    - If any comma has a space after it, commas without one do not separate: "1,000, 2".
+    - If not, but there are separators other than commas, commas before three digits do not
+      separate: "1,000; 2".
+    - If there are only commas, a comma before three digits with a leading 0 does not separate:
+      "1,050". It does separate if the first item begins with 0.
+    """
     bare = text.strip().strip("$")
     if "$" in bare.replace("\\$", ""):
         bare = text  # not without the outer signs of "$x$, $y$"

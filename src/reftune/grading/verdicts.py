@@ -50,8 +50,8 @@ NO_MARKER = 'no marker: expected "the answer is", "answer:", "####" or \\boxed{â
 
 def grade_completion(completion: str, problem: Problem, reading: Reading = DEFAULT) -> Graded:
     """Grade a worked solution by the last answer that a marker, such as "the answer is", announces.
-    Markers that no answer follows are skipped. If the solution gives an alternative, as in
-    "3 or 4", both answers must be right."""
+    A marker with no answer after it is skipped. If the solution gives an alternative, as in "3 or
+    4", both answers must be right."""
     found = statements(completion, reading)
     if not found:
         return no_answer(NO_MARKER)

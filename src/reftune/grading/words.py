@@ -77,7 +77,7 @@ _DATES = ("%d %B %Y", "%d %b %Y", "%B %d %Y", "%b %d %Y", "%Y-%m-%d")
 def same_words(first: str, second: str) -> bool:
     """Whether two strings are the same apart from Unicode normalisation, case, articles, spacing,
     formatting and final punctuation. Two spellings of one date, such as "5 May 2020" and
-    "2020-05-05", are the same too; dates such as "5/5/2020" are not read."""
+    "2020-05-05", are the same too; dates such as "5/5/2020" are not recognised as dates."""
     bare = bare_words(first)
     if not bare or bare == bare_words(second):
         return bare != ""

@@ -109,9 +109,9 @@ def _begin(begun: str, before: str, said: str, *, asked: str) -> str:
     when the prompt and a reply are rendered together.
 
     The tail of each of these texts is what follows the last question, `asked`. If the tail of
-    `before` begins with the tail of `begun`, the rest of the tail of `before` is inserted. In all
-    other cases, nothing is inserted. Only the tails are compared, because the template may change
-    the earlier text when a reply follows."""
+    `before` is the tail of `begun` plus more text, that additional text is put in front of `said`.
+    Otherwise, `said` is returned unchanged. Only the tails are compared, because the template may
+    change the earlier text when a reply follows."""
     if asked and asked in begun and asked in before:
         ours, theirs = begun.rpartition(asked)[2], before.rpartition(asked)[2]
         if theirs.startswith(ours):  # Mistral's template moves the system message to the last turn

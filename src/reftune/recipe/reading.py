@@ -20,8 +20,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     The key `extends` contains the path of another recipe, or a list of such paths, relative to the
     recipe's folder. Later recipes in the list override earlier recipes, and the recipe's own keys
     override all of them. `merge` describes how one recipe overrides another. The override
-    `key=null` removes the key if it holds a table, such as a stage. Otherwise, it sets the key to
-    null.
+    `key=null` removes the key if its value is a mapping, such as a stage. Otherwise, it sets the
+    key to null.
     Raises: RecipeError if a recipe or an override cannot be read, or if the result is not valid.
     """
     data = read_yaml(Path(path))

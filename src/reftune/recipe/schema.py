@@ -194,8 +194,9 @@ class Recipe(Table):
         return (*self.stages[stage].produces, stage)
 
     def methods_of(self, stage: str) -> tuple[str, ...]:
-        """The names of a stage's methods: all models that the stage saves, except a final model
-        that does not solve problems, such as a reward model (`is_method` is false)."""
+        """The names of the models that a stage saves and that count as methods: all of them, except
+        a final model that does not solve problems, such as a reward model (`is_method` is
+        false)."""
         saved = self.saved_by(stage)
         return saved if self.stages[stage].is_method else saved[:-1]
 

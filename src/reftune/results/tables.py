@@ -218,7 +218,7 @@ def reranker_sentence(found: Reranker) -> str:
 
 
 def rows(table: ScoreTable) -> tuple[Row, list[Row]]:
-    """The table's head, and one row per method. A row contains the method's score under each
+    """The table's header row, and one row per method. A row contains the method's score under each
     decision rule, its gain over the baseline, its dev accuracy and its number of dev
     evaluations."""
     rules = list(dict.fromkeys(rule for method in table.methods for rule in method.scores))

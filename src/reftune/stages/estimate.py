@@ -186,8 +186,8 @@ class Estimate:
 
     def _sampler(self, copies: float) -> float:
         """Bytes that each device needs for the sampler, a model that is loaded only to sample. They
-        include the engine's copies of the sampler's weights, which are never larger than `copies`,
-        the size in bytes of the engine's copies of the policy's weights."""
+        include the engine's copies of its weights. `copies` is the number of bytes that such copies
+        of the policy's weights take. The copies of the sampler's weights never take more."""
         outline, table = self.outline, self.outline.table
         is_frozen = table.lora is not None or table.gradient_checkpointing
         if is_frozen:

@@ -102,7 +102,7 @@ class Collector:
         seed: int = 0,
     ) -> Solved:
         """One graded completion per problem, greedy unless a temperature is given. To get several
-        completions, repeat the problem. With several processes, each process solves a part of the
+        completions, repeat the problem. With several processes, each one solves its share of the
         problems, and every process receives all completions. If the recipe drops prompts that are
         too long, the completions of such prompts are empty. Raises: EngineError if the engine
         fails; DataError if a prompt is too long and the recipe does not drop it."""

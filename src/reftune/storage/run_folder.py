@@ -270,8 +270,9 @@ def refuse_foreign(folder: RunFolder, recipe: Recipe) -> bool:
 def lengthened_stages(folder: RunFolder, recipe: Recipe) -> list[str]:
     """The names of the stages that have begun and are lengthened: `recipe` gives them more steps or
     epochs than the folder's recipe does. A stage that has begun may be lengthened only if it trains
-    a method, not a reward model. `recipe` may also lengthen stages that have not begun, add stages
-    and change `evaluate`. Models that are already trained do not depend on these changes.
+    a model that solves problems, not a reward model. `recipe` may also lengthen stages that have
+    not begun, add stages and change `evaluate`. Models that are already trained do not depend on
+    these changes.
 
     Raises: RecipeError if the recipes differ in anything else that affects results, if a stage
     after a lengthened stage has begun, or if a lengthened stage is complete but its final

@@ -78,8 +78,8 @@ def read_options(row: Row, columns: str | Sequence[str], reading: Reading) -> Op
 
 
 def is_empty(cell: object) -> bool:
-    """Whether a cell is null, blank, an empty list, or a mapping of only empty cells. Null and the
-    empty list may be written as text."""
+    """Whether a cell is null, blank, an empty list, or a mapping of only empty cells. The texts
+    "null" and "[]" count as empty too."""
     if isinstance(cell, Mapping):
         return all(map(is_empty, cell.values()))
     if isinstance(cell, str):

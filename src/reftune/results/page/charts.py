@@ -241,8 +241,8 @@ def _accuracy(look: MetricRow) -> tuple[float, float, float]:
 
 def _dev_curve(run: RunResults, method: str) -> list[tuple[float, MetricRow]]:
     """The method's dev evaluations as pairs (x, evaluation): x is the number of sequences trained
-    on so far, counted from the base model. If the stage's initial model was evaluated, that
-    evaluation comes first."""
+    on so far, counted from the base model. If the model that the method started from was evaluated,
+    that evaluation comes first."""
     stage, before = run.stages[method], _passes_before(run, method)
     looks, start = _looks(stage), _chosen(run, stage.init)
     curve = [(before + look.passes, look) for look in looks]
@@ -300,11 +300,10 @@ def _passes_to(folder: Path) -> float:
 
 
 def equal_compute(chart: Chart, a: str, b: str) -> str:
-    """A sentence with the best dev accuracies of `a` and `b` at equal training effort. The effort
-    is the number of training sequences since the base model. The limit is the effort that both
-    methods reached: the smaller of their efforts at their last dev evaluations. Later dev
-    evaluations are ignored. If a method has no dev accuracy up to the limit, the result is an empty
-    string."""
+    """A sentence with the best dev accuracies of `a` and `b` at equal training effort, which is the
+    number of training sequences since the base model. Dev evaluations count only up to an effort
+    that both methods reached: the smaller of their efforts at their last dev evaluations. If one
+    method has no dev accuracy up to there, the result is an empty string."""
     by_name = {series.label: series for series in chart.series}
     found = [by_name[name] for name in (a, b) if name in by_name]
     passes = min((series.x[-1] for series in found), default=0.0)

@@ -95,8 +95,8 @@ def _within(rows: Iterable[tuple[Any, Json]], budget: int) -> list[Json]:
 def _order(pool: Iterable[TrainingSample]) -> list[int]:
     """Indices of samples in the order in which to include them. The longest samples and those whose
     programs ran longest come first. The others follow in rounds: first every 2ⁿ-th sample for a
-    large n, then the same for each smaller n. So even the first few of these others are spread over
-    the whole stage."""
+    large n, then the same for each smaller n. Even the first rounds are therefore spread over the
+    whole stage."""
     costs = [
         (sample.attempt.num_tokens or 0, sample.attempt.graded.program_s or 0.0) for sample in pool
     ]
