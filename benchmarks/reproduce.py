@@ -78,8 +78,8 @@ NOTES = {
         "uses smaller rollouts, and makes four passes over each rollout instead of two. It starts "
         "the value head at zero, fits it before PPO starts, gives it less weight in the loss, and "
         "doubles the KL coefficient. *ReFT tuned, two updates* differs from *ReFT tuned* only in "
-        "making two passes (updates). The tuned settings were chosen on other seeds. All three "
-        "methods sample the same number of solutions."
+        "making two passes (updates). The tuned settings were chosen on other seeds. In "
+        "total, all three methods sample the same number of solutions."
     ),
     "comparison-nl": (
         "All methods except offline self-training start from the same warm-up: 20 epochs over "
@@ -116,8 +116,9 @@ OPEN = [
     "points [5.7, 18.5] better than GRPO (this difference is not paired). After a longer warm-up, "
     "GRPO gains 1.7 points [−4.8, 8.1] over that warm-up, n.s. In another experiment (five "
     "seeds), questions need two steps, and half of the training solutions omit the working. "
-    "There, after a warm-up and a longer SFT stage, GRPO and further SFT start from the same "
-    "model, and GRPO is 14.6 points [9.4, 19.8] better ([log](experiments/smollm2-instruct.md)).",
+    "There, GRPO and further SFT start from a model that was trained by a warm-up and then by a "
+    "longer SFT stage. GRPO ends 14.6 points [9.4, 19.8] above further SFT "
+    "([log](experiments/smollm2-instruct.md)).",
     "**On real data** (SVAMP programs, the same model), ReFT shows no gain if all training "
     "questions have solutions (one seed): after a warm-up whose dev accuracy had [levelled "
     "off](handover.md), ReFT − SFT is −1.3 points [−3.8, +1.2], n.s. ReFT had little to learn "

@@ -23,7 +23,7 @@ class ModelError(ReftuneError):
 
 class CheckpointError(ReftuneError):
     """A run folder, checkpoint or export that cannot be read, written or continued, for example
-    because it is damaged or because another process uses it."""
+    because it is damaged or because another process is using it."""
 
 
 class RewardError(ReftuneError):

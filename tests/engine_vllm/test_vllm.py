@@ -107,7 +107,9 @@ def exported(make_policy, tmp_path_factory):
         "looks": 2,
     }
     (run / "stages" / "reft" / "stage.json").write_text(json.dumps(stage))
-    (run / "recipe.yaml").write_text("name: served\ndataset: {kind: jsonl, train: mine.csv}\n")
+    (run / "recipe.yaml").write_text(
+        "name: served\ndataset: {kind: jsonl, train: mine.csv}\nstages: {reft: {kind: rl}}\n"
+    )
     return policy, export_model(run, "reft", run.with_name("model"))
 
 

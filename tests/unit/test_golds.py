@@ -224,7 +224,7 @@ def test_an_answer_of_two_lines_is_not_its_first(gold: str) -> None:
     "gold", ["5 + 5 = 10\n####", r"\boxed{}", r"\boxed{7", "The answer is", "<think>7</think>"]
 )
 def test_a_marker_without_an_answer_is_refused(gold: str) -> None:
-    with pytest.raises(DataError, match="marks no answer"):
+    with pytest.raises(DataError, match="has no answer after its marker"):
         read_gold(gold)
 
 

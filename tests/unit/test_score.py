@@ -243,7 +243,9 @@ def test_a_chat_recipe_without_its_tokenizer_still_scores_and_says_so(
     recipe = load_recipe(tmp_path / "own.yaml", ["model.scratch=null", "model.path=./nowhere"])
     (scored,) = score_as_recipe(tmp_path / "completions.jsonl", recipe)
     assert scored["verdict"] == "correct"
-    assert "opened no thought: ./nowhere: no such model folder" in caplog.text
+    assert (
+        "did not begin a thought (such as <think>): ./nowhere: no such model folder" in caplog.text
+    )
 
 
 def test_an_unknown_answer_kind_is_named(tmp_path: Path) -> None:

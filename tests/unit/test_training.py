@@ -678,7 +678,7 @@ def test_a_method_whose_name_cannot_be_a_folder_is_refused(make_recipe, method):
 def test_a_method_that_is_made_twice_is_refused(make_recipe):
     recipe = make_recipe(stages={"sft": {"snapshots": {"sft": 1}}, "reft": {"init": "sft"}})
     with (
-        pytest.raises(RecipeError, match="two stages save the method sft"),
+        pytest.raises(RecipeError, match="another stage or snapshot is already called sft"),
         open_run(recipe, Progress()),
     ):
         pass

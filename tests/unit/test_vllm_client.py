@@ -303,7 +303,7 @@ def test_a_colocated_engine_that_dies_is_one_line():
 def test_a_colocated_engine_without_vllm_says_what_to_install(make_policy):
     with pytest.raises(
         RecipeError,
-        match=r"vllm is not installed; expected pip install 'reftune\[vllm\]', or engine.server",
+        match=r"vllm is not installed; run pip install 'reftune\[vllm\]', or set engine.server",
     ):
         Vllm().generate(make_policy(), PROMPTS, params())
 
@@ -354,7 +354,7 @@ def test_a_completion_that_a_server_ended_early_is_no_completion(
         return 200, {"choices": [{**choice, "finish_reason": reason} for choice in found]}
 
     monkeypatch.setattr(server, "answer", stopped)
-    told = rf"^engine vllm: {server.address} ended a completion early \(finish_reason {reason}\); "
+    told = rf"^engine vllm: {server.address} ended a completion early \(finish_reason {reason}\), "
     with pytest.raises(EngineError, match=told):
         engine(server).generate(make_policy(), PROMPTS, params(temperature=temperature))
 

@@ -129,7 +129,7 @@ def test_pass_at_k_matches_enumeration() -> None:
 
 def test_more_samples_than_drawn_are_refused_in_one_line() -> None:
     with pytest.raises(
-        DataError, match=r"^k = 5: only 4 samples per problem drawn; expected 1 to 4[^\n]*$"
+        DataError, match=r"^k = 5: only 4 samples drawn per problem; expected 1 to 4[^\n]*$"
     ):
         pass_at_k(4, 2, 5)
 

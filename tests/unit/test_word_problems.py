@@ -341,7 +341,7 @@ def test_settings_that_make_no_sense_are_refused(keys: dict[str, object], messag
 def test_more_questions_than_there_are_is_a_clear_error():
     # one person, no distractor, no operation: 10 names · 6 objects · 4 numbers = 240 questions
     dataset = word_problems(people=1, operations=[0, 0], distractors=0, numbers=[2, 5], train=300)
-    with pytest.raises(DataError, match="240 questions, but the splits need 600; widen numbers"):
+    with pytest.raises(DataError, match="240 questions, but the splits need 600; widen `numbers`"):
         dataset.load(seed=0)
 
 

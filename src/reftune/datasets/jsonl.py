@@ -143,9 +143,10 @@ class Jsonl(FileDataset):
         return self.columns is not None and field in self.columns.model_fields_set
 
     def _id(self, row: Row, column: str | None) -> str:
-        """The id in `column`, or `row.id` if there is no such column or the cell is null. A cell
-        with something other than text or a number is ignored in the same way, unless the user named
-        the column. Raises: DataError for such a cell if the user named the column."""
+        """The id in `column`. The result is `row.id` if there is no such column, if the cell is
+        null, or, unless the user named the column, if the cell contains something other than text
+        or a number. Raises: DataError if the user named the column and the cell contains something
+        other than text, a number or null."""
         if column is None or (value := row.get(column)) is None:
             return row.id
         if isinstance(value, int | float):
@@ -211,9 +212,8 @@ class _Read:
         return [letter for letter, value in options if same_option(self.gold, value)]
 
     def as_text(self) -> Problem:
-        """The row's problem. If the gold answer is the text of an option, it is read as that text,
-        even if it is also the label of another option. Raises: DataError if several options have
-        this text."""
+        """The row's problem. If the gold answer is both the text of one option and the label of
+        another, it is read as the text. Raises: DataError if several options have this text."""
         letters = self._letters_of_text
         if not letters:
             return self.problem
@@ -252,8 +252,8 @@ def _question(row: Row, columns: Columns) -> tuple[str, tuple[Message, ...]]:
     the question's columns contains a conversation, there are no turns. If one does, the text of the
     question's other columns is added to the first turn that is not a system message.
 
-    Raises: DataError if there is no question, or if the conversation in a column such as `prompt`
-    ends with a reply, and this column is used neither for the answer nor for the rationale.
+    Raises: DataError if there is no question. Also raises it if the conversation in a column such
+    as `prompt` ends with a reply and this column supplies neither the answer nor the rationale.
     """
     names = columns.asked
     for place, name in enumerate(names):

@@ -70,8 +70,8 @@ class ReasoningGym(Component):
             raise DataError(
                 f"reasoning_gym {self.task}:"
                 f" {counted(len(drawn), f'different {split} question')} in"
-                f" {PATIENCE * count} draws, expected {count}; make the splits smaller or widen"
-                " dataset.config"
+                f" {PATIENCE * count} draws, expected {count}; make the splits smaller, or"
+                " choose values in dataset.config that allow more different questions"
             )
         return list(drawn.values())[:count]
 

@@ -103,8 +103,8 @@ class WordProblems(Component):
                 raise DataError(
                     f"word_problems: no new question with {counted(num_operations, 'operation')}"
                     f" after {counted(len(seen), 'question')}, but the splits need"
-                    f" {self.train + self.dev + self.test}; widen numbers, raise people or"
-                    " max_value, or make the splits smaller"
+                    f" {self.train + self.dev + self.test}; widen `numbers`, raise `people` or"
+                    " `max_value`, or make the splits smaller"
                 )
             seen.add(story.text)
             yield story

@@ -91,7 +91,7 @@ class Vllm(Component):
             )
         if importlib.util.find_spec("vllm") is None:
             raise RecipeError(
-                "engine vllm: vllm is not installed; expected pip install 'reftune[vllm]', or"
+                "engine vllm: vllm is not installed; run pip install 'reftune[vllm]', or set"
                 " engine.server"
             )
 
@@ -206,9 +206,10 @@ class Vllm(Component):
         return engine.sample(prompts, [request(policy, params, position) for position in positions])
 
     def _started(self, policy: Policy, folder: Path, longest: int | None) -> Colocated:
-        """The running engine if it was started with these settings, this dtype and this model
-        configuration, and can decode sequences of `longest` tokens. Otherwise, any running engine
-        is stopped, and a new one is started, which takes seconds to minutes."""
+        """The running engine if it was started with the current settings and with the dtype of
+        `policy` and the configuration in `folder`, and can decode sequences of `longest` tokens.
+        Otherwise, any running engine is stopped, and a new one is started, which takes seconds to
+        minutes."""
         key = (self, str(policy.compute_dtype), (folder / "config.json").read_text())
         if key not in _running or not _running[key].takes(longest):
             stop_engines()
@@ -486,8 +487,9 @@ def _require_ended(reasons: Sequence[str | None], sampler: str) -> None:
     for reason in reasons:
         if reason not in ("stop", "length"):
             raise EngineError(
-                f"engine vllm: {sampler} ended a completion early (finish_reason {reason}); was it"
-                " stopped? The same command continues from the last checkpoint"
+                f"engine vllm: {sampler} ended a completion early (finish_reason {reason}), as vLLM"
+                " does when it is stopped; run the same command again to continue from the last"
+                " checkpoint"
             )
 
 

@@ -48,11 +48,11 @@ def read_gold(
 ) -> Answer:
     """The gold answer in a cell of the data, with its kind.
 
-    For the kind `auto`, the answer is a choice if there are `choices`. Otherwise, it is a number if
-    the whole cell is a number. If it is neither a choice nor a number, it is an expression, a list
-    in brackets, or text. Without `choices`, a letter and an option's text, as in "(B) 12", become
-    two accepted spellings (kind `any_of`). If the cell marks its answer ("#### 78", "\\boxed{78}",
-    "The answer is 78"), only the marked part is read, except for the kind `regex`.
+    If the cell marks its answer ("#### 78", "\\boxed{78}", "The answer is 78"), only the marked
+    part is read, except for the kind `regex`. For the kind `auto`, the answer is a choice if there
+    are `choices`. Otherwise, it is a number if nothing but a number is read. If it is neither a
+    choice nor a number, it is an expression, a list in brackets, or text. Without `choices`, a
+    letter and an option's text, as in "(B) 12", become two accepted spellings (kind `any_of`).
 
     Raises: DataError if the cell has no answer of the requested kind. The caller adds the cell's
     location to the message.
@@ -142,7 +142,7 @@ def stated_gold(raw: object, reading: Reading = DEFAULT) -> object:
     thought = UP_TO_LAST_TAG.match(raw)
     answer = raw[thought.end() :] if thought is not None and thought["closes"] else raw
     if not said and (statements(raw, reading) or (thought is not None and not answer.strip())):
-        raise DataError(f"{shown(raw)}, which marks no answer; expected one after the marker")
+        raise DataError(f"{shown(raw)}, which has no answer after its marker; expected one there")
     return said[-1] if said else answer.strip()
 
 

@@ -67,7 +67,7 @@ _NAMES = "leq geq neq infty pi pm cup cap in times cdot sqrt".split()
 _SIGNS = {sign: rf"\{name} " for sign, name in zip("≤≥≠∞π±∪∩∈×·√", _NAMES, strict=True)}
 _SIGNS |= {"°": r"^\circ ", "−": "-"}
 _ROOT = re.compile(r"√ ?(?:(\d+(?:\.\d+)?)|\(([^()]*)\))")
-"""Matches a root of more than one sign: √13 and √(x + 1)."""
+"""Matches a root sign and the number or bracketed expression after it, as in √13 and √(x + 1)."""
 _ASSIGNMENT = re.compile(r"\s*([a-zA-Z])\s*=([^=<>]+)")
 _UNIT = re.compile(
     r"(?:\\[,; ]|\s)*\\(?:text(?:rm|it)?|math(?:rm|it)|mbox) ?\{\s*"
@@ -79,8 +79,8 @@ _NAMED = re.compile(
     rf"({_TEXT.pattern})|(?<![a-zA-Z\\])"
     r"(arc(?:sin|cos|tan)|(?:sin|cos|tan)h?|cot|sec(?!\s*$)|csc|log(?!\d)|ln|exp|pi)(?![a-zA-Z])"
 )
-"""Matches the names of functions and of π without a backslash, and (then group 1 is set) text, in
-which they stay."""
+"""Matches the name of a function, or of π, that is written without a backslash. Also matches text
+as a whole, in which such names stay unchanged; then group 1 is set."""
 _OTHER = re.compile(r"(?<![a-zA-Z\\])(?:or|and)(?![a-zA-Z])")
 _ASIDE = re.compile(r"\s*(?:,?\s+(?:because|since|where|when|which|so)\b|[.;] +[A-Z]|\n)")
 

@@ -240,7 +240,8 @@ def _without_float_noise(number: Number) -> Number:
 
 
 def number_of(answer: Answer) -> Number:
-    """The number in a gold answer, with all decimals of its value if `answer.decimals` is None."""
+    """The number in a gold answer, with `answer.decimals` decimals or, if that is None, as many as
+    its value needs."""
     assert isinstance(answer.value, Fraction)
     decimals = num_decimals(answer.value) if answer.decimals is None else answer.decimals
     return Number(answer.value, decimals, answer.percent)

@@ -49,7 +49,7 @@ def unlettered(choices: Sequence[str]) -> tuple[str, ...]:
 
 
 def option_values(problem: Problem) -> list[str]:
-    """The problem's options, with decimal points."""
+    """The problem's options, with decimal points instead of decimal commas."""
     return [with_points(choice, problem.decimal) for choice in problem.choices]
 
 
@@ -135,7 +135,8 @@ def _behind(choice: str, line: str) -> str:
 _BEFORE = re.compile(r"^(?:[)\]]? [-–—] |(?:(?!\. ?\d)[ )\].:,])*)")  # not the point of .5
 _MARKS = re.compile(r"^(?:(?!\. ?\d)[ ().:,])*")
 _IS_MORE = re.compile(r"\.?\w| [a-z]\b", re.IGNORECASE)
-"""Matches the rest of a longer text: neither "5.2" nor "5 C" begins with the option 5."""
+"""Matches what follows the text of an option if it continues that text, so that the option 5 is not
+found in "5.2" or "5 C"."""
 
 
 def _names_another(said: str, choices: Sequence[str], chosen: int) -> bool:

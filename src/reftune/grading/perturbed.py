@@ -95,8 +95,8 @@ def _right_programs(problem: Problem, end: re.Match[str]) -> Iterator[Perturbed]
 
 
 def _parts(target: str) -> tuple[str, str] | None:
-    """The text before the answer of a solution in words, and the answer; None if no answer can be
-    found."""
+    """The two parts of a solution in words: the text before the answer, and the answer. None if no
+    answer can be found."""
     tail = answer_text(target) or ""
     found = _STATED.fullmatch(tail)
     if found is None or not target.endswith(tail):

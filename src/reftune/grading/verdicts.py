@@ -50,8 +50,8 @@ NO_MARKER = 'no marker: expected "the answer is", "answer:", "####" or \\boxed{â
 
 def grade_completion(completion: str, problem: Problem, reading: Reading = DEFAULT) -> Graded:
     """Grade a worked solution by the last answer that a marker, such as "the answer is", announces.
-    A marker with no answer after it is skipped. If the solution gives an alternative, as in "3 or
-    4", both answers must be right."""
+    A marker with no answer after it is skipped. If the solution offers two answers, as in "3 or 4",
+    it is right only if both are."""
     found = statements(completion, reading)
     if not found:
         return no_answer(NO_MARKER)
@@ -385,7 +385,8 @@ _AFTER_LIST = re.compile(r",?\s+(?:because|since|as|so)\b|(?<=[^\d\s])\.\s|\.\s+
 
 
 def _parts(problem: Problem) -> list[Problem]:
-    """One copy of the problem for each part of its gold answer, with this part as gold answer."""
+    """One copy of the problem for each part of its gold answer, with that part as the copy's gold
+    answer."""
     return [
         replace(problem, answer=part_answer(item), choices=(), scorer=None)
         for item in problem.answer.items

@@ -150,6 +150,6 @@ def check_k(k: int, n: int) -> None:
     """Raises: DataError unless 1 ≤ k ≤ n."""
     if not 1 <= k <= n:
         raise DataError(
-            f"k = {k}: only {counted(n, 'sample')} per problem drawn; expected 1 to {n} (for"
+            f"k = {k}: only {counted(n, 'sample')} drawn per problem; expected 1 to {n} (for"
             " more, set evaluate.samples)"
         )

@@ -99,7 +99,7 @@ def with_adapters(model: PreTrainedModel, folder: Path, *, base: str | None) -> 
         found = {peft_name(name) for name, _ in adapted.named_parameters() if ".lora_" in name}
         strange = sorted(tensors.keys() ^ found)
         if strange:
-            raise ValueError(f"{strange[0]} is only in the file or only in the model")
+            raise ValueError(f"{strange[0]} is in the file or in the model, but not in both")
         merged: PreTrainedModel = adapted.merge_and_unload()
     except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:
         raise ModelError(f"{folder}: not the adapters of this model: {brief(error)}") from None
@@ -213,8 +213,8 @@ def _chain(run: RunFolder, method: str, model: Mapping[str, Any]) -> list[Adapte
             return [read_adapters(local_path(method)), *chain]
         if stage.run.path != run.path:
             raise CheckpointError(
-                f"{method}: is not part of {run.path}; --adapter expects stages that lead back to"
-                " the base"
+                f"{method}: not a stage of {run.path}; with --adapter, all stages between the base"
+                " and the exported model must belong to this run"
             )
         path = stage.path / ADAPTERS
         if not path.is_file():

@@ -425,7 +425,7 @@ class Policy(nn.Module):
             own = {peft_name(name): parameter for name, parameter in self._adapters().items()}
             strange = sorted(saved.keys() ^ own.keys())
             if strange:
-                raise KeyError(f"{strange[0]} is only in the file or only in the model")
+                raise KeyError(f"{strange[0]} is in the file or in the model, but not in both")
             with torch.no_grad():
                 for name, parameter in own.items():
                     if saved[name].shape != parameter.shape:

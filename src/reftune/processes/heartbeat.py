@@ -16,7 +16,8 @@ SOON_S = 4.0
 of silence."""
 SILENCE_S = 45.0
 """If no error has occurred in this process, another process counts as dead after this many seconds
-of silence. The limit is higher because a library may block Python's threads for several seconds."""
+of silence. This limit is higher than `SOON_S` because a library may block Python's threads for
+several seconds."""
 LEFT = b"left"
 
 
@@ -87,8 +88,7 @@ class Heartbeat:
 
     def _most_silent(self) -> tuple[int, float]:
         """Of all other processes, the rank of the one that has been silent longest, and the length
-        of its silence in seconds. If that process is silent because it has called `leave`, the
-        length is given as 0."""
+        of its silence in seconds. The silence of a process that has called `leave` counts as 0."""
         now = time.monotonic()
         rank = min(self._others, key=lambda other: self._heard[other][1])
         beat, at = self._heard[rank]

@@ -36,7 +36,7 @@ def processes(environment: Mapping[str, str] = os.environ) -> Iterator[None]:
     Nothing happens if there are no others, or if they are already connected. An error in the block
     ends all processes: the first process to fail raises its error, and the others exit silently
     with status 1. Raises: RecipeError for a launcher setting that is not supported; ProcessError if
-    another process has ended without an error, for example because it was killed."""
+    another process has ended without raising an error, for example because it was killed."""
     global _store
     is_alone = int(environment.get("WORLD_SIZE", "1")) == 1
     if is_alone:
@@ -219,6 +219,7 @@ def _wanted_replicas(environment: Mapping[str, str]) -> int:
         asked = ", ".join(f"{axis.lower()}_size {size}" for axis, size in sizes.items())
         raise RecipeError(
             f"launcher: parallelism_config is {asked}; expected dp_shard_size above 1,"
-            " dp_replicate_size × dp_shard_size processes, and all other sizes to be 1"
+            " all other sizes but dp_replicate_size equal to 1, and as many processes as"
+            " dp_replicate_size × dp_shard_size"
         )
     return replicas

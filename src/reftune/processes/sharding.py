@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sharding:
-    """Plain DDP: every process holds all weights, and gradients are summed over the processes once
-    per optimizer step."""
+    """How training is spread over the processes. This base class is plain DDP: every process holds
+    all weights, and gradients are summed over the processes once per optimizer step."""
 
     splits: ClassVar[bool] = False
     """Whether weights, gradients and optimizer state are split across the processes."""

@@ -133,7 +133,7 @@ class EvaluateTable(Table):
 
 
 class CheckTable(Table):
-    """What `reftune check` accepts."""
+    """What `reftune check` tolerates."""
 
     min_gold_correct: float = Field(0.99, ge=0, le=1)
     """At least this share of gold answers, and of gold rationales, must be graded correct."""
@@ -194,9 +194,9 @@ class Recipe(Table):
         return (*self.stages[stage].produces, stage)
 
     def methods_of(self, stage: str) -> tuple[str, ...]:
-        """The names of the models that a stage saves and that count as methods: all of them, except
-        a final model that does not solve problems, such as a reward model (`is_method` is
-        false)."""
+        """The names of those models saved by a stage that count as methods. Every saved model
+        counts, except a final model that does not solve problems, such as a reward model
+        (`is_method` is false)."""
         saved = self.saved_by(stage)
         return saved if self.stages[stage].is_method else saved[:-1]
 

@@ -73,8 +73,8 @@ class MetricRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageResults:
-    """The results of a stage, whether it is finished or not. A snapshot of a stage has a
-    `StageResults` of its own, because it is reported as a separate method."""
+    """The results of a stage, whether it is finished or not. A snapshot of a stage has its own
+    `StageResults`, because tables and reports show the snapshot as a separate method."""
 
     name: str
     kind: str
@@ -96,8 +96,8 @@ class StageResults:
 
     @property
     def is_method(self) -> bool:
-        """Whether the stage's model solves problems. Once the stage is done, `stage.json` says so.
-        Until then, all kinds except `reward_model` count as methods."""
+        """Whether the stage's model solves problems. For a finished stage, this is read from
+        `stage.json`. Before that, all kinds except `reward_model` count as methods."""
         return bool(self.info.get("is_method", self.kind != "reward_model"))
 
 
@@ -142,8 +142,7 @@ class RunResults:
         return BASE if method == "base" else self.stages[method]
 
     def whole_of(self, snapshot: StageResults) -> StageResults | None:
-        """The stage that saved a snapshot, if the stage chose the same model; None if it did
-        not."""
+        """The stage that saved `snapshot`, if both chose the same model; otherwise None."""
         whole = self.stages.get(str(snapshot.info.get("snapshot_of")))
         return whole if whole is not None and whole.chosen_step == snapshot.chosen_step else None
 
@@ -257,7 +256,7 @@ def _whole(
 ) -> dict[str, tuple[EvalRow, ...]]:
     """The complete evaluations. `sizes` contains the split sizes from data.json. An evaluation is
     incomplete if it has fewer problems than the longest evaluation, or fewer than the recipe asks
-    for. There is one exception. If an evaluation's problems are not the first problems of the
+    for. There is one exception. If an evaluation's problems differ from those at the start of the
     longest evaluation, the two used different data. The evaluation then counts as complete, so that
     the caller can report that the problems differ."""
     ids = {name: [row.id for row in rows] for name, rows in evals.items()}

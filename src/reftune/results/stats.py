@@ -189,7 +189,7 @@ def seeds_interval(
 
 
 def accuracy_over_seeds(outcomes: Sequence[ArrayLike], *, same_problems: bool) -> Interval:
-    """95% interval of the accuracy, averaged over seeds. `outcomes` has one array per seed."""
+    """95% interval for the mean accuracy over seeds. `outcomes` has one array per seed."""
     low, high = seeds_interval(outcomes, accuracy_interval, same_problems=same_problems)
     return max(0.0, low), min(1.0, high)
 

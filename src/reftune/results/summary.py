@@ -130,8 +130,8 @@ class ScoreTable:
 
     @property
     def seeds_apart(self) -> dict[str, list[int]]:
-        """Each group's label → the group's seeds. Empty if every two groups can be paired (see
-        `_are_paired`)."""
+        """Each group's label → the group's seeds. Empty if any group can be paired with any other
+        (see `_are_paired`)."""
         groups = {method.group.label: method.group for method in self.methods}
         is_whole = all(_are_paired(a, b) for a, b in combinations(groups.values(), 2))
         return {} if is_whole else {label: group.seeds for label, group in groups.items()}
@@ -417,15 +417,15 @@ class Handover:
     stage: str
     init: str
     rise: Rise
-    """The rise over the last `LOOKS` dev evaluations in the initial model's training; for a
-    snapshot, the last ones up to its step."""
+    """The rise over the last `LOOKS` dev evaluations of the stage that trained the initial model.
+    If this model is a snapshot, evaluations after its step do not count."""
     accuracy: float
     """Dev accuracy after the rise."""
 
     @property
     def is_ready(self) -> bool:
-        """Whether dev accuracy was at least `NEEDED_ACCURACY` and no longer rose. False if dev has
-        too few problems to tell."""
+        """Whether dev accuracy was at least `NEEDED_ACCURACY` and had stopped rising. False if dev
+        has too few problems to tell."""
         is_flat = not (self.rise.is_beyond_chance or self.rise.is_uncertain)
         return is_flat and self.accuracy >= NEEDED_ACCURACY
 

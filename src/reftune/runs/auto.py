@@ -65,7 +65,8 @@ def _choices(recipe: Recipe) -> Values:
 
 
 def _sizes(recipe: Recipe, device: torch.device) -> Sizes:
-    """The largest sizes with which every stage that predicts its cost fits in the memory."""
+    """The largest sizes with which every stage that predicts its cost fits in the device's
+    memory."""
     if recipe.model.scratch is not None and _is_tiny(recipe.model.scratch, total_bytes(device)):
         return Sizes(tokens=LARGEST_TOKENS[0], rows=LARGEST_ROWS[0])
     texts = map(str, range(VOCABULARY))

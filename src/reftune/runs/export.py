@@ -135,7 +135,7 @@ class Serving:
     stored_dtype: str
     """The dtype of the saved weights."""
     dtype: str
-    """The dtype in which the run evaluated the weights."""
+    """The dtype of the weights when the run evaluated the model."""
     is_quantized: bool
     """Whether the run stored the base model in 4 bits."""
 
@@ -349,8 +349,8 @@ The {model} stored in {serving.stored_dtype} and {were}evaluated in {serving.dty
 
 
 def _shell(serving: Serving, name: str, lora: LoraConfig | None) -> str:
-    """Shell commands that start vLLM and send it a request. Empty for adapters of a base in 4 bits,
-    which is untested with vLLM."""
+    """Shell commands that start vLLM and send it a request. Empty for adapters of a 4-bit base,
+    because these are untested with vLLM."""
     if lora is not None and serving.is_quantized:
         return ""
     serve = f"vllm serve . --served-model-name {name}"

@@ -73,7 +73,7 @@ class Models:
         require_trained(self.recipe, [name])
         continues = trained and table.quantize is not None
         if continues and sharding.current.splits:
-            raise RecipeError("model.quantize: FSDP2 cannot split weights in 4 bits; expected DDP")
+            raise RecipeError("model.quantize: FSDP2 cannot split 4-bit weights; expected DDP")
         torch.manual_seed(derive_seed(self.recipe.seed, "adapters"))
         folder = stage_folder(self.recipe, name).path
         as_stored = not trained or table.lora is not None
@@ -136,11 +136,13 @@ def check_stage_graph(recipe: Recipe) -> None:
         for method in recipe.saved_by(name):
             if Path(method).name != method or method.startswith(".") or method in ("", "base"):
                 raise RecipeError(
-                    f"stages.{name}: cannot save a method called {method!r}; expected the name of a"
-                    " folder, and not base, which is the model before training"
+                    f"stages.{name}: cannot save a method called {method!r}; expected a valid"
+                    " name of a folder other than base, which is the model before training"
                 )
             if method in made:
-                raise RecipeError(f"stages.{name}: two stages save the method {method}")
+                raise RecipeError(
+                    f"stages.{name}: another stage or snapshot is already called {method}"
+                )
             made.add(method)
         known += recipe.methods_of(name)
     methods = known if recipe.model.path is not None else known[1:]  # omits an untrained base

@@ -185,9 +185,9 @@ class Estimate:
         return 2 * outline.gathered - FP32 * (outline.total - outline.backbone)
 
     def _sampler(self, copies: float) -> float:
-        """Bytes that each device needs for the sampler, a model that is loaded only to sample. They
-        include the engine's copies of its weights. `copies` is the number of bytes that such copies
-        of the policy's weights take. The copies of the sampler's weights never take more."""
+        """Bytes that each device needs for the sampler, a model that is loaded only to sample: for
+        its weights, and for the engine's copies of them. `copies` is the size, in bytes, of the
+        engine's copies of the policy's weights."""
         outline, table = self.outline, self.outline.table
         is_frozen = table.lora is not None or table.gradient_checkpointing
         if is_frozen:

@@ -84,7 +84,7 @@ BEST = "best.json"
 class Interrupted(Exception):
     """The run was asked to stop. Every step that the current stage has taken is saved. `str(self)`
     is the checkpoint's folder or, if the stage is finished, the stage's folder. If the engine has
-    failed too, `str(self)` is empty."""
+    failed, `str(self)` is empty."""
 
 
 @contextmanager

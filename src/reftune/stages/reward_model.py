@@ -85,7 +85,8 @@ class RewardModel(Schedule, Sampled):
         )
 
     def run(self, context: StageContext) -> None:
-        """Sample, train, and save the classifier that was best at reranking dev samples."""
+        """Sample solutions, train a classifier on them, and save the version that was best at
+        reranking dev samples."""
         started, folder, splits = time.perf_counter(), context.folder, context.splits
         train = self.draw(context, splits.train, folder.drawn, num=self.samples)
         dev = self.draw(context, splits.dev, folder.drawn_dev, num=self.dev_samples)

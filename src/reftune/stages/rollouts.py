@@ -267,7 +267,8 @@ def _fault(completion: object, *, max_new: int, vocabulary: int) -> str | None:
 
 
 def _sum(numbers: Sequence[Any]) -> object:
-    """The sum of the numbers; None if they cannot be added. Its type shows the numbers' type."""
+    """The sum of the numbers; None if they cannot be added. The sum's type shows the numbers'
+    type."""
     try:
         return sum(numbers)
     except TypeError:

@@ -103,7 +103,7 @@ def say(message: str) -> None:
 
 
 def show(document: Any, *, indent: int | None = 2) -> None:
-    """Print a result as one JSON document, in which half a surrogate pair is escaped."""
+    """Print a result as one JSON document. Any unpaired half of a surrogate pair is escaped."""
     text = json.dumps(document, indent=indent, ensure_ascii=False)
     print(text.encode(errors="backslashreplace").decode())
 
@@ -353,7 +353,8 @@ def plan(
     stage: Annotated[
         str | None,
         Option(
-            help="Plan only this stage. Default: all; memory is for the stage that needs the most."
+            help="Plan only this stage. By default, all stages are planned, and the memory is that"
+            " of the stage that needs the most."
         ),
     ] = None,
     as_json: AsJson = False,

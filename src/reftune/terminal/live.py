@@ -116,7 +116,8 @@ class StageView:
 
 
 class LineProgress(Progress):
-    """Prints a plain line every `LINE_EVERY_S`, and a last line at the end of each stage."""
+    """Prints a plain line every `LINE_EVERY_S` seconds, and a last line at the end of each
+    stage."""
 
     def __init__(
         self, stream: TextIO | None = None, *, time_s: Callable[[], float] = time.monotonic

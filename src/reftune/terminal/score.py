@@ -71,7 +71,10 @@ def _grade_of(recipe: Recipe) -> Grade:
         try:
             return Encoder(load_tokenizer(recipe.model), recipe.format).grade
         except ModelError as error:
-            LOG.warning("graded as if the chat template opened no thought: %s", error)
+            LOG.warning(
+                "graded as if the chat template did not begin a thought (such as <think>): %s",
+                error,
+            )
     return partial(grades_of, recipe.format)
 
 
@@ -132,9 +135,10 @@ def _row(row: Mapping[str, Any], where: str, golds: GoldReader) -> _Row:
 
 def problem_of(row: Mapping[str, Any], where: str, golds: GoldReader = DEFAULT) -> Problem:
     """A problem from `{"id", "answer", "choices"?, "question"?, "answer_kind"?}`; keys marked `?`
-    are optional. Answer and choices are read as in `jsonl` data, with two exceptions. An answer of
-    kind `choice` needs no choices. In `jsonl` data, other rows may decide how to read an answer
-    that is both one option's label and another option's text. Here, it is always read as the label.
+    are optional. Answer and choices are read as in `jsonl` data, with two exceptions. First, an
+    answer of kind `choice` needs no choices. Second, an answer that is both one option's label and
+    another option's text is always read as the label; in `jsonl` data, other rows may decide how it
+    is read.
     Raises: DataError, whose message begins with `where`, if the answer or the choices are
     invalid."""
     if row.get("answer") is None:

@@ -123,7 +123,7 @@ def test_votes_may_be_over_fewer_samples_and_never_over_more(write_task: WriteRu
     assert "voting@2" in table_command([folder], layout="paper", k=2)
     for layout in ("methods", "paper"):
         with pytest.raises(
-            DataError, match=r"^k = 5: only 4 samples per problem drawn; expected 1 to 4"
+            DataError, match=r"^k = 5: only 4 samples drawn per problem; expected 1 to 4"
         ):
             table_command([folder], layout=layout, k=5)
 

@@ -218,12 +218,12 @@ def _other_solutions(rows: Sequence[Row]) -> list[Written]:
 
 
 def check_reward(subject: Subject) -> Finding:
-    """Check that, on average, a problem's gold solution earns a higher reward than another
-    problem's gold solution in its place, and a higher reward than an empty completion. Raises:
+    """On each problem, grade its own gold solution, another problem's gold solution and an empty
+    completion. Check that, on average, its own gold solution earns the highest reward. Raises:
     RewardError if the reward function fails."""
     rows = subject.rows[:NUM_REWARDED]
     if not rows:
-        return ok("there is no gold solution to reward")
+        return ok("not checked, because there are no gold solutions")
     solutions = {
         "a gold solution": [(row.problem, row.target) for row in rows],
         "another problem's solution": _other_solutions(subject.rows)[:NUM_REWARDED],

@@ -44,7 +44,7 @@ def check_boundary(subject: Subject) -> Finding:
     message += f"; {share(moved, rows)} of the rows would get different tokens if encoded jointly"
     if subject.learns_from_rationales:
         return ok(message)
-    return warn(message, "no supervised stage teaches the model this split")
+    return warn(message, "to teach the model this split, add an sft stage before RL")
 
 
 def _spells(row: Row, tokenizer: Any) -> bool:
@@ -126,7 +126,8 @@ def check_prompt_length(subject: Subject) -> Finding:
         )
     return fail(
         f"{share(rows, sizes)} of prompts are too long: {message}",
-        "raise lengths.max_prompt, lower lengths.max_new, or leave them out: lengths.too_long=drop",
+        "raise lengths.max_prompt, lower lengths.max_new, or leave these prompts out:"
+        " lengths.too_long=drop",
         rows,
     )
 
@@ -184,8 +185,8 @@ def check_vocabulary(subject: Subject) -> Finding:
 
 
 def check_eos(subject: Subject) -> Finding:
-    """Check that every target ends where sampling stops, with an end token that the model can
-    write."""
+    """Check that sampling would stop at the end of every target and not before, and that the model
+    can write the end token."""
     tokenizer, stop = subject.policy.tokenizer, subject.policy.stop
     end = subject.encoder.end_of(subject.encoder.format.prompt(subject.problems[0]))
     stops = ", ".join(

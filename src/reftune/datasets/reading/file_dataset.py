@@ -23,8 +23,8 @@ Split = Literal["train", "dev", "test"]
 
 
 class Unusable(Exception):
-    """Raised by `FileDataset.problem` to leave a row out. The rows left out are counted by this
-    error's message."""
+    """Raised by `FileDataset.problem` to leave a row out. For each message of this error, the rows
+    left out are counted."""
 
 
 class FileDataset(Component):

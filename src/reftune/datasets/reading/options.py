@@ -42,7 +42,8 @@ class Options:
 
 
 def bare(label: str) -> str:
-    """A label without brackets and final points, in lower case: `a` for `(A)`."""
+    """A label in lower case, without the brackets around it and the full stop after it: `a` for
+    `(A)`."""
     return label.strip().strip("().").lower()
 
 

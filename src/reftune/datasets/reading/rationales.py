@@ -49,7 +49,7 @@ def drop_contradictions(splits: Splits, reading: Reading = DEFAULT) -> Splits:
 
 def run_programs(programs: Sequence[str]) -> list[ExecutionResult]:
     """The result of running each program in the sandbox, in the order of `programs`. The time limit
-    is so long that the training set does not depend on how busy the machine is."""
+    is long enough that the training set does not depend on how busy the machine is."""
     with Sandbox(SandboxLimits(timeout_s=TIMEOUT_S)) as sandbox:
         return sandbox.run(programs)
 

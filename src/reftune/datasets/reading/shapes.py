@@ -131,9 +131,8 @@ class _Found:
 
     def answer(self, used: set[str], chat: str | None) -> str | None:
         """The column of the gold answer; None if no column is found. If a column such as `label`
-        says whether the completions in another column are right, the completions are the gold
-        answers, and their column is returned. Raises: DataError if a completion is marked as
-        wrong."""
+        marks all completions in another column as right, these are the gold answers, and their
+        column is returned. Raises: DataError if a completion is marked as wrong."""
         first = self.first("answer", used) or chat
         free = {name for name in self.by_lower.values() if name not in used}
         judged = [self.by_lower.get(name, "") for name in JUDGED]
@@ -145,7 +144,7 @@ class _Found:
             if _truth(row.get(first)) is False:
                 raise DataError(
                     f"{row.where}: {first} is {shown(row.get(first))}, which may mean that"
-                    f" {answer} is wrong; expected only rows where it is true, or"
+                    f" {answer} is wrong; expected only rows where {first} is true, or"
                     " --answer COLUMN (in a recipe, dataset.columns.answer)"
                 )
         return answer
@@ -234,8 +233,8 @@ class _Found:
 
 
 def is_prompt(column: str) -> bool:
-    """Whether conversations in this column are only prompts. A last turn of the assistant is then
-    the beginning of a reply."""
+    """Whether conversations in this column are only prompts. If they are, an assistant turn at the
+    end is the beginning of a reply."""
     return column.rpartition(".")[2].lower() in ("prompt", "context_messages")
 
 

@@ -180,7 +180,7 @@ def _is_hyphen(before: str, after: str) -> bool:
 
 
 _GROUPED = re.compile(r"(?!0)(?:\d{1,3}(?:,\d{3})+|\d{1,2}(?:,\d\d)+,\d{3})(?:\.\d+)?!*")
-"""Matches a whole number with thousands commas, such as 1,000.50, or 1,00,000 as in India."""
+"""Matches a number with thousands commas, such as 1,000.50, or 1,00,000 as in India."""
 
 
 def _text_key(problem: Problem) -> str:

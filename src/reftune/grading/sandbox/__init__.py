@@ -71,7 +71,8 @@ class Sandbox:
         """Execute each program, then evaluate the expression `call` in the program's scope. Returns
         one result per program, in the order of `programs`.
 
-        Raises: ReftuneError if the sandbox cannot start; the error of `refuse_after_fork`.
+        Raises: ReftuneError if the sandbox cannot start, or if this process was forked after its
+        parent had run a program.
         """
         if not programs:
             return []

@@ -75,8 +75,8 @@ NUM_COLOURS = 8
 
 def method_colours(labels: Sequence[str]) -> dict[str, str]:
     """Label of a method → CSS variable of the method's colour. If there is only one group of runs,
-    the methods in `_COLOURS` have fixed colours. `base` always gets the last colour, because no
-    curve shows it. All other methods get colours in order of appearance."""
+    the methods in `_COLOURS` have fixed colours. `base` has no curve, so it always gets the last
+    colour. All other methods get colours in order of appearance."""
     if any("/" in label for label in labels):
         trained = [label for label in labels if not label.endswith("/base")]
         places = {label: index for index, label in enumerate(trained)}
@@ -302,8 +302,8 @@ def _passes_to(folder: Path) -> float:
 def equal_compute(chart: Chart, a: str, b: str) -> str:
     """A sentence with the best dev accuracies of `a` and `b` at equal training effort, which is the
     number of training sequences since the base model. Dev evaluations count only up to an effort
-    that both methods reached: the smaller of their efforts at their last dev evaluations. If one
-    method has no dev accuracy up to there, the result is an empty string."""
+    that both methods reached: the smaller of their efforts at their last dev evaluations. If either
+    method has no dev accuracy up to that effort, the result is an empty string."""
     by_name = {series.label: series for series in chart.series}
     found = [by_name[name] for name in (a, b) if name in by_name]
     passes = min((series.x[-1] for series in found), default=0.0)

@@ -82,7 +82,7 @@ def samples(groups: Sequence[Group]) -> Json:
 
 
 def _within(rows: Iterable[tuple[Any, Json]], budget: int) -> list[Json]:
-    """The first `rows` that fit in `budget` bytes, sorted by their keys."""
+    """As many of the first `rows` as fit in `budget` bytes. The result is sorted by key."""
     kept = {}
     for key, row in rows:
         budget -= len(json.dumps(row))

@@ -198,7 +198,7 @@ def _kicker(groups: Sequence[Group]) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Scale:
-    """A horizontal axis. Positions are in percent of its width."""
+    """A horizontal axis. Positions are percentages of its width."""
 
     ticks: tuple[float, ...]
     """Round values, from one end of the axis to the other."""
