@@ -35,7 +35,8 @@ can set any of them (`stages.reft.steps=100`). A nested mapping is a *table*. So
 (`engine: kv`) or with other keys (`engine: {kind: kv, refill: 0.5}`). If the kind is the default,
 you may leave it out (`engine: {refill: 0.5}`). With `extends: other.yaml`, a recipe inherits that
 file's keys: tables are merged unless their kinds differ, and `null` removes an inherited key. On
-the command line, `null` removes a table (`stages.sft=null`), and `#` does not start a comment.
+the command line, `null` removes a table or stage (`stages.sft=null`) and restores the default of a
+component (`reward=null`), and `#` does not start a comment.
 
 If a key allows only certain values, its default is followed by the others in parentheses. A dash
 means that the key is unset by default. [Notation](algorithms.md#notation) explains terms such

@@ -17,7 +17,8 @@ from reftune.datasets.reading.rows import Row
 from reftune.errors import DataError, RecipeError
 from reftune.grading.formats import Format, grades_of
 from reftune.processes import launch, world
-from reftune.recipe import LengthTable, Recipe, load_component, load_recipe, parse_recipe, read_yaml
+from reftune.recipe import LengthTable, Recipe, load_component, load_recipe, parse_recipe
+from reftune.results.records import read_recipe
 from reftune.results.stats import wilson
 from reftune.storage.run_folder import StageFolder
 from reftune.terminal.score import golds_of, problem_of
@@ -250,7 +251,7 @@ def _policy(path: str, recipe: Mapping[str, Any]) -> Policy:
 
 def _recipe_of(path: str) -> Mapping[str, Any]:
     """The run's recipe if `path` leads to the folder `stages/NAME` of a run; empty for other
-    models. Raises: RecipeError if the recipe cannot be read."""
+    models. Raises: DataError if the recipe cannot be read."""
     from reftune.model.weights import resolve
 
     folder = resolve(path)
@@ -258,7 +259,7 @@ def _recipe_of(path: str) -> Mapping[str, Any]:
         return {}
     for stage in (folder.absolute(), folder.resolve()):  # NAME may be a link
         if stage.parent.name == "stages" and (file := StageFolder(stage).run.recipe).is_file():
-            return read_yaml(file)
+            return read_recipe(file)[0]
     return {}
 
 

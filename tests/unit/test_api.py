@@ -196,7 +196,10 @@ def test_evaluate_finds_the_recipe_of_a_stage_folder_however_it_is_named(
 
 @pytest.mark.parametrize(
     ("written", "message"),
-    [*[("", "got NoneType"), ("- a", "got list"), ("a: [1", "not valid YAML"), ("5", "got int")]],
+    [
+        *[(text, "not the recipe of a run: it has no stages") for text in ("", "- a", "5", "a: 1")],
+        *[("a: [1", "not valid YAML"), ("a: 2026-13-01", "cannot be read: month must")],
+    ],
 )
 def test_evaluate_reports_a_damaged_recipe_of_the_run(
     written: Any, message: str, finished: Path, tmp_path: Path
@@ -205,7 +208,7 @@ def test_evaluate_reports_a_damaged_recipe_of_the_run(
     (tmp_path / "stages" / "sft").symlink_to(finished / "stages" / "sft")
     text = written if isinstance(written, str) else yaml.safe_dump(written)
     (tmp_path / "recipe.yaml").write_text(text)
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(DataError, match=message):
         reftune.evaluate(tmp_path / "stages" / "sft", [{"question": "q", "answer": 1}])
 
 

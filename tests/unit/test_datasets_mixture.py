@@ -74,17 +74,44 @@ def test_shares_are_given_for_all_parts_and_sum_to_one(tmp_path: Path, shares: A
 
 
 @pytest.mark.parametrize("names", [("a", "a/b"), ("a/b", "a"), ("a", "a/")])
-def test_with_shares_no_name_begins_with_another_and_a_slash(tmp_path: Path, names: Any):
+@pytest.mark.parametrize("share", [0.5, None])
+def test_a_name_may_begin_with_another_and_a_slash(tmp_path: Path, names: Any, share: Any):
+    # 18 of the first part's 20 questions are not dev, so the second gives 18 of its 48
+    parts = {
+        name: {"dataset": part(tmp_path, f"{n}", asked), "share": share}
+        for n, (name, asked) in enumerate(zip(names, (range(20), range(100, 150)), strict=True))
+    }
+    train = Mixture.model_validate({"kind": "mixture", "parts": parts}).load(seed=0).train
+    of_second = [int(problem.answer.value) >= 100 for problem in train]
+    assert (of_second.count(False), of_second.count(True)) == (18, 48 if share is None else 18)
+    assert len({problem.id for problem in train}) == len(train)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_with_shares_no_two_parts_have_a_problem_of_the_same_id(tmp_path: Path, split: str):
+    # the problem b/1 of a, and the problem 1 of a/b
+    def source(split: str, *ids: str) -> str:
+        path = tmp_path / f"{split}-{len(ids[0])}.jsonl"
+        rows = ({"id": id, "question": f"{path.stem} {id}?", "answer": 1} for id in ids)
+        path.write_text("\n".join(map(json.dumps, rows)))
+        return str(path)
+
+    in_a = {"train": source("train", "b/1", "b/2", "b/3"), "test": source("test", "b/8")}
+    in_ab = {"train": source("train", "1" if split == "train" else "8", "6", "7"), "dev_size": 0}
+
     def named(share: float | None) -> Mixture:
+        datasets = {"a": {**in_a, "dev_size": 0}, "a/b": in_ab}
         parts = {
-            name: {"dataset": part(tmp_path, f"{n}", range(100 * n, 100 * n + 20)), "share": share}
-            for n, name in enumerate(names)
+            name: {"dataset": {"kind": "jsonl", **keys}, "share": share}
+            for name, keys in datasets.items()
         }
         return Mixture.model_validate({"kind": "mixture", "parts": parts})
 
-    with pytest.raises(ValidationError, match="parts: a name begins with a/; expected another"):
-        named(0.5)
-    assert len(named(None).load(seed=0).train) == 36
+    id = "a/b/1" if split == "train" else "a/b/8"
+    with pytest.raises(DataError, match=f"a and a/b both have a problem {id}; expected other"):
+        named(0.5).load(seed=0)
+    splits = named(None).load(seed=0)
+    assert {id, f"{id}-2"} <= {problem.id for problem in (*splits.train, *splits.test)}
 
 
 def test_names_with_a_slash_or_a_common_beginning_keep_their_shares(tmp_path: Path):

@@ -19,7 +19,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from reftune.recipe import merge, parse_recipe, read_yaml
+from reftune.recipe import merge, parse_recipe
+from reftune.recipe.reading import read_yaml
 from reftune.terminal.cli import main
 
 ROOT = Path(__file__).parents[2]

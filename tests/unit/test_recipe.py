@@ -110,6 +110,34 @@ def test_a_null_override_removes_a_table_but_sets_any_other_key(folder: Path):
 
 
 @pytest.mark.parametrize(
+    "written", ["reward: mine.py:Part\n", "reward: {kind: 'mine.py:Part'}\n", "reward:\n", ""]
+)
+def test_null_restores_the_default_of_a_component_however_it_is_written(folder: Path, written: str):
+    text = (folder / "tiny.yaml").read_text()
+    (folder / "tiny.yaml").write_text(text.replace("reward: mine.py:Part\n", written))
+    (folder / "child.yaml").write_text("extends: tiny.yaml\nreward: null\nengine: null")
+    given = load_recipe("tiny.yaml", ["reward=null", "engine=null"])
+    for recipe in (given, load_recipe("child.yaml")):
+        assert (recipe.reward.kind, recipe.engine.kind) == ("outcome", "kv")
+
+
+def test_null_removes_a_stage_that_is_written_as_a_kind(folder: Path):
+    (folder / "base.yaml").write_text((folder / "tiny.yaml").read_text() + "  last: mine.py:Train")
+    (folder / "child.yaml").write_text("extends: base.yaml\nstages: {last: null}")
+    assert [*load_recipe("base.yaml").stages] == ["sft", "reft", "last"]
+    for recipe in (load_recipe("base.yaml", ["stages.last=null"]), load_recipe("child.yaml")):
+        assert [*recipe.stages] == ["sft", "reft"]
+    with pytest.raises(RecipeError, match=r"stages\.other: expected a kind"):
+        load_recipe("base.yaml", ["stages.other=null"])
+
+
+def test_null_is_a_value_of_a_key_that_may_be_null(folder: Path):
+    data = "dataset={kind: jsonl, train: a, columns: {rationale: solution, id: name}}"
+    columns = load_recipe("tiny.yaml", [data, "dataset.columns.rationale=null"]).dataset.columns
+    assert (columns.rationale, columns.id) == (None, "name")
+
+
+@pytest.mark.parametrize(
     "text",
     [
         "Think. End with #### and 5.",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Self
 
@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from reftune.datasets import Splits, load_dataset
 from reftune.datasets.reading.splits import draw_splits
+from reftune.errors import DataError
 from reftune.recipe import Component, Table, refusal
 from reftune.recipe.kinds import component_field
 from reftune.seeds import derive_seed
@@ -30,8 +31,7 @@ class Mixture(Component):
     """Combines datasets. No question is in more than one split."""
 
     parts: dict[str, Part] = Field(min_length=2)
-    """Maps names of your choice to datasets and their shares. If shares are set, no name may begin
-    with another name and a slash, such as `a/b` beside `a`."""
+    """Maps names of your choice to datasets and their shares."""
 
     @model_validator(mode="after")
     def _shares_are_whole(self) -> Self:
@@ -39,21 +39,25 @@ class Mixture(Component):
         given = [share for share in shares if share is not None]
         if given and (len(given) < len(shares) or abs(sum(given) - 1) > 1e-6):
             raise refusal("shares", "shares: expected one for each part, with a sum of 1, or none")
-        for name in self.parts if given else ():
-            if any(other.startswith(f"{name}/") for other in self.parts):
-                raise refusal("parts", f"parts: a name begins with {name}/; expected another name")
         return self
 
     def load(self, *, seed: int) -> Splits:
-        """The combined splits of all parts. Raises: as `Dataset.load`."""
+        """The combined splits of all parts. Raises: as `Dataset.load`; also DataError if shares are
+        set and problems of two parts get the same id, such as `b/1` of `a` and `1` of `a/b`."""
         parts = {name: load_dataset(part.dataset, seed=seed) for name, part in self.parts.items()}
+        part_of: dict[str, str] = {}
 
-        def named(split: str) -> list[Problem]:
-            return [
-                replace(problem, id=f"{name}/{problem.id}")
-                for name, splits in parts.items()
-                for problem in getattr(splits, split)
-            ]
+        def named(split: str) -> Iterator[Problem]:
+            for name, splits in parts.items():
+                for problem in getattr(splits, split):
+                    id = f"{name}/{problem.id}"
+                    first = part_of.setdefault(id, name)
+                    if first != name and self.parts[name].share is not None:
+                        raise DataError(
+                            f"dataset.parts: {first} and {name} both have a problem {id}; expected"
+                            " other names"
+                        )
+                    yield replace(problem, id=id)
 
         mixed = draw_splits(
             train=named("train"),
@@ -63,7 +67,7 @@ class Mixture(Component):
             seed=seed,
             several_rationales=True,
         )
-        train = self._drawn(mixed.train, seed)
+        train = self._drawn(mixed.train, part_of, seed)
         counts: dict[str, int] = {}
         notes: list[str] = []
         for name, splits in parts.items():
@@ -75,16 +79,18 @@ class Mixture(Component):
             counts["over_share"] = left
         return replace(mixed, train=train, counts=counts, notes=tuple(notes))
 
-    def _drawn(self, train: Sequence[Problem], seed: int) -> tuple[Problem, ...]:
+    def _drawn(
+        self, train: Sequence[Problem], part_of: Mapping[str, str], seed: int
+    ) -> tuple[Problem, ...]:
         """The largest selection from `train` in which each dataset has its share, up to rounding.
-        The problems are drawn with `seed`. If no shares are set, all of `train` is returned."""
-        of = {
-            name: [problem for problem in train if problem.id.startswith(f"{name}/")]
-            for name in self.parts
-        }
+        `part_of` maps each problem's id to its part. The problems are drawn with `seed`. If no
+        shares are set, all of `train` is returned."""
         shares = {name: part.share for name, part in self.parts.items() if part.share is not None}
         if not shares:
             return tuple(train)
+        of: dict[str, list[Problem]] = {name: [] for name in shares}
+        for problem in train:
+            of[part_of[problem.id]].append(problem)
         size = min(len(of[name]) / share for name, share in shares.items())
         chosen = {
             problem.id

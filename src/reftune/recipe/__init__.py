@@ -11,7 +11,6 @@ from reftune.recipe.kinds import unknown_key as unknown_key
 from reftune.recipe.reading import load_recipe as load_recipe
 from reftune.recipe.reading import merge as merge
 from reftune.recipe.reading import parse_recipe as parse_recipe
-from reftune.recipe.reading import read_yaml as read_yaml
 from reftune.recipe.schema import LengthTable as LengthTable
 from reftune.recipe.schema import LoraTable as LoraTable
 from reftune.recipe.schema import ModelTable as ModelTable

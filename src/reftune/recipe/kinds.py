@@ -94,15 +94,15 @@ def known_kinds(group: str) -> list[str]:
 
 def load_component(spec: Any, *, group: str, default: str | None = None) -> Any:
     """An instance of the plug-in that `spec` describes. `spec` is a kind, a mapping from recipe
-    keys to values, or an instance, which is returned unchanged. If `spec` is a mapping without the
-    key `kind`, its kind is `default`. Raises: PydanticCustomError if `spec` names no plug-in;
-    ValidationError if a key or value is wrong."""
+    keys to values, or an instance, which is returned unchanged. If `spec` is None or a mapping
+    without the key `kind`, the kind is `default`. Raises: PydanticCustomError if `spec` names no
+    plug-in; ValidationError if a key or value is wrong."""
     if isinstance(spec, Component):
         return spec
     if isinstance(spec, str):
         spec = {"kind": spec}
-    if isinstance(spec, Mapping) and default is not None:
-        spec = {"kind": default, **spec}
+    if default is not None and (spec is None or isinstance(spec, Mapping)):
+        spec = {"kind": default, **(spec or {})}
     if not isinstance(spec, Mapping) or "kind" not in spec:
         kinds = ", ".join(known_kinds(group))
         raise refusal("component", f"expected a kind ({kinds}) or a mapping with the key kind")

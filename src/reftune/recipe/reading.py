@@ -20,8 +20,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     The key `extends` contains the path of another recipe, or a list of such paths, relative to the
     recipe's folder. Later recipes in the list override earlier recipes, and the recipe's own keys
     override all of them. `merge` describes how one recipe overrides another. The override
-    `key=null` removes the key if its value is a mapping, such as a stage. Otherwise, it sets the
-    key to null.
+    `key=null` removes the key if its value is a mapping or if it is a stage. Otherwise, it sets the
+    key to null. A component that is null, such as the reward, is the default component.
     Raises: RecipeError if a recipe or an override cannot be read, or if the result is not valid.
     """
     data = read_yaml(Path(path))
@@ -131,7 +131,8 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
         # a copy, because stages that use the same YAML alias share one table
         table[name] = dict(own) if isinstance(own, dict) else {}
         table = table[name]
-    if value is None and isinstance(table.get(last), dict):
+    is_stage = parents == ["stages"] and last in table  # its table may be a bare kind
+    if value is None and (is_stage or isinstance(table.get(last), dict)):
         del table[last]
     else:
         table[last] = value

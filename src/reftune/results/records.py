@@ -229,7 +229,8 @@ def read_recipe(path: Path) -> tuple[dict[str, Any], str]:
         recipe = yaml.safe_load(text)
     except FileNotFoundError:
         raise DataError(f"{path.parent}: not a run folder: it has no recipe.yaml") from None
-    except (OSError, UnicodeDecodeError) as error:
+    # a date in month 13, an overlong number or bytes that are not UTF-8 raise ValueError
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
     except yaml.YAMLError:
         raise DataError(f"{path}: not valid YAML") from None

@@ -161,10 +161,20 @@ def test_a_folder_without_recipe_is_no_run(tmp_path: Path) -> None:
     assert refused(tmp_path).endswith("not a run folder: it has no recipe.yaml")
 
 
-@pytest.mark.parametrize("recipe", ["just text", "stages: 3", "a: [", "name: x"])
-def test_a_foreign_recipe_is_refused(tmp_path: Path, recipe: str) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "complaint"),
+    [
+        ("just text", ": not the recipe of a run: it has no stages"),
+        ("stages: 3", ": not the recipe of a run: it has no stages"),
+        ("name: x", ": not the recipe of a run: it has no stages"),
+        ("a: [", ": not valid YAML"),
+        ("begun: 2026-13-01", ": cannot be read: month must be in"),
+        ("[" * 2000, ": cannot be read: "),
+    ],
+)
+def test_a_foreign_recipe_is_refused(tmp_path: Path, recipe: str, complaint: str) -> None:
     (tmp_path / "recipe.yaml").write_text(recipe)
-    assert "recipe.yaml: not" in refused(tmp_path)
+    assert f"recipe.yaml{complaint}" in refused(tmp_path)
 
 
 @pytest.mark.parametrize(
