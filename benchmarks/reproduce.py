@@ -78,8 +78,8 @@ NOTES = {
         "uses smaller rollouts, and makes four passes over each rollout instead of two. It starts "
         "the value head at zero, fits it before PPO starts, gives it less weight in the loss, and "
         "doubles the KL coefficient. *ReFT tuned, two updates* differs from *ReFT tuned* only in "
-        "making two passes (updates). The tuned settings were chosen on other seeds. In "
-        "total, all three methods sample the same number of solutions."
+        "making two passes (updates). The tuned settings were chosen on other seeds. Over "
+        "a whole run, each of the three methods samples the same number of solutions."
     ),
     "comparison-nl": (
         "All methods except offline self-training start from the same warm-up: 20 epochs over "

@@ -250,8 +250,9 @@ def _policy(path: str, recipe: Mapping[str, Any]) -> Policy:
 
 
 def _recipe_of(path: str) -> Mapping[str, Any]:
-    """The run's recipe if `path` leads to the folder `stages/NAME` of a run; empty for other
-    models. Raises: DataError if the recipe cannot be read."""
+    """The recipe of the run that trained the model at `path`, if `path` leads to the folder
+    `stages/NAME` of a run; empty for any other model. Raises: DataError if the recipe cannot be
+    read."""
     from reftune.model.weights import resolve
 
     folder = resolve(path)

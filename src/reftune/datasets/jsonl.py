@@ -223,9 +223,9 @@ class _Read:
 
 
 def _with_contexts(splits: dict[Split, list[Problem]]) -> dict[Split, list[Problem]]:
-    """The problems of each split. Some questions may occur with several system messages. If most of
-    these questions also have several gold answers, answers seem to depend on the system message.
-    The system message is then added to the beginning of every question. Otherwise, the problems are
+    """The problems of each split. A question may occur with several system messages. If most such
+    questions also have several gold answers, the answers are assumed to depend on the system
+    message, which is then added to the beginning of every question. Otherwise, the problems are
     returned unchanged."""
     first: dict[str, Problem] = {}
     agree: dict[str, bool] = {}

@@ -380,9 +380,10 @@ _LETTER = re.compile(
 
 
 def _letter(stated: object, choices: Sequence[str], reading: Reading) -> str:
-    """The letter of the option that a gold answer names. The gold answer may be this letter, the
-    letter and the option's text, or a text or number that only this option has. Without `choices`,
-    any letter is accepted. Raises: DataError if the gold answer names no option, or several."""
+    """The letter of the option that a gold answer names. The gold answer may be the letter alone,
+    the letter followed by the option's text, or the text or number of a single option. Without
+    `choices`, any letter is accepted. Raises: DataError if the gold answer names no option, or
+    several."""
     text = with_points(stated, reading.decimal)
     choices = [with_points(choice, reading.decimal) for choice in choices]
     match = _LETTER.fullmatch(" ".join(plain(text).split()))

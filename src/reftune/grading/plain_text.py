@@ -148,9 +148,9 @@ def without_grouping_spaces(text: str) -> str:
 
 def same_text(first: str, second: str) -> bool:
     """Whether two strings are the same apart from case, spacing, quotation marks, formatting and
-    final punctuation. Strings that consist only of spacing, quotation marks, formatting and
-    punctuation, such as "…" and " * ", are never the same. Only the first `MAX_SEGMENT_CHARS`
-    characters of each string are compared."""
+    final punctuation. A string that consists only of spacing, quotation marks, formatting and
+    punctuation, such as "…" or " * ", is never the same as any other, even if the two are
+    identical. Only the first `MAX_SEGMENT_CHARS` characters of each string are compared."""
     return _bare(first) == _bare(second) != ""
 
 

@@ -503,7 +503,7 @@ class Look:
 def look_at_dev(context: StageContext, *, probe_choices: bool = False) -> Look:
     """Evaluate the policy on dev: solve the problems greedily and grade the solutions. The metrics
     contain `dev/accuracy`. With `probe_choices`, if all problems are multiple choice, the metrics
-    also contain the warning signs of reward hacking from `probes.choices`."""
+    also contain the warning signs of reward hacking that `probes.choices` computes."""
     problems = context.splits.dev
     solved = context.collector.solve(context.policy, problems)
     correct = tuple(graded.verdict is Verdict.CORRECT for graded in solved.graded)

@@ -20,7 +20,8 @@ class Format(Protocol):
         `BareText` is preceded by the tokenizer's BOS token."""
 
     def target(self, problem: Problem) -> str:
-        """The gold completion: text that continues the prompt, or the assistant's turn in a chat.
+        """The gold completion: either text that continues the prompt or, in a chat, the assistant's
+        turn.
 
         Raises: DataError if the problem has no rationale that fits the format.
         """
