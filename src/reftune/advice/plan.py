@@ -141,9 +141,9 @@ def make_plan(
     response: int | None = None,
     only: str | None = None,
 ) -> Plan:
-    """Plan the memory of all stages, or of the stage `only`. For stages that sample, also plan the
-    time of a step. `prompt` and `response` are lengths in tokens, by default `lengths.max_prompt`
-    (256 if unset) and `lengths.max_new`.
+    """Estimate the memory that all stages need, or only the stage `only`. For stages that sample,
+    also estimate the time of a step. `prompt` and `response` are lengths in tokens, by default
+    `lengths.max_prompt` (256 if unset) and `lengths.max_new`.
 
     Raises: RecipeError if no planned stage can predict its cost; ModelError if the model's
     configuration cannot be read; DataError as in `load_splits`.
@@ -317,8 +317,8 @@ class Planner:
 
     def best_split(self) -> dict[str, Any]:
         """The fastest division of the GPUs into those that only sample and those that only train,
-        and the seconds that a step then takes. The two groups take turns, because samples come from
-        the newest weights."""
+        and the resulting time per step in seconds. The two groups take turns, because samples come
+        from the newest weights."""
         seconds = {n: self.step(samplers=n).seconds for n in range(1, self.hardware.gpus)}
         best = min(seconds, key=seconds.__getitem__)
         train = self.hardware.gpus - best

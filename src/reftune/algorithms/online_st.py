@@ -73,8 +73,9 @@ class OnlineSt(Algorithm):
         """½ cross-entropy of the correct samples + ½ cross-entropy of the gold solutions. A term
         without tokens is 0.
 
-        Source: ReFT's code (arXiv:2401.08967, §4.2). Differences: each half is a mean over all
-        its tokens in the minibatch; in ReFT's code, it is a mean over the samples of one GPU.
+        Source: ReFT's code (arXiv:2401.08967, §4.2). Differences: here, each half is a mean over
+        all its tokens in the minibatch, whereas in ReFT's code, it is a mean over the samples of
+        one GPU.
         """
         assert batch.weights is not None
         nll = -scores.logprobs * batch.weights

@@ -38,10 +38,11 @@ class Rloo(Clipped):
 
 def leave_one_out(rewards: Tensor, groups: Tensor) -> Tensor:
     """Each sample's reward minus the mean reward of its group's other samples, (B,). If the group
-    has only one sample (K = 1), the result is 0. In the last form, m is the mean reward of the
-    whole group.
+    has only one sample (K = 1), the result is 0.
 
         A_i = r_i - 1/(K-1) Σ_{j≠i} r_j = K/(K-1) · (r_i - m)
+
+    Here, m is the mean reward of the whole group.
 
     Source: RLOO (arXiv:2402.14740), §2.3. Differences: none.
     """

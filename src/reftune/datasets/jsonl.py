@@ -46,10 +46,11 @@ class Jsonl(FileDataset):
     def all_problems(
         self, rows: Mapping[Split, Sequence[Row]], counts: Mapping[Split, Counter[str]]
     ) -> tuple[dict[Split, list[Problem]], tuple[str, ...]]:
-        """The problems of each split, and notes on unused columns. A gold answer may be both one
-        option's label and another option's text. It is then read as a text if most of the dataset's
-        unambiguous gold answers are texts and `positions_from` is not set. Otherwise, it is read as
-        a label. Raises: DataError if a column is missing or a row is invalid."""
+        """The problems of each split, and notes on unused columns. A gold answer that is both one
+        option's label and another option's text is ambiguous. It is read as the text if most of the
+        dataset's unambiguous gold answers are texts of options and `positions_from` is not set.
+        Otherwise, it is read as the label. Raises: DataError if a column is missing or a row is
+        invalid."""
         columns = {split: self._columns(rows[split], is_train=split == "train") for split in rows}
         read = {split: self._read(rows[split], columns[split]) for split in rows}
         votes = sum(each.votes for of_split in read.values() for each in of_split)
@@ -99,7 +100,8 @@ class Jsonl(FileDataset):
         """The column of each field, such as `question`: the one that the user named, or else one
         with a usual name. Raises: DataError if no question or answer is found, or if a column that
         the user named is missing. There is one exception: in dev and test, a column that the user
-        named may be missing, unless it holds the options or is the first column of the question."""
+        named may be missing, unless it holds the options or is the first of the columns that make
+        up the question."""
         named = {} if self.columns is None else self.columns.model_dump()
         for field, value in named.items():
             names = [value] if isinstance(value, str) else value or []
@@ -143,10 +145,9 @@ class Jsonl(FileDataset):
         return self.columns is not None and field in self.columns.model_fields_set
 
     def _id(self, row: Row, column: str | None) -> str:
-        """The id in `column`. The result is `row.id` if there is no such column, if the cell is
-        null, or, unless the user named the column, if the cell contains something other than text
-        or a number. Raises: DataError if the user named the column and the cell contains something
-        other than text, a number or null."""
+        """The id in `column`. If there is no such column or the cell is null, the result is
+        `row.id`. If the cell contains anything else that is neither text nor a number, the result
+        is also `row.id`, but if the user named the column, DataError is raised."""
         if column is None or (value := row.get(column)) is None:
             return row.id
         if isinstance(value, int | float):
@@ -187,7 +188,7 @@ class Jsonl(FileDataset):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Read:
     """A row that has been read. If the gold answer is both one option's label and another option's
-    text, `problem` reads it as the label, and `as_text` reads it as the text."""
+    text, it is taken as the label in `problem`, and as the text in `as_text`."""
 
     problem: Problem
     gold: str
@@ -213,7 +214,8 @@ class _Read:
 
     def as_text(self) -> Problem:
         """The row's problem. If the gold answer is both the text of one option and the label of
-        another, it is read as the text. Raises: DataError if several options have this text."""
+        another, it is read as the text. Raises: DataError if the gold answer is the text of several
+        options."""
         letters = self._letters_of_text
         if not letters:
             return self.problem
@@ -252,8 +254,8 @@ def _question(row: Row, columns: Columns) -> tuple[str, tuple[Message, ...]]:
     the question's columns contains a conversation, there are no turns. If one does, the text of the
     question's other columns is added to the first turn that is not a system message.
 
-    Raises: DataError if there is no question. Also raises it if the conversation in a column such
-    as `prompt` ends with a reply and this column supplies neither the answer nor the rationale.
+    Raises: DataError if there is no question, or if the conversation in a column such as `prompt`
+    ends with a reply that is used neither as the answer nor as the rationale.
     """
     names = columns.asked
     for place, name in enumerate(names):

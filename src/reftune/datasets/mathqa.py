@@ -95,8 +95,9 @@ class Mathqa(PaperDataset):
     def problems(self, rows: Sequence[Row], split: Split, counts: Counter[str]) -> list[Problem]:
         """The problems in the rows of a split. In the train and dev splits of the published files,
         the value of a row's formula is compared with the gold option. If they differ by more than
-        1%, a numeric problem is dropped, and a multiple-choice problem is kept without its program.
-        Multiple-choice problems with `nl` rationales are not checked."""
+        1%, a numeric problem is dropped, and a multiple-choice problem is kept without the program
+        that is made from its formula. Multiple-choice problems with `nl` rationales are not
+        checked."""
         if split == "test":
             unread = Counter[str]()
             problems = super().problems(rows, split, unread)
@@ -116,8 +117,8 @@ class Mathqa(PaperDataset):
         return problems
 
     def authors_problem(self, row: Row) -> Problem:
-        """The problem in a row of the files by ReFT's authors. If `answer` is `choice`, the last
-        line of the question lists the options, and the gold answer is a letter."""
+        """The problem in a row of the ReFT authors' files. If `answer` is `choice`, the last line
+        of the question lists the options, and the gold answer is a letter."""
         question = repaired(row.text("question"))
         if self.answer == "numeric":
             return replace(super().authors_problem(row), question=question)
@@ -171,8 +172,8 @@ class Mathqa(PaperDataset):
 
 def choice_program(row: Row, options: Sequence[str]) -> str | None:
     """A program that computes the value of the row's formula and returns the letter of the nearest
-    option. Returns None if the row has no readable formula, or if none of its options states a
-    number."""
+    option. The result is None, not a program, if the row has no readable formula or if none of its
+    options states a number."""
     steps, values = _steps(row), zip(LETTERS, map(option_value, options), strict=False)
     spelled = ", ".join(
         f'"{letter}": {spell(value).replace("/", " / ")}'

@@ -43,7 +43,8 @@ class Mixture(Component):
 
     def load(self, *, seed: int) -> Splits:
         """The combined splits of all parts. Raises: as `Dataset.load`; also DataError if shares are
-        set and problems of two parts get the same id, such as `b/1` of `a` and `1` of `a/b`."""
+        set and problems of two parts get the same id. For example, problem `b/1` of part `a` and
+        problem `1` of part `a/b` both get the id `a/b/1`."""
         parts = {name: load_dataset(part.dataset, seed=seed) for name, part in self.parts.items()}
         part_of: dict[str, str] = {}
 
@@ -83,8 +84,8 @@ class Mixture(Component):
         self, train: Sequence[Problem], part_of: Mapping[str, str], seed: int
     ) -> tuple[Problem, ...]:
         """The largest selection from `train` in which each dataset has its share, up to rounding.
-        `part_of` maps each problem's id to its part. The problems are drawn with `seed`. If no
-        shares are set, all of `train` is returned."""
+        `part_of` maps each problem's id to the name of its dataset. The problems are drawn with
+        `seed`. If no shares are set, all of `train` is returned."""
         shares = {name: part.share for name, part in self.parts.items() if part.share is not None}
         if not shares:
             return tuple(train)

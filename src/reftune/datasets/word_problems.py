@@ -5,7 +5,7 @@ trained from scratch.
     Leo have?
 
 A story is a list of sentences together with a graph of quantities. Every amount, update and
-relation is a node that points to the nodes it was computed from; only irrelevant sentences have no
+relation is a node that points to the nodes it was computed from. Irrelevant sentences have no
 nodes. The rationale is written from the part of the graph that the answer needs. Sentences are
 short, and every word and number is meant to be one token.
 """

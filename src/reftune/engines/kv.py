@@ -1,9 +1,9 @@
 """The default engine, which decodes in the training process with a key-value cache.
 
 Each row of a batch is one solution. Finished rows leave the batch and waiting prompts take their
-places, so one long solution does not hold up the others. Equal prompts that join at the same time
-are prefilled only once. New keys and values go into reserved space, so the cache is copied only
-when rows leave or join, or when this space is full.
+places, so one long solution does not hold up the others. Identical prompts that join at the same
+time are prefilled only once. New keys and values go into reserved space, so the cache is copied
+only when rows leave or join, or when this space is full.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ class _Decoder:
     def _draw_uniforms(self, requests: list[_Request]) -> Tensor:
         """Random numbers (B, M) in [0, 1), for up to M tokens per row. A row's numbers depend only
         on the seed and on the position of the row's prompt among all prompts. Greedy decoding needs
-        no random numbers, so they are 0."""
+        no random numbers, so the result is all zeros."""
         shape = (len(requests), self.params.max_new_tokens)
         if self.params.temperature == 0:
             return torch.zeros(shape, dtype=widest(self.device), device=self.device)

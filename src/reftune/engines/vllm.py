@@ -148,8 +148,8 @@ class Vllm(Component):
         """Whether all servers still have the base model of `policy`. `before` holds the policy
         whose weights the servers loaded last, and the name of that policy's adapter. The result is
         False if `before` is None or holds another policy. In all other cases, this method unloads
-        the adapter from every server. A server that does not have the adapter must have been
-        restarted, and so has lost the base model too; the result is then False."""
+        the adapter from every server. If a server has no adapter to unload, it must have been
+        restarted and so has lost the base model too; the result is then False."""
         if before is None or before[0]() is not policy:
             return False
         with ThreadPoolExecutor(len(self.servers)) as pool:
@@ -410,9 +410,9 @@ def own_servers(servers: Sequence[Server]) -> list[Server]:
 
 def requests(prompts: Sequence[Any], params: SamplingParams, at_most: int) -> list[slice]:
     """Slices of up to `at_most` consecutive prompts, one slice per request. A greedy request may
-    contain any prompts. When sampling, a slice contains only copies of one prompt. The request then
-    asks vLLM for one sample per copy. It has a single seed: vLLM draws the first sample with this
-    seed, the second with seed + 1, and so on."""
+    contain any prompts. A request that samples contains only copies of one prompt, and asks vLLM
+    for one sample per copy. It has a single seed: vLLM draws the first sample with this seed, the
+    second with seed + 1, and so on."""
     starts = [0] if prompts else []
     for position in range(1, len(prompts)):
         is_full = position - starts[-1] == at_most

@@ -46,8 +46,8 @@ def _with_point(match: re.Match[str]) -> str:
 
 def with_separator(text: str, decimal: str, kind: AnswerKind | None = None) -> str:
     """`text`, with its numbers written with the decimal separator `decimal`. If this is a comma,
-    thousands are separated by points: "1,250.75" becomes "1.250,75". Answers of `kind` text, latex
-    or regex stay unchanged."""
+    thousands are separated by points: "1,250.75" becomes "1.250,75". If `kind` is text, latex or
+    regex, the string is returned unchanged."""
     if decimal == "." or kind in _KEPT:
         return text
     return _DIGITS.sub(

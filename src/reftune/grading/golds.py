@@ -50,9 +50,10 @@ def read_gold(
 
     If the cell marks its answer ("#### 78", "\\boxed{78}", "The answer is 78"), only the marked
     part is read, except for the kind `regex`. For the kind `auto`, the answer is a choice if there
-    are `choices`. Otherwise, it is a number if nothing but a number is read. If it is neither a
-    choice nor a number, it is an expression, a list in brackets, or text. Without `choices`, a
-    letter and an option's text, as in "(B) 12", become two accepted spellings (kind `any_of`).
+    are `choices`. Otherwise, it is a number if the part that is read is just a number. If it is
+    neither a choice nor a number, it is an expression, a list in brackets, or text. Without
+    `choices`, a letter and an option's text, as in "(B) 12", become two accepted spellings (kind
+    `any_of`).
 
     Raises: DataError if the cell has no answer of the requested kind. The caller adds the cell's
     location to the message.
@@ -149,7 +150,7 @@ def stated_gold(raw: object, reading: Reading = DEFAULT) -> object:
 def listed_item(stated: object, reading: Reading = DEFAULT) -> object:
     """The answer `stated`. If it is text that spells a list of one quoted item, such as '["3"]',
     the item `3` is returned instead. Raises: DataError if the text spells a list of several quoted
-    items, unless `worded_gold` reads it as a list of the same items."""
+    items, unless `worded_gold` reads exactly these items from it."""
     text = stated.strip() if isinstance(stated, str) else ""
     if not (text.startswith("[") and re.search("[\"']", text)):
         return stated
@@ -170,8 +171,8 @@ would read the lone backslash and the letter f as a form feed."""
 def _stated(text: str, reading: Reading) -> list[str]:
     """The last answer that a marker ("the answer is") announces, and any answers beside it, in text
     order. Two marked answers are beside each other if little more than a marker, symbols or a word
-    such as "or" separates them. If the last one is in a closed box or tag, a number after "or"
-    is included even without a marker, like 4 in "\\boxed{3} or 4"."""
+    such as "or" separates them. If the last marked answer is in a complete box or tag, a number
+    after "or" is included even without a marker, like 4 in "\\boxed{3} or 4"."""
     found = [each for each in statements(text, reading) if each.text is not None]
     following = [each.start for each in found[1:]] + [len(text)] * bool(found)
     pairs = zip(found, following, strict=True)
@@ -266,9 +267,9 @@ def _option_gold(text: str, reading: Reading) -> Answer | None:
 
 
 def worded_gold(text: str, reading: Reading = DEFAULT) -> Answer:
-    """The gold answer in `text`, which is not a number: an option's letter (see `_option_gold`), an
-    expression (kind `latex`), words (kind `text`), or a list in square brackets. Text in brackets
-    is read as a list only if it has at least three items, or two items that are single words."""
+    """The non-numeric gold answer in `text`: an option's letter (see `_option_gold`), an expression
+    (kind `latex`), words (kind `text`), or a list in square brackets. Text in brackets is read as a
+    list only if it has at least three items, or two items that are single words."""
     text = text.strip()
     if option := _option_gold(text, reading):
         return option
@@ -381,9 +382,9 @@ _LETTER = re.compile(
 
 def _letter(stated: object, choices: Sequence[str], reading: Reading) -> str:
     """The letter of the option that a gold answer names. The gold answer may be the letter alone,
-    the letter followed by the option's text, or the text or number of a single option. Without
-    `choices`, any letter is accepted. Raises: DataError if the gold answer names no option, or
-    several."""
+    the letter followed by the option's text, or a text or numeric value that matches exactly one
+    option. Without `choices`, any letter is accepted. Raises: DataError if the gold answer names no
+    option, or several."""
     text = with_points(stated, reading.decimal)
     choices = [with_points(choice, reading.decimal) for choice in choices]
     match = _LETTER.fullmatch(" ".join(plain(text).split()))

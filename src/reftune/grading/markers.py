@@ -77,10 +77,11 @@ def statements(completion: str, reading: Reading = DEFAULT) -> list[Statement]:
     announce. Markers include "the answer is", "answer:", "####", the heading "Final Answer",
     `\\boxed{…}`, `<answer>…</answer>` and `reading.markers`.
 
-    A completion that ends inside `<think>` has no statements. Otherwise, only text after the last
-    `</think>` and before any new question that the model writes (see `Reading.stop_at`) counts. A
-    heading is a marker only if there is no other marker and one short line follows the heading. A
-    remark on an earlier statement, such as "so our answer is correct", is not a statement.
+    A completion that ends inside `<think>` has no statements. Otherwise, text counts only if it is
+    after the last `</think>` and before any new question that the model writes (see
+    `Reading.stop_at`). A heading is a marker only if there is no other marker and one short line
+    follows the heading. A remark on an earlier statement, such as "so our answer is correct", is
+    not a statement.
     """
     start, end = _answering_part(completion, reading)
     marker = marker_pattern(reading.markers)
@@ -100,7 +101,7 @@ def _is_remark(completion: str, before: Statement, statement: Statement) -> bool
     """Whether `statement` only says that the statement `before` is right. Because "right" may
     itself be an answer (a direction), one of three conditions must hold: the marker of `statement`
     begins with "our" or "my", `before` is a closed box or tag, or the text of `before` begins with
-    a number. A doubt, as in "check whether the answer is right", is not a remark."""
+    a number. An expression of doubt, as in "check whether the answer is right", does not count."""
     text = statement.text or ""
     phrase = completion[statement.start : statement.end - len(text)]
     if statement.is_closed or not _SAYS_IS.search(phrase) or not _REMARK.match(text):

@@ -182,9 +182,9 @@ _BASES = dict(zip(ONE_TO_TWELVE.split("|"), range(1, 13), strict=True)) | {"sixt
 
 def same_number(predicted: Number, gold: Number) -> bool:
     """Whether two numbers are equal according to `numbers_equal`. If only one of them has a percent
-    sign, the number without the sign may also be a hundredth of the percentage: 25% equals both 25
-    and 0.25. Such a hundredth is not accepted if it is whole and above 1 in absolute value: 2500%
-    does not equal 25."""
+    sign, the number without the sign may equal the percentage either as written or divided by 100:
+    25% equals both 25 and 0.25. The second case is not accepted if the number without the sign is
+    an integer above 1 in absolute value: 2500% does not equal 25."""
     if numbers_equal(predicted, gold):
         return True
     if predicted.percent == gold.percent:

@@ -37,8 +37,8 @@ _LETTERED = re.compile(
 
 
 def unlettered(choices: Sequence[str]) -> tuple[str, ...]:
-    """The options without their leading letters ("a ) 38", "(B) 12", "C. 30" or "D - 5"). All
-    options stay unchanged unless each begins with the letter of its position."""
+    """The options without their leading letters ("a ) 38", "(B) 12", "C. 30" or "D - 5"). The
+    options are returned unchanged unless their letters run in order from A."""
     found = [_LETTERED.fullmatch(choice) for choice in choices]
     texts = [
         match["text"]
@@ -55,8 +55,8 @@ def option_values(problem: Problem) -> list[str]:
 
 def read_choice(text: str, choices: Sequence[str]) -> str | None:
     """The letter of the option that `text` chooses. The text may state this letter, or a value or
-    words that match exactly one of the `choices`. Without `choices`, any letter is accepted.
-    Returns None if `text` does not choose a single option, for example if it names two letters."""
+    words that match only one of the `choices`. Without `choices`, any letter is accepted. Returns
+    None if `text` does not choose a single option, for example if it names two letters."""
     line, choices = _NEGATED.sub("", first_line(text)), unlettered(choices)
     line = re.sub(r"\b(?:i\. ?e|e\. ?g)\b\.?", "that is", line, flags=re.IGNORECASE)
     match = _CHOICE.match(line)

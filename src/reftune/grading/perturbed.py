@@ -41,10 +41,10 @@ def wrong_solutions(problem: Problem, target: str, decimal: str = ".") -> Iterat
 
 
 def right_solutions(problem: Problem, target: str, decimal: str = ".") -> Iterator[Perturbed]:
-    """Solutions with the same answer as the gold solution `target`, written slightly differently.
-    `target` is a program or a text. Yields nothing for a program whose last line is not a `return`,
-    or for a text whose answer cannot be found or is neither a number nor a choice. In a text,
-    numbers are written with the decimal separator `decimal`."""
+    """Slightly rewritten versions of the gold solution `target` that keep its answer. `target` is a
+    program or a text. Yields nothing for a program whose last line is not a `return`, or for a text
+    whose answer cannot be found or is neither a number nor a choice. In a text, numbers are written
+    with the decimal separator `decimal`."""
     end = _RETURN.search(target)
     return _right_programs(problem, end) if end else _right_words(problem, target, decimal)
 

@@ -148,9 +148,9 @@ def without_grouping_spaces(text: str) -> str:
 
 def same_text(first: str, second: str) -> bool:
     """Whether two strings are the same apart from case, spacing, quotation marks, formatting and
-    final punctuation. A string that consists only of spacing, quotation marks, formatting and
-    punctuation, such as "…" or " * ", is never the same as any other, even if the two are
-    identical. Only the first `MAX_SEGMENT_CHARS` characters of each string are compared."""
+    final punctuation. If a string consists only of spacing, quotation marks, formatting and
+    punctuation, such as "…" or " * ", the result is False, even if the two strings are identical.
+    Only the first `MAX_SEGMENT_CHARS` characters of each string are compared."""
     return _bare(first) == _bare(second) != ""
 
 

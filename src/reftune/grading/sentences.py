@@ -209,7 +209,7 @@ _LOOKAHEAD_CHARS = 120
 
 def _is_part_of_more(rest: str) -> bool:
     """Whether the number before `rest` is only a part of something longer, such as "5 or 6". This
-    depends on the kinds of the words and symbols at the start of `rest` (see `_KINDS`)."""
+    depends on what kinds of words and symbols `rest` starts with (see `_KINDS`)."""
     shape = _KIND.sub(lambda match: _LETTERS[match.lastindex or 0], rest[:_LOOKAHEAD_CHARS])
     return (
         _CONTINUES.match(shape) is not None

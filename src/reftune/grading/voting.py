@@ -87,7 +87,7 @@ def majority_curve(
     reward model's scores (DiVeRSe, arXiv:2206.02336).
 
     The first k samples are k independent draws from the model. Therefore, the share of problems for
-    which the k-th winner is correct is an unbiased estimate of maj@k.
+    which the winner among the first k samples is correct is an unbiased estimate of maj@k.
     """
     first: dict[str, Graded] = {}
     pool_of: dict[str, str] = {}  # each value → the first of the values that equal it

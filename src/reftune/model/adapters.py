@@ -50,7 +50,7 @@ def export_adapters(run: RunFolder, method: str, model: Mapping[str, Any], folde
     If the base model is not quantized, each stage trains new adapters on a model into which all
     earlier adapters have been merged. In this case, the function writes the sum of the adapters of
     `method` and of all stages that led to it, including any adapters from which the run started. If
-    the stages were saved in fp32, adding this sum to the base gives the model of `method`, up to
+    the stages were saved in fp32, adding this sum to the base model gives the trained model, up to
     rounding.
 
     If the base model is quantized, each stage continues to train the adapters of the model from
@@ -116,8 +116,8 @@ def read_adapters(folder: Path, *, base: str | None = None) -> Adapters:
 
 def _read(folder: Path, base: str | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The configuration and the tensors of the LoRA adapters in `folder`. Raises: ModelError if
-    they cannot be read, or if the configuration names a base model other than `base`. Only the
-    last parts of this name and of `base` are compared, because either may be a path."""
+    they cannot be read, or if the configuration names a base model other than `base`. Either name
+    may be a path, so only the last components of the two are compared."""
     with _readable(folder):
         config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         if not isinstance(config, dict):
@@ -203,8 +203,8 @@ def side_by_side(chain: Sequence[Adapters]) -> dict[str, Adapter]:
 def _chain(run: RunFolder, method: str, model: Mapping[str, Any]) -> list[Adapters]:
     """The sets of adapters that turn the base into the model of the stage `method`, oldest first.
     If the run began with adapters, they are the first set. The stages on the way to `method`, and
-    `method` itself, each add one set. With a 4-bit base, a stage continues training the adapters of
-    its initial model, so only the last set is returned."""
+    `method` itself, each add one set. With a 4-bit base, however, a stage continues training the
+    adapters of the model that it starts from, so only the last set is returned."""
     table = LoraTable(**(model.get("lora") or {}))
     chain: list[Adapters] = []
     while method != "base":

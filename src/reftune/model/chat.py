@@ -108,7 +108,7 @@ def _begin(begun: str, before: str, said: str, *, asked: str) -> str:
     reply. `begun` is the prompt rendered without a reply. `before` is the text before the reply
     when the prompt and a reply are rendered together.
 
-    The tail of each of these texts is what follows the last question, `asked`. If the tail of
+    The tail of `begun` or `before` is the part after the last question, `asked`. If the tail of
     `before` is the tail of `begun` plus more text, that additional text is put in front of `said`.
     Otherwise, `said` is returned unchanged. Only the tails are compared, because the template may
     change the earlier text when a reply follows."""
@@ -144,10 +144,10 @@ def _continue_thought(opened: str, said: str) -> str:
 
 
 def _ending(tokenizer: PreTrainedTokenizerBase, after: str) -> tuple[str, str | None]:
-    """A pair. The first item is the beginning of `after`, up to and including the token that ends
-    the turn. The second item is this token. `after` is the text that the template writes after a
-    reply. The turn ends at the first special token in `after` or, if there is none, at the first
-    added token. If there is neither, the pair is an empty string and None."""
+    """The end of the turn in `after`, the text that the template writes after a reply. Returns
+    `after` up to and including the token that ends the turn, and this token on its own. The turn
+    ends at the first special token in `after` or, if there is none, at the first added token. If
+    there is neither, the result is an empty string and None."""
     added = sorted(tokenizer.added_tokens_decoder.values(), key=lambda token: len(str(token)))
     for tokens in ([token for token in added if token.special], added):
         found = {after.index(str(token)): str(token) for token in tokens if str(token) in after}

@@ -2,9 +2,9 @@
 adds gradient checkpointing.
 
 Weights are frozen if the model is only evaluated or serves as a reference, or if only adapters are
-trained. Frozen matrices are kept in 4 bits or in the compute dtype, to which autocast would cast
-the weights of linear layers at every use anyway. Vectors, such as biases and norm weights, stay in
-fp32.
+trained. Frozen matrices are kept in 4 bits or in the compute dtype. The compute dtype loses nothing
+in linear layers, because autocast would cast their weights to it on every use anyway. Vectors, such
+as biases and norm weights, stay in fp32.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@ in memory at once.
 
 Logits are computed in tiles. A tile covers some of the tokens and a part of the vocabulary. At most
 `LOGITS_KEPT` logits are kept, and the backward pass recomputes the others. The memory for logits is
-therefore bounded, and a tile stays in the CPU's cache.
+therefore bounded. A tile is small enough for the CPU's cache.
 """
 
 from __future__ import annotations

@@ -194,8 +194,8 @@ class Policy(nn.Module):
 
     def compile_blocks(self) -> None:
         """Compile the transformer blocks. This fuses their small operations. Decoding with a cache
-        does not use the compiled blocks. Copies of a compiled block are not compiled. Raises:
-        ModelError if there is no C++ compiler."""
+        does not use the compiled blocks. If a compiled block is copied, the copy runs uncompiled.
+        Raises: ModelError if there is no C++ compiler."""
         compiler = os.environ.get("CXX", "g++")
         if shutil.which(compiler) is None:
             raise ModelError(

@@ -195,8 +195,8 @@ def fingerprint(config: PretrainedConfig) -> str | None:
 
 def _name_eos(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
     """If the tokenizer has no eos token (Galactica's has none), give it the eos token of the
-    model's configuration. Do so only if this token is a special token of the tokenizer. Otherwise,
-    the configuration's eos id may be just a default of the model's class, which does not suit the
+    model's configuration. Do so only if this token is a special token of the tokenizer, because the
+    configuration's eos id may be a mere default of the model's class that does not suit the
     tokenizer."""
     eos = getattr(config, "eos_token_id", None)
     token = tokenizer.added_tokens_decoder.get(eos) if isinstance(eos, int) else None

@@ -20,8 +20,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     The key `extends` contains the path of another recipe, or a list of such paths, relative to the
     recipe's folder. Later recipes in the list override earlier recipes, and the recipe's own keys
     override all of them. `merge` describes how one recipe overrides another. The override
-    `key=null` removes the key if its value is a mapping or if it is a stage. Otherwise, it sets the
-    key to null. A component that is null, such as the reward, is the default component.
+    `key=null` removes the key if the key names a stage or if its value is a mapping. Otherwise, the
+    override sets the key to null. If a component, such as the reward, is null, the default
+    component is used.
     Raises: RecipeError if a recipe or an override cannot be read, or if the result is not valid.
     """
     data = read_yaml(Path(path))

@@ -112,7 +112,7 @@ def _cell(place: Place, runs: Sequence[RunResults], k: int | None) -> Cell:
 def _score(place: Place, table: ScoreTable, method: MethodScore, rule: str) -> dict[str, Any]:
     """A method's score under a decision rule, such as `greedy` or `maj@8`, as JSON. The key `paper`
     contains the paper's score in percent, or None if the paper has none for the same model, task,
-    rationale, method, decision rule and number of test questions."""
+    form of rationales, method, decision rule and number of test questions."""
     model, *of = place
     column, suffix = " ".join(of), "" if rule == GREEDY else f" {rule}"
     against = table.between(method.label + suffix, table.baseline + suffix)

@@ -185,8 +185,8 @@ def read_groups(run_dirs: Sequence[Path | str], *, finished: bool = True) -> lis
 
 def comparable_groups(runs: Sequence[RunResults]) -> list[Group]:
     """The runs in groups, as `group_runs` returns them. Raises: DataError if the methods of a run
-    answered different problems. If there are several groups, this is also raised if two runs
-    answered different problems, or if the groups have different numbers of seeds."""
+    answered different problems. With several groups, DataError is also raised if two runs answered
+    different problems, or if the groups have different numbers of seeds."""
     for run in runs:
         if not _same_problems(run.evals.values()):
             raise DataError(
@@ -306,8 +306,8 @@ def _comparisons(
     methods: Sequence[MethodScore], baseline: str, shared: bool
 ) -> Iterator[Comparison]:
     """Compares each method with the methods before it in `methods`. Two methods of one group are
-    always compared. If they have the same weights, only their greedy answers are compared, because
-    their samples differ only by chance. Two methods of different groups are compared only if the
+    always compared. If they have the same weights, their samples differ only by chance, so only
+    their greedy answers are compared. Two methods of different groups are compared only if the
     groups can be paired, and if the methods have the same name or one of them is the baseline."""
     for b, a in combinations(methods, 2):
         is_asked = a.method == b.method or baseline in (a.label, b.label)
@@ -325,9 +325,9 @@ def _are_one_model(a: MethodScore, b: MethodScore) -> bool:
 
 
 def _model_of(run: RunResults, method: str) -> str:
-    """The name of the model whose weights `method` has. For a stage that never beat its initial
-    model on dev, this is the initial model. For a snapshot taken at its stage's chosen step, it is
-    the stage's model. In all other cases, it is `method` itself."""
+    """The name of the model that the weights of `method` belong to. For a stage that never beat its
+    initial model on dev, this is the initial model. For a snapshot taken at its stage's chosen
+    step, it is the stage's model. In all other cases, it is `method` itself."""
     stage = run.stages.get(method)
     if stage is None:
         return method

@@ -51,8 +51,8 @@ _LABELS = {
 
 
 def display(label: str) -> str:
-    """A label in the form that readers see. A group and a decision rule in the label are kept:
-    `run/reft maj@8` → `run: ReFT maj@8`."""
+    """A label in the form that readers see. If the label contains a group or a decision rule, it is
+    kept: `run/reft maj@8` → `run: ReFT maj@8`."""
     group, _, method = label.rpartition("/")
     name, _, rule = method.partition(" ")
     words = " ".join(part for part in (_LABELS.get(name, name.replace("_", " ")), rule) if part)
@@ -167,7 +167,8 @@ def _rise_text(rise: Rise) -> str:
 
 def remarks(run: RunResults) -> list[str]:
     """Sentences on three questions: whether the warm-up before each RL stage was finished, which
-    methods share a model, and whether each reward model picks samples better than chance."""
+    methods ended with the same model, and whether each reward model picks samples better than
+    chance."""
     rankings = map(reranker_sentence, rerankers(run))
     return [*map(sentence, handovers(run)), *same_models(run), *rankings]
 

@@ -203,8 +203,8 @@ def _serving(table: dict[str, Any], stage: Path) -> Serving | None:
 
 
 def _example(table: dict[str, Any], stage: Path) -> Problem:
-    """A problem from the dataset that the recipe `table` names. If the data can no longer be read,
-    a warning is logged, and the result is the made-up problem `MADE_UP`."""
+    """A problem from the dataset of the recipe `table`. If the data can no longer be read, a
+    warning is logged, and the result is the made-up problem `MADE_UP`."""
     try:
         splits = load_splits(parse_recipe(table))
     except (ReftuneError, OSError, ValueError) as error:

@@ -185,9 +185,9 @@ class Estimate:
         return 2 * outline.gathered - FP32 * (outline.total - outline.backbone)
 
     def _sampler(self, copies: float) -> float:
-        """Bytes that each device needs for the sampler, a model that is loaded only to sample: for
-        its weights, and for the engine's copies of them. `copies` is the size, in bytes, of the
-        engine's copies of the policy's weights."""
+        """Bytes that each device needs for the weights of the sampler (a model that is loaded only
+        to sample) and for the engine's copies of these weights. `copies` is the size, in bytes, of
+        the engine's copies of the policy's weights."""
         outline, table = self.outline, self.outline.table
         is_frozen = table.lora is not None or table.gradient_checkpointing
         if is_frozen:

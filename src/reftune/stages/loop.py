@@ -142,9 +142,9 @@ class Loop:
         plateau ends the stage before that step, the snapshot is saved after the stage's last step.
         `look()` evaluates the model on dev. It must be given if the model is not a policy. `start`
         is the stage's state before step 1. With `until_plateau`, a cooldown begins once dev
-        accuracy no longer rises: the stage runs for another tenth of the steps taken so far, but
-        not beyond `total_steps`, and the learning rate falls to 0. The constructor distributes the
-        model over the processes."""
+        accuracy no longer rises: the stage continues for a tenth as many steps as it has taken so
+        far, but not beyond `total_steps`, while the learning rate falls to 0. The constructor
+        distributes the model over the processes."""
         self.context, self.table, self.model = context, table, model
         self.total_steps, self.eval_every = total_steps, eval_every
         self.snapshots = dict(snapshots or {})
@@ -233,11 +233,11 @@ class Loop:
 
     @contextmanager
     def _saving(self) -> Iterator[None]:
-        """If the engine fails inside the `with` block, save a checkpoint if the stage has
-        advanced since the last one. Then raise the engine's error again. The error must occur in
-        every process, and before the block changes the stage's state. Raises: Interrupted instead
-        of the engine's error, if the run has received SIGINT or SIGTERM, because the signal may
-        have stopped the engine too."""
+        """If the engine fails inside the `with` block, save a checkpoint if the stage has advanced
+        since the last one. Then raise the engine's error again. Use this only where an engine's
+        error occurs in every process, and before the block changes the stage's state. Raises:
+        Interrupted instead of the engine's error, if the run has received SIGINT or SIGTERM,
+        because the signal may have stopped the engine too."""
         try:
             yield
         except EngineError as error:
@@ -483,8 +483,8 @@ def _is_candidate(context: StageContext) -> bool:
     """Whether the initial model is evaluated on dev too, so that the stage may choose it. A model
     other than `base` is always evaluated. A `base` with random weights never is. A pretrained
     `base` usually does not know the answer format yet, so most stages do not evaluate it. It is
-    evaluated only if the stage samples solutions and needs no model but `base`, because then `base`
-    must already know the format."""
+    evaluated only by stages that sample solutions and need no other model. Such stages work only if
+    `base` already knows the format."""
     stage, is_pretrained = context.stage, context.recipe.model.path is not None
     learns_from_itself = stage.reads_questions and set(stage.needs) == {"base"}
     return stage.init != "base" or (is_pretrained and learns_from_itself)

@@ -109,7 +109,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
 
 def _flat(state: Mapping[str, Any]) -> dict[str, Any]:
     """One parameter's optimizer state, with the tensors of nested dicts moved to the top level.
-    bitsandbytes nests its quantized state, but can load the flat form too. Its tables `qmap…` are
+    bitsandbytes nests its quantized state, but can load the flat form too. Its `qmap…` tables are
     copied, because all parameters share them, and safetensors rejects shared tensors."""
     flat: dict[str, Any] = {}
     for key, value in state.items():

@@ -1,4 +1,4 @@
-"""Defines the names and places of a run's files, except the files of a model or a checkpoint. Also
+"""Defines the names and locations of a run's files, except those of a model or a checkpoint. Also
 defines how a run claims and locks its folder. A run rejects a folder that contains the recipe of a
 different run, and a folder that contains files but no recipe."""
 
@@ -271,8 +271,8 @@ def lengthened_stages(folder: RunFolder, recipe: Recipe) -> list[str]:
     """The names of the stages that have begun and are lengthened: `recipe` gives them more steps or
     epochs than the folder's recipe does. A stage that has begun may be lengthened only if it trains
     a model that solves problems, not a reward model. `recipe` may also lengthen stages that have
-    not begun, add stages and change `evaluate`. Models that are already trained do not depend on
-    these changes.
+    not begun, add stages and change `evaluate`. None of these changes affects a model that is
+    already trained.
 
     Raises: RecipeError if the recipes differ in anything else that affects results, if a stage
     after a lengthened stage has begun, or if a lengthened stage is complete but its final

@@ -61,7 +61,7 @@ def score_as_recipe(file: Path, recipe: Recipe) -> Iterator[dict[str, Any]]:
 
 
 def _grade_of(recipe: Recipe) -> Grade:
-    """The function that grades completions as in training. In the style `chat`, it needs the
+    """The function that grades completions as in training. With the `chat` style, it needs the
     tokenizer, because the chat template may begin a thought (`<think>`) that the completion
     continues. If the tokenizer cannot be loaded, a warning is logged, and completions are graded as
     if the template began no thought."""

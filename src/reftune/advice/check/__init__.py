@@ -137,8 +137,9 @@ def _offline_dataset(dataset: Component, where: str) -> tuple[Component, list[st
 
 
 def _findings(subject: Subject, checks: Mapping[str, Check]) -> list[Finding]:
-    """One finding per check, in the order of `checks`. An error in the reward function makes a
-    check fail. If a check fails but the recipe waives it, the finding is only a warning."""
+    """One finding per check, in the order of `checks`. If the reward function raises an error
+    during a check, that check fails. If a check fails but the recipe waives it, the finding is only
+    a warning."""
     findings = []
     for name, check in checks.items():
         try:

@@ -218,8 +218,8 @@ def _other_solutions(rows: Sequence[Row]) -> list[Written]:
 
 
 def check_reward(subject: Subject) -> Finding:
-    """On each problem, grade its own gold solution, another problem's gold solution and an empty
-    completion. Check that, on average, its own gold solution earns the highest reward. Raises:
+    """For each problem, grade its own gold solution, another problem's gold solution and an empty
+    completion. Check that the problems' own gold solutions have the highest mean reward. Raises:
     RewardError if the reward function fails."""
     rows = subject.rows[:NUM_REWARDED]
     if not rows:

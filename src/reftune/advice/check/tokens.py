@@ -150,7 +150,7 @@ def check_target_length(subject: Subject) -> Finding:
 
 def check_vocabulary(subject: Subject) -> Finding:
     """Check that the model has an embedding for each token of the training rows, and that the
-    tokenizer knows each word of prompts and targets."""
+    tokenizer knows each word in the prompts and targets of these rows."""
     size = subject.policy.model.get_input_embeddings().weight.shape[0]
     unknown = subject.policy.tokenizer.unk_token_id
     if unknown in (*subject.policy.stop.ids, subject.policy.tokenizer.bos_token_id):

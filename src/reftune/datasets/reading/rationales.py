@@ -29,8 +29,8 @@ def drop_wrong_programs(splits: Splits) -> Splits:
 def drop_contradictions(splits: Splits, reading: Reading = DEFAULT) -> Splits:
     """Remove training problems whose rationale contradicts the gold answer: a program that returns
     another answer (counted as `program_disagrees`), or prose that states another answer
-    (`rationale_disagrees`). A failing program or prose without an answer is not a contradiction.
-    Dev keeps all problems, but loses the rationales that contradict the gold answer."""
+    (`rationale_disagrees`). A program that fails is not a contradiction, nor is prose that states
+    no answer. Dev keeps all problems, but loses the rationales that contradict the gold answer."""
     problems = [*splits.train, *splits.dev]
     graded = _graded_programs([p for p in problems if "def solution(" in (p.rationale or "")])
 

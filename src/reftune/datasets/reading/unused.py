@@ -26,9 +26,9 @@ LEAST_WORDS = 3
 
 def unused_columns(splits: Mapping[Split, Sequence[Problem]], used: Columns) -> tuple[str, ...]:
     """Notes on the unused columns of the training data that may belong to the question. One note
-    names columns of text, and the setting that would make them part of the question. Another names
-    columns whose cells are lists, such as lists of earlier turns or of long texts. Columns of
-    images are named only if a question contains `<image>`."""
+    names columns of text, and the setting that would make them part of the question. A second note
+    names columns whose cells are lists, such as the earlier turns of a conversation or several
+    passages. Columns of images are named only if a question contains `<image>`."""
     train, notes = splits["train"], []
     columns = dict.fromkeys(name for problem in train for name in problem.columns)
     unused = [name for name in columns if name not in used.names]
@@ -63,9 +63,9 @@ def _adds_list(column: str, problem: Problem) -> bool:
 
 
 def _is_text(column: str, problems: Sequence[Problem]) -> bool:
-    """Whether most of the column's first `NUM_LOOKED_AT` filled cells are text of at least
-    `LEAST_WORDS` words that is not in the row's question. If the column is named like an answer or
-    a rationale, the result is False."""
+    """Whether most of the column's first `NUM_LOOKED_AT` filled cells contain at least
+    `LEAST_WORDS` words of text and are not part of the question in their row. If the column is
+    named like an answer or a rationale, the result is False."""
     words = [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", column)]
     if {*NAMES["answer"], *NAMES["rationale"]} & {column.lower(), *words}:
         return False

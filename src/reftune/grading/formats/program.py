@@ -4,8 +4,8 @@ A completion either continues `def solution():` or contains a whole program. The
 text search, because only the sandbox parses or runs a model's code. Only text after the last
 `</think>` counts. If the completion ends inside `<think>`, there is no program. If a line after the
 program, such as "Question: …", asks another question, everything from this line on is ignored. A
-completion that continues `def solution():` begins with an indented body. Unfenced text after this
-body is ignored too if the body contains a `return` and the text defines `solution` again. In the
+completion that continues `def solution():` begins with an indented body. If this body contains a
+`return` and the unfenced text after it defines `solution` again, that text is ignored too. In the
 remaining text, the program is the first of the following that exists:
 
 - the last fenced block that defines `solution`
@@ -239,8 +239,8 @@ def programs_in(completion: str) -> tuple[str, ...]:
 def scripts_in(completion: str) -> tuple[Script, ...]:
     """The programs to try, in order. There are none if the completion defines `solution`, because
     `programs_in` handles this case. If the completion is indented text without fenced blocks, it is
-    run as the body of a function `solution`. Any other completion must state an answer, by a
-    `print(…)` or by an assignment at the left margin to `result` or to one of `ANSWER_NAMES`. The
+    run as the body of a function `solution`. Any other completion must state an answer: it must
+    call `print(…)`, or assign to `result` or one of `ANSWER_NAMES` in an unindented line. The
     program is then the last fenced block that states an answer. If no block does, the program is
     the whole text. The program is first tried alone, then preceded by the blocks above it."""
     text, blocks = _text_and_blocks(completion)

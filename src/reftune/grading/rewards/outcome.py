@@ -40,8 +40,8 @@ class Outcome(Component):
 
     def _tells_kind(self, gold: Answer) -> bool:
         """Whether a wrong answer earns the reward `partial` instead of `wrong`. If `gold` is a
-        choice, this depends on `partial_on_choices`. Otherwise, it does if `gold` consists only of
-        numbers and expressions."""
+        choice, this depends on `partial_on_choices`. Otherwise, a wrong answer earns `partial` if
+        `gold` consists only of numbers and expressions."""
         if gold.kind == "choice":
             return self.partial_on_choices
         parts = map(part_answer, gold.items) if gold.items else [gold]

@@ -14,7 +14,7 @@ the program's output, if there is any, and then a `V` line with the program's va
 with its exception. If the system lacks a required protection, the program is not started, and the
 only line is an `N` line that names what is missing. `P`, `V` and `E` lines contain JSON.
 
-The audit hook (`Doorman`) refuses and reports only the well-known ways out of the sandbox. A
+The audit hook (`Doorman`) blocks and reports only the well-known ways out of the sandbox. A
 determined program can get past the hook, but not past the kernel's limits.
 """
 

@@ -158,7 +158,7 @@ class _Modules(dict[str, NoReturn]):
 
 
 def _size_bytes(value: Any, limit: int) -> int:
-    """Bytes of memory that a program's value and everything in it occupy, if an object that occurs
+    """Bytes of memory that a program's value and everything in it occupy. An object that occurs
     several times is counted each time. Counting stops as soon as the sum exceeds `limit`, so it
     ends even if the value contains itself."""
     size, waiting = 0, [value]

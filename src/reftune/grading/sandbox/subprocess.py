@@ -1,8 +1,8 @@
 """The `subprocess` backend, which runs each program in a CPython process of its own.
 
-Some packages, such as numpy, are slow to import. For each combination of them that programs import,
-there is a forking process: a Python interpreter that has already imported these packages. Each
-program runs in a fork of the process for its packages, with a fixed environment and an empty
+Some packages, such as numpy, are slow to import. For each combination of such packages that a
+program uses, there is a forking process: a Python interpreter that has already imported them. Each
+program runs in a fork of the interpreter with its packages, with a fixed environment and an empty
 temporary folder as its working directory. Start-up hooks in site-packages do not run. The kernel's
 Landlock lets the program read only the libraries of Python and of the system. The program cannot
 write anywhere, not even to its working directory. An allow-list of system calls rules out sockets,
@@ -71,7 +71,7 @@ SYSTEM_LIBRARIES = (
 
 class SubprocessBackend:
     """Runs programs, each in a process forked from a running interpreter. Raises: ReftuneError if
-    no such process can start, or if the system cannot isolate it and `allow_unisolated` is not
+    these processes cannot start, or if the system cannot isolate them and `allow_unisolated` is not
     set."""
 
     def __init__(
@@ -213,8 +213,8 @@ def _end(requests: socket.socket, process: subprocess.Popen[bytes], pid: int) ->
 
 
 def _exchange(output: int, status: socket.socket, timeout_s: float) -> tuple[bytes, int] | None:
-    """Read the program's output until the program ends, runs out of time or writes too much. If
-    the program is still running then, kill it. Returns the output and the exit status. Returns None
+    """Read the program's output until the program ends, runs out of time or writes too much. Kill
+    the program if it has not ended by itself. Returns the output and the exit status. Returns None
     if the forking process died."""
     deadline, written, code = time.monotonic() + timeout_s, b"", None
     while len(written) <= MAX_OUTPUT_BYTES:

@@ -1,4 +1,4 @@
-"""Lets transformers' own models read sequences without padding between them.
+"""Lets the models of the transformers library read sequences without padding between them.
 
 The sequences follow one another without gaps, and a prompt that several of them share appears once.
 Attention is the exception: it pads the sequences in groups of similar length, and gives each

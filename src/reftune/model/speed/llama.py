@@ -347,8 +347,8 @@ def _plain_norm(norm: Any) -> Callable[[Tensor], Tensor]:
 
 
 def _visible(mask: Tensor, length: int) -> Tensor:
-    """(B, 1, S, T), True if the new token may attend to the position; there are S new tokens and T
-    positions. If S > 1, even padding attends to itself, because a softmax over nothing is NaN."""
+    """(B, 1, S, T) for S new tokens and T positions: True where the token may attend to the
+    position. If S > 1, even padding attends to itself, because a softmax over nothing is NaN."""
     visible = mask.bool()[:, None, None, :]
     if length == 1:
         return visible

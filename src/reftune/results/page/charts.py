@@ -188,9 +188,9 @@ def _thinned(series: Series) -> Series:
 
 
 def dev_chart(groups: Sequence[Group]) -> Chart | None:
-    """A chart of the dev accuracy of every stage except reward models. The horizontal axis counts
-    the sequences trained on since the base model. Returns None if there is no dev evaluation
-    yet."""
+    """A chart of the dev accuracy of every stage except those that train reward models. The
+    horizontal axis shows the number of sequences that the model has been trained on, counted from
+    the base model. Returns None if there is no dev evaluation yet."""
     # a reward model's dev accuracy is the accuracy of reranking
     solvers = [entry for entry in entries(groups) if entry.stages[0].is_method]
     series = tuple(filter(None, map(_dev_series, solvers)))
@@ -240,9 +240,9 @@ def _accuracy(look: MetricRow) -> tuple[float, float, float]:
 
 
 def _dev_curve(run: RunResults, method: str) -> list[tuple[float, MetricRow]]:
-    """The method's dev evaluations as pairs (x, evaluation): x is the number of sequences trained
-    on so far, counted from the base model. If the model that the method started from was evaluated,
-    that evaluation comes first."""
+    """The method's dev evaluations as pairs (x, evaluation): x is the total number of sequences
+    trained on so far, starting at 0 for the base model. If the model that the method started from
+    was evaluated, that evaluation comes first."""
     stage, before = run.stages[method], _passes_before(run, method)
     looks, start = _looks(stage), _chosen(run, stage.init)
     curve = [(before + look.passes, look) for look in looks]
@@ -301,9 +301,9 @@ def _passes_to(folder: Path) -> float:
 
 def equal_compute(chart: Chart, a: str, b: str) -> str:
     """A sentence with the best dev accuracies of `a` and `b` at equal training effort, which is the
-    number of training sequences since the base model. Dev evaluations count only up to an effort
-    that both methods reached: the smaller of their efforts at their last dev evaluations. If either
-    method has no dev accuracy up to that effort, the result is an empty string."""
+    number of training sequences since the base model. Each method has an effort at its last dev
+    evaluation. Dev evaluations beyond the smaller of these two efforts do not count. If either
+    method then has no dev accuracy, the result is an empty string."""
     by_name = {series.label: series for series in chart.series}
     found = [by_name[name] for name in (a, b) if name in by_name]
     passes = min((series.x[-1] for series in found), default=0.0)

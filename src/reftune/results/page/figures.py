@@ -24,7 +24,7 @@ ROW, BAR = 34, 26
 
 
 def write_figures(run_dirs: Sequence[Path | str], folder: Path | str) -> list[Path]:
-    """Write figures about the runs to `folder`, each as .png and .svg: the bar chart `accuracy`,
+    """Plot the runs, and save each figure in `folder` as .png and .svg: the bar chart `accuracy`,
     and line charts such as `dev_accuracy` and `maj@k`. Returns: the paths. Raises: DataError if a
     run is missing, damaged or unfinished, or if runs are not comparable; CheckpointError if the
     folder cannot be written."""

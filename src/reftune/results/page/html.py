@@ -264,10 +264,10 @@ def _evidence(found: Comparison) -> str:
 
 
 def _pair(table: ScoreTable) -> dict[str, Any] | None:
-    """Compares the baseline (`b`) with the best other method (`a`, see `leader`), by their greedy
-    answers with the first seed. Returns None if there is no other method, or if `table` does not
-    compare the two. `counts` holds the number of problems solved by both, only by `a`, only by `b`,
-    and by neither."""
+    """Compares the baseline (`b`) with the best other method (`a`, see `leader`), by the greedy
+    answers of the models trained with the first seed. Returns None if there is no other method, or
+    if `table` does not compare the two. `counts` holds the number of problems solved by both, only
+    by `a`, only by `b`, and by neither."""
     best = leader(table)
     if best is None or table.between(best.label, table.baseline) is None:
         return None

@@ -56,8 +56,9 @@ class Derivation(enum.StrEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChoiceRow:
-    """The results of asking one question up to three times: unchanged, with its options moved, and
-    without options. A question is asked without options only if its gold option is a number."""
+    """The results of asking one question up to three times: unchanged, with its options in another
+    order, and without options. A question is asked without options only if its gold option is a
+    number."""
 
     id: str
     num_options: int
@@ -224,9 +225,9 @@ def chosen(graded: Graded, problem: Problem) -> str | None:
 
 
 def _numeric(policy: Policy, collector: Collector, problems: Sequence[Problem]) -> dict[str, bool]:
-    """Whether the model solves each problem without its options, by problem id. Problems whose gold
-    option is not a number are left out. If no answer can be read from a solution, the solution's
-    number from `derived_values` is judged instead."""
+    """For each problem id, whether the model solves the problem without its options. Problems whose
+    gold option is not a number are left out. If no answer can be read from a solution, the number
+    that `derived_values` returns for it is judged instead."""
     asked = [numeric for numeric in map(without_options, problems) if numeric is not None]
     if not asked:
         return {}
