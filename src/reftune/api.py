@@ -142,11 +142,12 @@ def evaluate(
     keys `question`, `answer` and, optionally, `id`, `choices` and `answer_kind`. `max_new` is the
     maximum number of tokens per solution.
 
-    For a folder `stages/NAME`, answers and choices are read as in the run's dataset, `format` and
-    `max_new` default to the run's settings, and the model computes in the run's dtype. If the run's
-    `lengths.too_long` is `drop`, a problem whose prompt is too long counts as unanswered. For any
-    other model, answers and choices are read as in `grade`, `format` defaults to `nl`, `max_new` to
-    256, and the dtype is the one that `model.dtype: auto` chooses. A `Policy` keeps its own dtype.
+    For a folder `stages/NAME`, answers and choices are read as in the run's dataset. The defaults
+    of `format` and `max_new` are the run's settings, and the model computes in the run's dtype. If
+    the run's `lengths.too_long` is `drop`, a problem whose prompt is too long counts as unanswered.
+    For any other model, answers and choices are read as in `grade`. `format` defaults to `nl` and
+    `max_new` to 256, and the dtype is the one that `model.dtype: auto` chooses. A `Policy` keeps
+    its own dtype.
 
     Raises: ReftuneError if the model, a problem, the format or `max_new` cannot be used.
     """

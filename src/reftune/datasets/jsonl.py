@@ -199,9 +199,9 @@ class _Read:
 
     @property
     def votes(self) -> int:
-        """This row's vote on whether the dataset's gold answers are texts or labels of options. The
-        vote is 1 if the row's gold answer is the text of an option but not a label, −1 if it is a
-        label but not a text, and 0 if it is both or neither. If the options have no labels, the
+        """This row's vote on whether the dataset's gold answers are option texts or option labels.
+        The vote is 1 if the row's gold answer is the text of an option but not a label, −1 if it is
+        a label but not a text, and 0 if it is both or neither. If the options have no labels, the
         vote is 0."""
         is_label = bare(self.gold) in self.labels
         return bool(self._letters_of_text) - is_label if self.labels else 0

@@ -84,8 +84,8 @@ class Kv(Component):
 def reader(policy: Policy, *, copies: llama.Copies = "reordered") -> Iterator[Reader]:
     """A `Reader` for `policy`. It uses `model.speed.llama` if that supports the model, and
     transformers otherwise. `llama.Copies` explains the values of `copies`. If `copies` is
-    `reordered`, `model.speed.llama` skips the padding of prompts. The reader then cannot run on
-    PyTorch's fake tensors."""
+    `reordered`, `model.speed.llama` does no computation for the padding of prompts. The reader then
+    cannot run on PyTorch's fake tensors."""
     if llama.is_written_out(policy.model):
         decoder = llama.Decoder(policy.model, policy.compute_dtype, copies=copies)
         yield Reader(decoder, decoder.logits)
@@ -340,8 +340,8 @@ def draw_tokens(
 def _invert(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """For each row, the first token at which the running sum of `weights` (B, V) exceeds the row's
     entry in `uniforms` (B,) times the row's total. Returns these tokens (B,) and the totals (B,).
-    The search first finds the right block of `BLOCK` tokens and then the token in it, so it passes
-    over the vocabulary only once.
+    The search first finds the block of `BLOCK` tokens that contains the token, and then looks only
+    inside this block. It therefore reads the whole vocabulary only once.
     """
     blocks = functional.pad(weights, (0, -weights.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
     sums = blocks.sum(2).to(widest(weights.device))

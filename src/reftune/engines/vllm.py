@@ -206,8 +206,8 @@ class Vllm(Component):
         return engine.sample(prompts, [request(policy, params, position) for position in positions])
 
     def _started(self, policy: Policy, folder: Path, longest: int | None) -> Colocated:
-        """The running engine if it was started with the current settings and with the dtype of
-        `policy` and the configuration in `folder`, and can decode sequences of `longest` tokens.
+        """The running engine if it was started with the current settings, the dtype of `policy` and
+        the configuration in `folder`, and if it can decode sequences of `longest` tokens.
         Otherwise, any running engine is stopped, and a new one is started, which takes seconds to
         minutes."""
         key = (self, str(policy.compute_dtype), (folder / "config.json").read_text())

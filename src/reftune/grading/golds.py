@@ -148,9 +148,9 @@ def stated_gold(raw: object, reading: Reading = DEFAULT) -> object:
 
 
 def listed_item(stated: object, reading: Reading = DEFAULT) -> object:
-    """The answer `stated`. If it is text that spells a list of one quoted item, such as '["3"]',
-    the item `3` is returned instead. Raises: DataError if the text spells a list of several quoted
-    items, unless `worded_gold` reads exactly these items from it."""
+    """Returns `stated` unchanged, unless it is a string containing a list of one quoted item: for
+    '["3"]', returns `3`. Raises: DataError if the string contains a list of several quoted items,
+    unless `worded_gold` reads exactly these items from it."""
     text = stated.strip() if isinstance(stated, str) else ""
     if not (text.startswith("[") and re.search("[\"']", text)):
         return stated
@@ -284,9 +284,9 @@ def worded_gold(text: str, reading: Reading = DEFAULT) -> Answer:
 
 def _several(raw: object, kind: Literal["any_of", "list", "set"], reading: Reading) -> Answer:
     """A gold answer with several parts: accepted spellings (`any_of`), a `list` or a `set`. The
-    cell may be a list, text that spells one ("[1, 2]"), or text that marks each part
-    ("\\boxed{1} and \\boxed{2}"). For a `list` or `set`, it may also be text such as "1, 2", which
-    `split_items` splits."""
+    cell may be a list, a list written as text ("[1, 2]"), or text that marks each part ("\\boxed{1}
+    and \\boxed{2}"). For a `list` or `set`, it may also be text such as "1, 2", which `split_items`
+    splits."""
     values = list(_values(raw, kind, reading))
     parts = tuple(dict.fromkeys(values) if kind in ("any_of", "set") else values)
     if not parts or not all(part.strip() for part in parts):
@@ -341,7 +341,7 @@ def split_items(text: str, words: str = "and") -> tuple[str, ...]:
     belong to a number do not separate items:
 
     - If any comma has a space after it, commas without one do not separate: "1,000, 2".
-    - If not, but there are separators other than commas, commas before three digits do not
+    - Otherwise, if there are separators other than commas, commas before three digits do not
       separate: "1,000; 2".
     - If there are only commas, a comma before three digits with a leading 0 does not separate:
       "1,050". It does separate if the first item begins with 0.

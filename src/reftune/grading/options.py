@@ -37,8 +37,8 @@ _LETTERED = re.compile(
 
 
 def unlettered(choices: Sequence[str]) -> tuple[str, ...]:
-    """The options without their leading letters ("a ) 38", "(B) 12", "C. 30" or "D - 5"). The
-    options are returned unchanged unless their letters run in order from A."""
+    """The options without the letters that begin them, as in "a ) 38", "(B) 12", "C. 30" or "D -
+    5". The options are returned unchanged unless their letters run in order from A."""
     found = [_LETTERED.fullmatch(choice) for choice in choices]
     texts = [
         match["text"]

@@ -86,11 +86,11 @@ def first_line(text: str) -> str:
 
 
 def plain_lines(text: str) -> Iterator[Line]:
-    """The lines of `text` that contain a letter or digit, as plain text. Everything after the first
-    `MAX_SEGMENT_CHARS` characters is replaced by a backslash. If this cuts a number in two, the
-    number is not read, because a backslash follows it. The bullet or number of a list item is
-    removed. The first line of `text` never counts as a list item, because a dash at its start may
-    be a minus sign."""
+    """The lines of `text` that contain a letter or digit, as plain text. Everything in `text` after
+    the first `MAX_SEGMENT_CHARS` characters is replaced by a backslash. If this cuts a number in
+    two, the number is not read, because a backslash follows it. The bullet or number of a list item
+    is removed. The first line of `text` never counts as a list item, because a dash at its start
+    may be a minus sign."""
     start, count = text.lstrip(), 0
     is_first = "\n" not in text[: len(text) - len(start)]
     segment = start[:MAX_SEGMENT_CHARS] + "\\" * (len(start) > MAX_SEGMENT_CHARS)

@@ -49,8 +49,8 @@ NO_MARKER = 'no marker: expected "the answer is", "answer:", "####" or \\boxed{â
 
 
 def grade_completion(completion: str, problem: Problem, reading: Reading = DEFAULT) -> Graded:
-    """Grade a worked solution by the last answer that a marker, such as "the answer is", announces.
-    A marker with no answer after it is skipped. If the solution offers two answers, as in "3 or 4",
+    """Grade a worked solution by the last answer that follows a marker such as "the answer is". A
+    marker with no answer after it is skipped. If the solution offers two answers, as in "3 or 4",
     it is right only if both are."""
     found = statements(completion, reading)
     if not found:
@@ -75,10 +75,9 @@ def grade_completion(completion: str, problem: Problem, reading: Reading = DEFAU
 
 
 def _in_boxes(completion: str, found: Sequence[Statement]) -> str | None:
-    """The list formed by the last statements in `found`: "1 and 2" for "\\boxed{1} and \\boxed{2}".
-    Each of these statements must be a closed box or tag that contains a single item. They must
-    stand side by side in `completion`. Returns None if `found` does not end with at least two such
-    statements."""
+    """The boxes or tags at the end of `found`, joined into one list: "1 and 2" for "\\boxed{1} and
+    \\boxed{2}". Only complete ones that contain a single item and stand side by side in
+    `completion` are joined. Returns None if there are fewer than two."""
     text, after = found[-1].text or "", found[-1]
     for before in reversed(found[:-1]):
         is_item = before.is_closed and len(split_items(before.text or "")) == 1

@@ -52,7 +52,8 @@ def same_answer(first: str, second: str) -> bool:
     spelling.
 
     Two numbers are equal if each of them would be right with the other as the gold answer. If
-    neither is whole, as in 1/3 and 0.33, it is enough that one of them would be right.
+    neither is whole, as in 1/3 and 0.33, it is enough for one of them to be right with the other as
+    the gold answer.
     """
     if first == second:
         return True

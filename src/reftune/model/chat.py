@@ -144,10 +144,10 @@ def _continue_thought(opened: str, said: str) -> str:
 
 
 def _ending(tokenizer: PreTrainedTokenizerBase, after: str) -> tuple[str, str | None]:
-    """The end of the turn in `after`, the text that the template writes after a reply. Returns
-    `after` up to and including the token that ends the turn, and this token on its own. The turn
-    ends at the first special token in `after` or, if there is none, at the first added token. If
-    there is neither, the result is an empty string and None."""
+    """Find where the turn ends in `after`, which is the text that the template writes after a
+    reply. Returns `after` up to and including the token that ends the turn, and this token on its
+    own. The turn ends at the first special token in `after` or, if there is none, at the first
+    added token. If there is neither, the result is an empty string and None."""
     added = sorted(tokenizer.added_tokens_decoder.values(), key=lambda token: len(str(token)))
     for tokens in ([token for token in added if token.special], added):
         found = {after.index(str(token)): str(token) for token in tokens if str(token) in after}

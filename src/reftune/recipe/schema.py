@@ -194,8 +194,8 @@ class Recipe(Table):
         return (*self.stages[stage].produces, stage)
 
     def methods_of(self, stage: str) -> tuple[str, ...]:
-        """The names of those models saved by a stage that count as methods. Every saved model
-        counts, except a final model that does not solve problems, such as a reward model
+        """Of the models that a stage saves, the names of those that count as methods. Every saved
+        model counts, except a final model that does not solve problems, such as a reward model
         (`is_method` is false)."""
         saved = self.saved_by(stage)
         return saved if self.stages[stage].is_method else saved[:-1]

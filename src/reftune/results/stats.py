@@ -167,12 +167,12 @@ def seeds_interval(
     single seed, the result is that interval.
 
     If each seed has its own problems, the seeds' means vary with both choices. The result is
-    Student's t interval of these means, widened if necessary to contain `over_problems` of all
-    values together. If all seeds have the same problems, the choice of problems shifts all means
-    alike, and Student's interval does not account for it. A second interval does: each problem's
-    values are averaged over the seeds, and `over_problems` returns an interval of the mean of these
-    averages. The margins of the two intervals are then added in quadrature.
-    Source: Student (1908); Zou and Donner (2008).
+    Student's t interval for the mean of these means. If necessary, it is widened to contain the
+    interval that `over_problems` returns for all values together. If all seeds have the same
+    problems, the choice of problems shifts all means alike, and Student's interval does not account
+    for it. A second interval does: each problem's values are averaged over the seeds, and
+    `over_problems` returns an interval of the mean of these averages. The margins of the two
+    intervals are then added in quadrature. Source: Student (1908); Zou and Donner (2008).
     """
     seeds = [np.asarray(each, dtype=float) for each in values]
     if len(seeds) == 1:

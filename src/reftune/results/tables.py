@@ -51,8 +51,8 @@ _LABELS = {
 
 
 def display(label: str) -> str:
-    """A label in the form that readers see. If the label contains a group or a decision rule, it is
-    kept: `run/reft maj@8` → `run: ReFT maj@8`."""
+    """A label in the form that readers see. Any group or decision rule in the label is kept:
+    `run/reft maj@8` → `run: ReFT maj@8`."""
     group, _, method = label.rpartition("/")
     name, _, rule = method.partition(" ")
     words = " ".join(part for part in (_LABELS.get(name, name.replace("_", " ")), rule) if part)

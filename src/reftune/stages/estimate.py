@@ -186,8 +186,8 @@ class Estimate:
 
     def _sampler(self, copies: float) -> float:
         """Bytes that each device needs for the weights of the sampler (a model that is loaded only
-        to sample) and for the engine's copies of these weights. `copies` is the size, in bytes, of
-        the engine's copies of the policy's weights."""
+        to sample) and for the engine's copies of these weights. The copies are estimated from
+        `copies`, the size in bytes of the engine's copies of the policy's weights."""
         outline, table = self.outline, self.outline.table
         is_frozen = table.lora is not None or table.gradient_checkpointing
         if is_frozen:

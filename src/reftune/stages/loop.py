@@ -341,9 +341,9 @@ class Loop:
 
     def _adopt_best(self) -> None:
         """Keep the best model so far if it is newer than the checkpoint from which the stage
-        resumes. Its step and accuracy are read from its folder. The stage will repeat the steps
-        after the checkpoint, but on a GPU, the repeated steps may not lead to an equally good
-        model."""
+        resumes. The model's step and accuracy are read from the model's folder. The stage will
+        repeat the steps after the checkpoint, but on a GPU, the repeated steps may not lead to an
+        equally good model."""
         restore_folder(self.context.folder.best)
         path = self.context.folder.best / BEST
         facts = world.from_main(
@@ -480,10 +480,10 @@ class Loop:
 
 
 def _is_candidate(context: StageContext) -> bool:
-    """Whether the initial model is evaluated on dev too, so that the stage may choose it. A model
+    """Whether the initial model, too, is evaluated on dev, so that the stage may choose it. A model
     other than `base` is always evaluated. A `base` with random weights never is. A pretrained
-    `base` usually does not know the answer format yet, so most stages do not evaluate it. It is
-    evaluated only by stages that sample solutions and need no other model. Such stages work only if
+    `base` usually does not know the answer format yet, so most stages do not evaluate it. The
+    exceptions are stages that sample solutions and need no model besides `base`. They work only if
     `base` already knows the format."""
     stage, is_pretrained = context.stage, context.recipe.model.path is not None
     learns_from_itself = stage.reads_questions and set(stage.needs) == {"base"}

@@ -403,10 +403,10 @@ def correct_mismatch(
     batch: RolloutBatch, cap: float | None
 ) -> tuple[RolloutBatch, dict[str, float]]:
     """Multiply a batch's advantages by the importance weights min(π_train / π_sample, cap). Here,
-    π_train is the probability that the trainer computes for a token, and π_sample is the one that
-    the engine computes. The weights scale a token's clipped policy loss, but not its value loss. If
-    `cap` is None, the batch is not changed. Returns: the new batch and metrics. Raises: RecipeError
-    if the algorithm has no advantages."""
+    π_train is a token's probability as computed by the trainer, and π_sample is its probability as
+    computed by the engine. The weights scale a token's clipped policy loss, but not its value loss.
+    If `cap` is None, the batch is not changed. Returns: the new batch and metrics. Raises:
+    RecipeError if the algorithm has no advantages."""
     if cap is None:
         return batch, {}
     if batch.advantages is None:

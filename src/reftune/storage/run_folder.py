@@ -344,8 +344,8 @@ def _stretched_rates(recipe: dict[str, Any], longer: Collection[str]) -> Iterato
 
 
 def _changed_environment(folder: RunFolder) -> Iterator[str]:
-    """Yield a note if the run began on a GPU but there is none now. Also yield a note for each of
-    the packages torch and transformers if its version has changed since the run began."""
+    """Yield a note if the run began on a GPU but there is none now. Also yield a note if the
+    version of torch has changed since the run began, and likewise for transformers."""
     try:
         old = dict(json.loads(folder.environment.read_text(encoding="utf-8")))
     except (ValueError, TypeError):

@@ -94,9 +94,9 @@ def is_answered(turns: Sequence[Mapping[str, Any]]) -> bool:
 
 def read_conversation(row: Row, column: str) -> Conversation | None:
     """The conversation in a cell, without empty system messages; None if the cell contains no
-    conversation. Raises: DataError if one of the remaining turns has an unknown role, no text,
-    content other than text, or thoughts under a key of their own (`THOUGHTS`), or if the
-    conversation uses tools."""
+    conversation. Raises: DataError if a turn other than an empty system message has an unknown
+    role, no text, content other than text, or thoughts under a key of their own (`THOUGHTS`), or if
+    the conversation uses tools."""
     value = turns_in(row, column)
     if value is None:
         return None

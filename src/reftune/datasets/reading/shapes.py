@@ -131,8 +131,8 @@ class _Found:
 
     def answer(self, used: set[str], chat: str | None) -> str | None:
         """The column of the gold answer; None if no column is found. If a column such as `label`
-        marks all completions in another column as right, these are the gold answers, and their
-        column is returned. Raises: DataError if a completion is marked as wrong."""
+        marks every completion in another column as right, the completions are the gold answers, and
+        their column is returned. Raises: DataError if a completion is marked as wrong."""
         first = self.first("answer", used) or chat
         free = {name for name in self.by_lower.values() if name not in used}
         judged = [self.by_lower.get(name, "") for name in JUDGED]

@@ -131,7 +131,7 @@ class Program(Prompted):
     def target(self, problem: Problem) -> str:
         """The gold program without the docstring of `solution`, and without the header if the
         prompt contains it. In the `compact` style, the target begins with the line break before the
-        body, because many tokenizers merge it and the following indent into one token.
+        body, because many tokenizers merge a line break and the indent after it into one token.
 
         Raises: DataError if there is no program.
         """
@@ -240,7 +240,7 @@ def scripts_in(completion: str) -> tuple[Script, ...]:
     """The programs to try, in order. There are none if the completion defines `solution`, because
     `programs_in` handles this case. If the completion is indented text without fenced blocks, it is
     run as the body of a function `solution`. Any other completion must state an answer: it must
-    call `print(…)`, or assign to `result` or one of `ANSWER_NAMES` in an unindented line. The
+    call `print(…)`, or assign to `result` or one of `ANSWER_NAMES` on an unindented line. The
     program is then the last fenced block that states an answer. If no block does, the program is
     the whole text. The program is first tried alone, then preceded by the blocks above it."""
     text, blocks = _text_and_blocks(completion)
@@ -263,9 +263,9 @@ def _after_helpers(program: str, blocks: list[str]) -> str:
 
 def _answer_of(script: str) -> str:
     """The expression whose value is the answer. It is the first of `ANSWER_NAMES` that the script
-    assigns. If there is none, it is `result`, provided that the script assigns it and never names
-    `print`. Otherwise, it is the string "None", which stands for the printed text. Comments and
-    strings do not count."""
+    assigns. If there is none, it is `result`, provided that the script assigns it and never
+    mentions `print`. Otherwise, it is the string "None", which stands for the printed text.
+    Comments and strings do not count."""
     names = {match["name"] for match in _SCRIPT.finditer(script) if match["name"] is not None}
     first = next((name for name in ANSWER_NAMES if name in names), None)
     prints = _PRINT.search(_NO_CODE.sub("", script))
@@ -376,11 +376,11 @@ _DOCSTRING = re.compile(
 
 
 def body_of(program: str) -> str | None:
-    """The body of `solution` in a gold program, without the docstring and indented by four spaces.
-    The program may be inside a Markdown code fence. Code before the definition of `solution` moves
-    into the body. Code after it, such as `print(solution())`, is left out. Returns None if the
-    program does not define `solution()`, if the program or the body is not valid Python, or if the
-    body needs code that comes after the definition."""
+    """The body of `solution` in a gold program, indented by four spaces, without the docstring. The
+    program may be inside a Markdown code fence. Code before the definition of `solution` moves into
+    the body. Code after it, such as `print(solution())`, is left out. Returns None if the program
+    does not define `solution()`, if the program or the body is not valid Python, or if the body
+    needs code that comes after the definition."""
     program = program.replace("\r\n", "\n").expandtabs(4)
     for source in (program, *reversed(_FENCED.findall(program))):
         parsed = _parsed(source)

@@ -2,12 +2,12 @@
 
 Some packages, such as numpy, are slow to import. For each combination of such packages that a
 program uses, there is a forking process: a Python interpreter that has already imported them. Each
-program runs in a fork of the interpreter with its packages, with a fixed environment and an empty
-temporary folder as its working directory. Start-up hooks in site-packages do not run. The kernel's
-Landlock lets the program read only the libraries of Python and of the system. The program cannot
-write anywhere, not even to its working directory. An allow-list of system calls rules out sockets,
-new processes, threads and signals. Each program has its own session, namespaces and resource
-limits. docs/sandbox.md lists what these protections cover.
+program runs in a fork of the interpreter that has imported the packages it uses. It gets a fixed
+environment and an empty temporary folder as its working directory. Start-up hooks in site-packages
+do not run. The kernel's Landlock lets the program read only the libraries of Python and of the
+system. The program cannot write anywhere, not even to its working directory. An allow-list of
+system calls rules out sockets, new processes, threads and signals. Each program has its own
+session, namespaces and resource limits. docs/sandbox.md lists what these protections cover.
 """
 
 from __future__ import annotations

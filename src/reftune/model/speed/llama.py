@@ -58,9 +58,9 @@ makes no copies, as on devices other than the CPU."""
 
 
 def is_written_out(model: Any) -> bool:
-    """Whether this file can run `model`, a causal LM. The model must belong to `FAMILIES` and use
-    SiLU. It must not have adapters, quantized layers, sliding windows, or rotary positions on only
-    a part of each head."""
+    """Whether the code in this module can run `model`, a causal LM. The model must belong to
+    `FAMILIES` and use SiLU. It must not have adapters, quantized layers, sliding windows, or rotary
+    position embeddings on only a part of each head."""
     config = model.config
     if not belongs_to(FAMILIES, model) or config.hidden_act != "silu":
         return False
@@ -196,7 +196,7 @@ class _GatedSilu(torch.autograd.Function):
 
 
 class _TurnAndPad(torch.autograd.Function):
-    """Applies rotary positions to the first `turned` heads of each token, then copies all heads to
+    """Applies rotary embeddings to the first `turned` heads of each token, then copies all heads to
     the token's slots (see `Packing`). The input is (T, heads · D), and the result is
     (S, heads, D). The heads are those of queries, keys and values, in that order."""
 
@@ -220,8 +220,8 @@ class _TurnAndPad(torch.autograd.Function):
 
 
 def _turn(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`states` (…, heads, D) with rotary positions applied: the halves (l, r) of a head become
-    (l cos - r sin, r cos + l sin). `cos` and `sin` are (…, 1, D)."""
+    """`states` (…, heads, D) with rotary position embeddings applied: the halves (l, r) of a head
+    become (l cos - r sin, r cos + l sin). `cos` and `sin` are (…, 1, D)."""
     half = cos.shape[-1] // 2
     left, right = states.split(half, -1)
     turned = states * cos
@@ -362,10 +362,10 @@ def _visible(mask: Tensor, length: int) -> Tensor:
 
 @contextmanager
 def packed_linears(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Inside the `with` block, compute linear layers with read-only copies of their weights, cast
-    to `dtype` and in oneDNN's layout. Matmuls then take half to two thirds of their usual time.
-    Copying 134 million weights takes 0.1 s. Layers that `_can_be_packed` rejects, such as small
-    layers in fp32 and all layers on devices other than the CPU, stay unchanged."""
+    """Inside the `with` block, linear layers use read-only copies of their weights that have been
+    cast to `dtype` and stored in oneDNN's layout. Matmuls then take half to two thirds of their
+    usual time. Copying 134 million weights takes 0.1 s. Layers that `_can_be_packed` rejects, such
+    as small layers in fp32 and all layers on devices other than the CPU, stay unchanged."""
     layers = [
         module
         for module in model.modules()

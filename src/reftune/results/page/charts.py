@@ -285,10 +285,10 @@ def _passes_before(run: RunResults, method: str) -> float:
 
 
 def _passes_to(folder: Path) -> float:
-    """Number of sequences on which a model was trained, counted from the base model. `folder` is
-    the model's stage folder in an earlier run. The number is 0 if the folder has no `stage.json`,
-    as for `base`. Within a stage, every step is assumed to train on the same number of
-    sequences."""
+    """Total number of sequences on which a model was trained, starting from the base model.
+    `folder` is the model's stage folder in an earlier run. The number is 0 if the folder has no
+    `stage.json`, as for `base`. Within a stage, every step is assumed to train on the same number
+    of sequences."""
     passes, seen = 0.0, set[Path]()
     while folder.resolve() not in seen and (info := read_json(StageFolder(folder).info)):
         seen.add(folder.resolve())
@@ -300,10 +300,11 @@ def _passes_to(folder: Path) -> float:
 
 
 def equal_compute(chart: Chart, a: str, b: str) -> str:
-    """A sentence with the best dev accuracies of `a` and `b` at equal training effort, which is the
-    number of training sequences since the base model. Each method has an effort at its last dev
-    evaluation. Dev evaluations beyond the smaller of these two efforts do not count. If either
-    method then has no dev accuracy, the result is an empty string."""
+    """A sentence with the best dev accuracies of `a` and `b` at equal training effort. A model's
+    effort is the number of sequences it was trained on, counted from the base model. The limit is
+    the effort of `a` or of `b` at its last dev evaluation, whichever is smaller. Dev evaluations
+    beyond this limit do not count. If either method then has no dev accuracy, the result is an
+    empty string."""
     by_name = {series.label: series for series in chart.series}
     found = [by_name[name] for name in (a, b) if name in by_name]
     passes = min((series.x[-1] for series in found), default=0.0)

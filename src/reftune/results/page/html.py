@@ -247,7 +247,8 @@ def _votes(table: ScoreTable) -> str:
 
 def _difference_rows(table: ScoreTable) -> dict[str, Any] | None:
     """The comparisons of greedy accuracy that involve the baseline or the best method, and an axis
-    that includes 0 and all their intervals. Returns None if there are no such comparisons."""
+    that includes 0 and the intervals of all these comparisons. Returns None if there are no such
+    comparisons."""
     labels, best = {method.label for method in table.methods}, leader(table)
     greedy = [found for found in table.comparisons if {found.a, found.b} <= labels]
     ends = [table.baseline, best.label] if best else [table.baseline]
@@ -264,10 +265,10 @@ def _evidence(found: Comparison) -> str:
 
 
 def _pair(table: ScoreTable) -> dict[str, Any] | None:
-    """Compares the baseline (`b`) with the best other method (`a`, see `leader`), by the greedy
-    answers of the models trained with the first seed. Returns None if there is no other method, or
-    if `table` does not compare the two. `counts` holds the number of problems solved by both, only
-    by `a`, only by `b`, and by neither."""
+    """Compares the baseline (`b`) with the best other method (`a`, see `leader`). The comparison
+    uses the greedy answers of the models trained with the first seed. Returns None if there is no
+    other method, or if `table` does not compare the two. `counts` holds the number of problems
+    solved by both, only by `a`, only by `b`, and by neither."""
     best = leader(table)
     if best is None or table.between(best.label, table.baseline) is None:
         return None
