@@ -350,8 +350,7 @@ def gain_text(found: Comparison) -> str:
 
 
 def doubt(found: Comparison) -> str:
-    """` n.s.` if a difference is not significant, else nothing. For one seed, McNemar's test
-    decides; for several, the interval does."""
+    """` n.s.` if a difference is not significant, else nothing."""
     return "" if found.significant else " n.s."
 
 

@@ -213,7 +213,7 @@ def page(tables: Mapping[str, Mapping[str, Any]], *, ours: bool) -> str:
         "`python benchmarks/reproduce.py 0 1 2 3 4`. "
         "Accuracies are in percent. Differences are in percentage points and paired by problem. "
         "Brackets contain 95% confidence intervals over seeds and problems; *n.s.* and *undecided* "
-        "both stand for \"not significant\". Models are chosen on dev and scored once on test. "
+        'both stand for "not significant". Models are chosen on dev and scored once on test. '
         "[Metrics](metrics.md#results) defines the columns.",
         "## Which of the paper's findings hold here\n\n" + findings_table(tables),
     ]

@@ -235,7 +235,7 @@ def _path(model: str | Path) -> str:
 
 def _policy(path: str, recipe: Mapping[str, Any]) -> Policy:
     """Load the model as a policy that cannot be trained. Its dtype is the one in `recipe`, the
-    recipe of the run that trained the model. If `recipe` is empty, `auto` chooses the dtype."""
+    recipe of the run that trained the model. If `recipe` is empty, `model.dtype` is `auto`."""
     import torch
 
     from reftune.model.policy import Policy

@@ -80,7 +80,7 @@ def test_the_summary_holds_every_method_with_votes_and_reranking(finished):
         } <= set(scores), method
         assert scores["n"] == 6
         assert max(scores["maj@3"], scores["rerank@3"]) <= scores["pass@3"] <= 1
-    assert {"a", "b", "difference", "ci95", "p_mcnemar", "n"} <= set(summary["comparisons"][0])
+    assert {"a", "b", "difference", "ci95", "p_value", "n"} <= set(summary["comparisons"][0])
     assert json.loads((recipe.folder / "summary.json").read_text()) == summary
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.stats import binom
 
 from reftune.results import stats
 
@@ -36,32 +37,12 @@ def test_wilson_of_nothing_knows_nothing() -> None:
     assert stats.wilson(0, 0) == (0.0, 1.0)
 
 
-def test_mcnemar_counts_coin_tosses() -> None:
-    # five tosses, none for b: 2 · C(5,0) / 2⁵ = 2/32
-    assert stats.mcnemar_exact(5, 0) == 2 / 32
-    # 2 · (C(10,0) + C(10,1) + C(10,2)) / 2¹⁰ = 2 · 56 / 1024
-    assert stats.mcnemar_exact(8, 2) == 112 / 1024
-    assert stats.mcnemar_exact(2, 8) == 112 / 1024
-
-
-def test_mcnemar_of_an_even_split_is_one() -> None:
-    # 2 · (1 + 4 + 6) / 16 > 1 is capped
-    assert stats.mcnemar_exact(2, 2) == 1.0
-    assert stats.mcnemar_exact(0, 0) == 1.0
-
-
-def test_mcnemar_stays_exact_where_floats_underflow() -> None:
-    # 2 / 2¹⁰⁷⁰ = 2⁻¹⁰⁶⁹ is below the smallest normal float and still representable
-    assert stats.mcnemar_exact(1070, 0) == 2.0**-1069
-    assert stats.mcnemar_exact(3000, 3000) == 1.0
-
-
 def test_compare_counts_what_only_one_method_solved() -> None:
-    # of 8 problems: both 3, only a 4, only b 0, neither 1: difference 4/8; p = 2/2⁴
+    # of 8 problems: both 3, only a 4, only b 0, neither 1: difference 4/8
     a = [True] * 7 + [False]
     b = [True] * 3 + [False] * 5
     result = stats.compare("a", a, "b", b)
-    assert (result.difference, result.p_mcnemar, result.n) == (0.5, 0.125, 8)
+    assert (result.difference, result.n) == (0.5, 8)
     assert result.ci95[0] < 0.5 < result.ci95[1]
     assert not result.significant
 
@@ -76,6 +57,34 @@ def test_the_paired_interval_is_that_of_bonett_and_price() -> None:
     assert stats.paired_interval(wins) == pytest.approx(
         (0.1 - 1.96 * 0.02693, 0.1 + 1.96 * 0.02693), abs=0.001
     )
+
+
+def test_the_p_value_belongs_to_the_paired_interval() -> None:
+    # as above: d / s = .4 / √(.44/10) = 1.907, and 2 Φ(−1.907) = .0565
+    assert stats.paired_p_value([1, 1, 1, 1, 0, 0, 0, 0]) == pytest.approx(0.0565, abs=1e-4)
+    assert stats.paired_p_value([1, -1, 0]) == 1.0
+    for wins in range(12):
+        for losses in range(12):
+            outcomes = np.repeat([1, -1, 0], [wins, losses, 76])
+            low, high = stats.paired_interval(outcomes)
+            assert (stats.paired_p_value(outcomes) < 0.05) == (low > 0 or high < 0)
+
+
+@pytest.mark.parametrize("n", [10, 50, 300])
+@pytest.mark.parametrize("apart", [0.05, 0.4])
+def test_equal_methods_differ_significantly_in_at_most_5_percent(n: int, apart: float) -> None:
+    # each problem is solved by only one method with probability `apart`, and then by either alike
+    found = 0.0
+    for only_one in range(n + 1):
+        wins = np.arange(only_one + 1)
+        p_values = [
+            stats.paired_p_value(np.repeat([1, -1, 0], [won, only_one - won, n - only_one]))
+            for won in wins
+        ]
+        chance = binom.pmf(only_one, n, apart) * binom.pmf(wins, only_one, 0.5)
+        found += chance[np.array(p_values) < 0.05].sum()
+    assert found < 0.05
+    assert n < 300 or found > 0.03  # exact McNemar: 0.027 for apart = 0.05
 
 
 @pytest.mark.parametrize("difference", [-1, 0, 1])
@@ -139,7 +148,7 @@ def test_a_turned_comparison_is_that_of_the_other_method() -> None:
     one = stats.compare("a", a[0], "b", b[0])
     turned = one.turned()
     assert (turned.a, turned.b, turned.difference) == ("b", "a", -0.5)
-    assert turned.ci95 == (-one.ci95[1], -one.ci95[0]) and turned.p_mcnemar == one.p_mcnemar
+    assert turned.ci95 == (-one.ci95[1], -one.ci95[0]) and turned.p_value == one.p_value
     seeds = stats.compare_over_seeds("a", a, "b", b, same_problems=True)
     assert seeds.turned().by_seed == (-0.5, -0.25)
 

@@ -146,8 +146,8 @@ class Jsonl(FileDataset):
 
     def _id(self, row: Row, column: str | None) -> str:
         """The id in `column`. If there is no such column or the cell is null, the result is
-        `row.id`. If the cell contains anything else that is neither text nor a number, the result
-        is also `row.id`, but if the user named the column, DataError is raised."""
+        `row.id`. If the cell contains anything else that is neither text nor a number, DataError is
+        raised if the user named the column; otherwise, the result is `row.id`."""
         if column is None or (value := row.get(column)) is None:
             return row.id
         if isinstance(value, int | float):

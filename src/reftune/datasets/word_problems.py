@@ -1,5 +1,5 @@
-"""Generates arithmetic word problems with worked rationales, simple enough for a small transformer
-trained from scratch.
+"""Generates arithmetic word problems with rationales, simple enough for a small transformer trained
+from scratch.
 
     Mia has 12 kites. Leo has 3 times as many kites as Mia. Leo loses 4 kites. How many kites does
     Leo have?

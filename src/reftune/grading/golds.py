@@ -172,7 +172,7 @@ def _stated(text: str, reading: Reading) -> list[str]:
     """The last answer that a marker ("the answer is") announces, and any answers beside it, in text
     order. Two marked answers are beside each other if little more than a marker, symbols or a word
     such as "or" separates them. If the last marked answer is in a complete box or tag, a number
-    after "or" is included even without a marker, like 4 in "\\boxed{3} or 4"."""
+    after "or" is included even if it has no marker: in "\\boxed{3} or 4", 4 is included."""
     found = [each for each in statements(text, reading) if each.text is not None]
     following = [each.start for each in found[1:]] + [len(text)] * bool(found)
     pairs = zip(found, following, strict=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -60,23 +59,20 @@ class Comparison:
     n: int
     """Number of problems per seed. If seeds have different numbers of problems, this is the
     smallest number."""
-    p_mcnemar: float | None = None
-    """Two-sided p-value of McNemar's exact test, not corrected for the number of comparisons; None
-    if there are several seeds."""
+    p_value: float | None = None
+    """`paired_p_value`, not corrected for the number of comparisons; None if there are several
+    seeds."""
     by_seed: tuple[float, ...] = ()
     """The difference for each seed; empty if there is only one seed."""
 
     @property
     def significant(self) -> bool:
-        """For one seed, whether McNemar's p-value is below 0.05. For several seeds, whether `ci95`
-        excludes 0."""
-        if self.p_mcnemar is not None:
-            return self.p_mcnemar < 0.05
+        """Whether `ci95` excludes 0."""
         return not self.ci95[0] <= 0 <= self.ci95[1]
 
     def to_row(self) -> dict[str, Any]:
         """The comparison in the form of `summary.json` and `reftune table --json`."""
-        single = self.p_mcnemar is not None
+        single = self.p_value is not None
         return {
             "a": self.a,
             "b": self.b,
@@ -84,7 +80,7 @@ class Comparison:
             "ci95": list(self.ci95),
             "n": self.n,
             "significant": self.significant,
-            **({"p_mcnemar": self.p_mcnemar} if single else {"by_seed": list(self.by_seed)}),
+            **({"p_value": self.p_value} if single else {"by_seed": list(self.by_seed)}),
         }
 
     def turned(self) -> Comparison:
@@ -107,49 +103,50 @@ def compare(a: str, correct_a: ArrayLike, b: str, correct_b: ArrayLike) -> Compa
     assert right_a.shape == right_b.shape and right_a.size, (
         "paired outcomes must have the same length, which must not be zero"
     )
+    differences = right_a.astype(float) - right_b.astype(float)
     return Comparison(
         a=a,
         b=b,
-        difference=float(right_a.mean() - right_b.mean()),
-        ci95=paired_interval(right_a.astype(float) - right_b.astype(float)),
-        p_mcnemar=mcnemar_exact(int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())),
+        difference=float(differences.mean()),
+        ci95=paired_interval(differences),
+        p_value=paired_p_value(differences),
         n=right_a.size,
     )
-
-
-def mcnemar_exact(only_a: int, only_b: int) -> float:
-    """Two-sided p-value of this hypothesis: if only one of two methods solves a problem, that
-    method is equally likely to be the first or the second.
-
-        p = min(1, 2 Σ_{i ≤ min(only_a, only_b)} C(m, i) / 2^m),   m = only_a + only_b
-
-    `only_a` counts the problems that only the first method solves, and `only_b` those that only the
-    second solves. The sum is computed in integers.
-    Source: McNemar (1947), in the exact binomial form.
-    """
-    m = only_a + only_b
-    term = tail = 1
-    for i in range(1, min(only_a, only_b) + 1):
-        term = term * (m - i + 1) // i
-        tail += term
-    return float(min(Fraction(1), Fraction(2 * tail, 2**m)))
 
 
 def paired_interval(differences: ArrayLike) -> Interval:
     """95% interval of the mean of `differences`. Each difference belongs to one of n problems. It
     is the outcome of one method minus that of another, a number between −1 and 1.
 
-        d ± z √((q − d²) / m),   d = Σ differences / m,   q = (Σ differences² + 2) / m,   m = n + 2
+        d ± z s,   s = √((q − d²) / m),   d = Σ differences / m,   q = (Σ differences² + 2) / m,
+        m = n + 2
 
     This is the normal interval after two problems are added: one that only the first method solves,
     and one that only the second solves. Its width is positive even if all differences are equal.
     Source: Bonett and Price (2012), for outcomes that are 0 or 1.
     """
+    d, s = _mean_and_error(differences)
+    return max(-1.0, d - Z95 * s), min(1.0, d + Z95 * s)
+
+
+def paired_p_value(differences: ArrayLike) -> float:
+    """Two-sided p-value of the hypothesis that two methods are equally accurate. It is below 0.05
+    if and only if `paired_interval` excludes 0.
+
+        p = 2 Φ(−|d| / s), with d and s as in `paired_interval`
+
+    Source: Bonett and Price (2012), for outcomes that are 0 or 1.
+    """
+    d, s = _mean_and_error(differences)
+    return math.erfc(abs(d) / s / math.sqrt(2))
+
+
+def _mean_and_error(differences: ArrayLike) -> tuple[float, float]:
+    """d and s in `paired_interval`."""
     own = np.asarray(differences, dtype=float)
-    n = own.size + 2
-    d, q = own.sum() / n, ((own**2).sum() + 2) / n
-    margin = Z95 * math.sqrt((q - d**2) / n)
-    return max(-1.0, float(d - margin)), min(1.0, float(d + margin))
+    m = own.size + 2
+    d, q = own.sum() / m, ((own**2).sum() + 2) / m
+    return float(d), math.sqrt((q - d**2) / m)
 
 
 # --- across seeds ---------------------------------------------------------------------------------

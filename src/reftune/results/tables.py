@@ -96,10 +96,10 @@ def headline(table: ScoreTable) -> Headline:
     base_solves = f"{display(base.label)} solves {percent(base.greedy.accuracy)}"
     if best is None or against is None:
         return Headline(title=base_solves, text=f"{_solves(base, table)}.", chosen=chosen)
-    (low, high), p = against.ci95, against.p_mcnemar
+    (low, high), p = against.ci95, against.p_value
     text = (
         f"{_solves(best, table)}, and {base_solves} (95% interval of the difference {points(low)}"
-        f" to {points(high)} points{'' if p is None else f'; exact McNemar {p_text(p)}'})."
+        f" to {points(high)} points{'' if p is None else f'; {p_text(p)}'})."
     )
     text += _runner_up(best, base, table)
     return Headline(title=_title(against), text=text, chosen=chosen)
@@ -250,7 +250,7 @@ def _gain_cells(method: MethodScore, table: ScoreTable) -> Row:
     if against is None:
         return ["–", ""]
     low, high = against.ci95
-    evidence = "" if against.p_mcnemar is None else p_text(against.p_mcnemar)
+    evidence = "" if against.p_value is None else p_text(against.p_value)
     doubt = NOT_SIGNIFICANT if not against.significant else "" if evidence else "sig."
     gain = f"{points(against.difference)} [{points(low)}, {points(high)}]"
     return [gain, " ".join(part for part in (evidence, doubt) if part)]
@@ -264,13 +264,12 @@ def caption(table: ScoreTable) -> str:
     is_single = table.num_seeds == 1
     interval = "Wilson" if is_single else "Student's t over seeds"
     limits = " With one seed, intervals and tests do not cover chance in training." * is_single
-    test = "exact McNemar p ≥ 0.05" if is_single else "the interval contains 0"
     apart = "; ".join(f"{name} {', '.join(map(str, n))}" for name, n in table.seeds_apart.items())
     unpaired = f" Groups with different seeds are not compared (seeds: {apart})." if apart else ""
     return (
         f"Accuracy in percent on {n} {table.split} problems{seeds}, 95% interval ({interval});"
-        f" differences paired by problem; {NOT_SIGNIFICANT}: {test}, not corrected for several"
-        f" comparisons.{limits}{unpaired}"
+        f" differences paired by problem; {NOT_SIGNIFICANT}: the interval contains 0. Intervals"
+        f" are not corrected for several comparisons.{limits}{unpaired}"
     )
 
 

@@ -234,10 +234,10 @@ class Loop:
     @contextmanager
     def _saving(self) -> Iterator[None]:
         """If the engine fails inside the `with` block, save a checkpoint if the stage has advanced
-        since the last one. Then raise the engine's error again. Use this only where an engine's
-        error occurs in every process, and before the block changes the stage's state. Raises:
-        Interrupted instead of the engine's error, if the run has received SIGINT or SIGTERM,
-        because the signal may have stopped the engine too."""
+        since the last one. Then raise the engine's error again. Use this only if an engine error
+        always occurs in every process, and if the block has not changed the stage's state by then.
+        Raises: Interrupted instead of the engine's error, if the run has received SIGINT or
+        SIGTERM, because the signal may have stopped the engine too."""
         try:
             yield
         except EngineError as error:

@@ -74,8 +74,8 @@ class Wishes:
 
 
 def write_recipe(wishes: Wishes, out: Path) -> Splits:
-    """Read the data and the tokenizer, and write the recipe to `out`. Returns: the data as the
-    recipe reads it.
+    """Read the data and the tokenizer, and write the recipe to `out`. Returns: the data as a run of
+    the recipe would read it.
 
     Raises: RecipeError if `out` exists; DataError or ModelError if the data, the tokenizer or the
     model's configuration shows that a run would fail.

@@ -118,7 +118,7 @@ def without_leaks(splits: Splits) -> Splits:
     """`splits` without leaks. The number of removed leaks is added to `counts` under `leak`. A
     training problem is a leak if dev or test contains the same problem. A dev problem is a leak if
     test contains the same problem. Two problems are the same if their questions, options and
-    conversations are spelled exactly alike."""
+    conversations are identical, character for character."""
 
     def without(problems: Sequence[Problem], *others: Sequence[Problem]) -> tuple[Problem, ...]:
         taken = {_spelling(each) for split in others for each in split}

@@ -26,7 +26,7 @@ LEAST_WORDS = 3
 
 def unused_columns(splits: Mapping[Split, Sequence[Problem]], used: Columns) -> tuple[str, ...]:
     """Notes on the unused columns of the training data that may belong to the question. One note
-    names columns of text, and the setting that would make them part of the question. A second note
+    names the text columns and the setting that would make them part of the question. A second note
     names columns whose cells are lists, such as the earlier turns of a conversation or several
     passages. Columns of images are named only if a question contains `<image>`."""
     train, notes = splits["train"], []

@@ -260,7 +260,7 @@ def _difference_rows(table: ScoreTable) -> dict[str, Any] | None:
 
 
 def _evidence(found: Comparison) -> str:
-    p = found.p_mcnemar
+    p = found.p_value
     return f"{len(found.by_seed)} seeds" if p is None else p_text(p)
 
 
