@@ -141,9 +141,9 @@ def make_plan(
     response: int | None = None,
     only: str | None = None,
 ) -> Plan:
-    """Estimate the memory that all stages need, or only the stage `only`. For stages that sample,
-    also estimate the time of a step. `prompt` and `response` are lengths in tokens, by default
-    `lengths.max_prompt` (256 if unset) and `lengths.max_new`.
+    """Estimate the memory that the stages need. If `only` is given, estimate it for that stage
+    alone. For stages that sample, also estimate the time of a step. `prompt` and `response` are
+    lengths in tokens, by default `lengths.max_prompt` (256 if unset) and `lengths.max_new`.
 
     Raises: RecipeError if the cost cannot be predicted for any planned stage; ModelError if the
     model's configuration cannot be read; DataError as in `load_splits`.

@@ -219,7 +219,7 @@ def truncated_importance(
 ) -> Tensor:
     """Importance weights (B, R) that correct for differences between the probabilities that the
     engine used when it drew the tokens (π_sample) and those that the trainer computes (π_train).
-    They are 1 where the mask is False.
+    The weights are 1 where the mask is False.
 
         w = min(π_train / π_sample, cap)
 

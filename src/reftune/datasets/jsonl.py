@@ -98,10 +98,10 @@ class Jsonl(FileDataset):
 
     def _columns(self, rows: Sequence[Row], *, is_train: bool) -> Columns:
         """The column of each field, such as `question`: the one that the user named, or else one
-        with a usual name. Raises: DataError if no question or answer is found, or if a column that
-        the user named is missing. There is one exception: in dev and test, a column that the user
-        named may be missing, unless it holds the options or is the first of the columns that make
-        up the question."""
+        with a common name for that field. Raises: DataError if no question or answer is found, or
+        if a column that the user named is missing. There is one exception: in dev and test, a
+        column that the user named may be missing, unless it holds the options or is the first of
+        the columns that make up the question."""
         named = {} if self.columns is None else self.columns.model_dump()
         for field, value in named.items():
             names = [value] if isinstance(value, str) else value or []
@@ -146,8 +146,8 @@ class Jsonl(FileDataset):
 
     def _id(self, row: Row, column: str | None) -> str:
         """The id in `column`. If there is no such column or the cell is null, the result is
-        `row.id`. If the cell contains anything else that is neither text nor a number, DataError is
-        raised if the user named the column; otherwise, the result is `row.id`."""
+        `row.id`. If the cell is not null, text or a number, the result depends on the column:
+        DataError is raised if the user named it, and `row.id` is returned if not."""
         if column is None or (value := row.get(column)) is None:
             return row.id
         if isinstance(value, int | float):

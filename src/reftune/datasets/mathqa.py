@@ -172,8 +172,8 @@ class Mathqa(PaperDataset):
 
 def choice_program(row: Row, options: Sequence[str]) -> str | None:
     """A program that computes the value of the row's formula and returns the letter of the nearest
-    option. The result is None, not a program, if the row has no readable formula or if none of its
-    options states a number."""
+    option. There is no program (None) if the row has no readable formula or if none of its options
+    states a number."""
     steps, values = _steps(row), zip(LETTERS, map(option_value, options), strict=False)
     spelled = ", ".join(
         f'"{letter}": {spell(value).replace("/", " / ")}'
@@ -297,8 +297,9 @@ def _with_options(stem: str, options: Sequence[str]) -> str:
 
 
 def repaired(text: str) -> str:
-    """`text` without mojibake. The mojibake is UTF-8 that was decoded as cp1252, lower-cased and
-    spaced out, sometimes more than once. For example, `ã —` stands for `×`."""
+    """`text` without mojibake. The mojibake arose when UTF-8 was decoded as cp1252, put in lower
+    case and split by spaces. Sometimes all this happened more than once. For example, `ã —` stands
+    for `×`."""
     for _ in range(3):
         text = MOJIBAKE.sub(_decoded, text)
     return text

@@ -51,9 +51,9 @@ def read_gold(
     If the cell marks its answer ("#### 78", "\\boxed{78}", "The answer is 78"), only the marked
     part is read, except for the kind `regex`. For the kind `auto`, the answer is a choice if there
     are `choices`. Otherwise, it is a number if the part that is read is just a number. If it is
-    neither a choice nor a number, it is an expression, a list in brackets, or text. Without
-    `choices`, a letter and an option's text, as in "(B) 12", become two accepted spellings (kind
-    `any_of`).
+    neither a choice nor a number, it is an expression, a list in brackets, or text. If there are no
+    `choices`, a cell such as "(B) 12" yields two accepted spellings: the letter and the text after
+    it (kind `any_of`).
 
     Raises: DataError if the cell has no answer of the requested kind. The caller adds the cell's
     location to the message.
@@ -170,9 +170,10 @@ would read the lone backslash and the letter f as a form feed."""
 
 def _stated(text: str, reading: Reading) -> list[str]:
     """The last answer that a marker ("the answer is") announces, and any answers beside it, in text
-    order. Two marked answers are beside each other if little more than a marker, symbols or a word
-    such as "or" separates them. If the last marked answer is in a complete box or tag, a number
-    after "or" is included even if it has no marker: in "\\boxed{3} or 4", 4 is included."""
+    order. Two marked answers are beside each other if they are separated by little more than a
+    marker, symbols, or a word such as "or". If the last marked answer is in a complete box or tag,
+    a number after "or" is included even if it has no marker: in "\\boxed{3} or 4", 4 is
+    included."""
     found = [each for each in statements(text, reading) if each.text is not None]
     following = [each.start for each in found[1:]] + [len(text)] * bool(found)
     pairs = zip(found, following, strict=True)
@@ -254,9 +255,8 @@ _LISTED = re.compile(r"\[\s*(.+?)\s*\]", re.DOTALL)
 
 
 def _option_gold(text: str, reading: Reading) -> Answer | None:
-    """The gold answer in a text such as "(B)" or "\\textbf{(B)}\\ 12": the letter B and, if the
-    option's text follows, this text as another accepted spelling. Returns None for any other
-    text."""
+    """The gold answer in a text such as "(B)" or "\\textbf{(B)}\\ 12". The answer is the letter B;
+    if the option's text follows, this text is accepted too. Returns None for any other text."""
     found = _OPTION.fullmatch(" ".join(plain(text).split()))
     if found is None:
         return None
@@ -343,8 +343,8 @@ def split_items(text: str, words: str = "and") -> tuple[str, ...]:
     - If any comma has a space after it, commas without one do not separate: "1,000, 2".
     - Otherwise, if there are separators other than commas, commas before three digits do not
       separate: "1,000; 2".
-    - If there are only commas, a comma before three digits with a leading 0 does not separate:
-      "1,050". It does separate if the first item begins with 0.
+    - If there are only commas and the first item does not begin with 0, a comma before three
+      digits with a leading 0 does not separate: "1,050".
     """
     bare = text.strip().strip("$")
     if "$" in bare.replace("\\$", ""):

@@ -206,8 +206,9 @@ def _verified(gold: str, answer: str) -> Comparison:
 
 
 def _words_in(expression: str) -> bool:
-    """Whether an expression contains a word. A word is either a common word of two letters, such as
-    "is", or three or more letters in a row that neither name a function nor belong to LaTeX."""
+    """Whether an expression contains a word. A word is either a common two-letter word, such as
+    "is", or a sequence of three or more letters that is neither a function name nor part of a LaTeX
+    command."""
     bare = _COMMAND.sub(" ", _TEXT.sub(" ", _ENVIRONMENT.sub(" ", expression)))
     words = [word.lower() for word in re.findall(r"[^\W\d_]{2,}", bare)]
     return any(word in _SHORT_WORDS or (len(word) > 2 and word not in FUNCTIONS) for word in words)

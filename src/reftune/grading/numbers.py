@@ -183,8 +183,8 @@ _BASES = dict(zip(ONE_TO_TWELVE.split("|"), range(1, 13), strict=True)) | {"sixt
 def same_number(predicted: Number, gold: Number) -> bool:
     """Whether two numbers are equal according to `numbers_equal`. If only one of them has a percent
     sign, the number without the sign may equal the percentage either as written or divided by 100:
-    25% equals both 25 and 0.25. The second case is not accepted if the number without the sign is
-    an integer above 1 in absolute value: 2500% does not equal 25."""
+    25% equals both 25 and 0.25. Division by 100 is not allowed if the number without the sign is an
+    integer above 1 in absolute value: 2500% does not equal 25."""
     if numbers_equal(predicted, gold):
         return True
     if predicted.percent == gold.percent:
@@ -215,8 +215,8 @@ def numbers_equal(predicted: Number, gold: Number) -> bool:
         |p − g| < 10^−d   and   |p − g| ≤ 0.01·|g|
 
     Here, d is the number of decimals of the less precise number, but at least 2. If only one number
-    is written as a fraction, the other number determines d. Two fractions must be exactly equal.
-    A number that is written with all digits of a float is rounded first (see `FLOAT_DIGITS`).
+    is written as a fraction, the other number determines d. Two fractions must be exactly equal. A
+    number that is written to full float precision is rounded first (see `FLOAT_DIGITS`).
     """
     if predicted.value == gold.value:
         return True

@@ -33,18 +33,18 @@ class Perturbed:
 
 def wrong_solutions(problem: Problem, target: str, decimal: str = ".") -> Iterator[Perturbed]:
     """Solutions that look like the gold solution `target` but state another answer, two answers or
-    none. `target` is a program or a text. Yields nothing for a program whose last line is not a
-    `return`, or for a text whose answer cannot be found. In a text, numbers are written with the
-    decimal separator `decimal`."""
+    none. `target` is a program or plain text. Yields nothing for a program whose last line is not a
+    `return`, or for plain text whose answer cannot be found. In plain text, numbers are written
+    with the decimal separator `decimal`."""
     end = _RETURN.search(target)
     return _wrong_programs(problem, end) if end else _wrong_words(problem, target, decimal)
 
 
 def right_solutions(problem: Problem, target: str, decimal: str = ".") -> Iterator[Perturbed]:
     """Slightly rewritten versions of the gold solution `target` that keep its answer. `target` is a
-    program or a text. Yields nothing for a program whose last line is not a `return`, or for a text
-    whose answer cannot be found or is neither a number nor a choice. In a text, numbers are written
-    with the decimal separator `decimal`."""
+    program or plain text. Yields nothing for a program whose last line is not a `return`, or for
+    plain text whose answer cannot be found or is neither a number nor a choice. In plain text,
+    numbers are written with the decimal separator `decimal`."""
     end = _RETURN.search(target)
     return _right_programs(problem, end) if end else _right_words(problem, target, decimal)
 

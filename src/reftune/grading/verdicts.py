@@ -76,8 +76,8 @@ def grade_completion(completion: str, problem: Problem, reading: Reading = DEFAU
 
 def _in_boxes(completion: str, found: Sequence[Statement]) -> str | None:
     """The boxes or tags at the end of `found`, joined into one list: "1 and 2" for "\\boxed{1} and
-    \\boxed{2}". Only complete ones that contain a single item and stand side by side in
-    `completion` are joined. Returns None if there are fewer than two."""
+    \\boxed{2}". Boxes and tags are joined only if they are complete, contain one item each and
+    stand side by side in `completion`. Returns None if fewer than two can be joined."""
     text, after = found[-1].text or "", found[-1]
     for before in reversed(found[:-1]):
         is_item = before.is_closed and len(split_items(before.text or "")) == 1

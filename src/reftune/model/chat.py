@@ -42,7 +42,7 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> str
 def opened_thought(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> str:
     """The end of the prompt, from an unclosed `<think>` or `<thinking>` tag onwards. For example,
     this is "<think>\\n" with DeepSeek-R1's template. Returns an empty string if the template leaves
-    no thought open. Raises: RecipeError as `prompt_text` does."""
+    no thought open. Raises: RecipeError in the same cases as `prompt_text`."""
     return _opened(tokenizer, prompt_text(tokenizer, prompt), prompt)
 
 

@@ -92,7 +92,7 @@ class Encoder:
 
     def text_after(self, prompt: str | Conversation, text: str) -> str:
         """The text that follows the prompt if the model writes `text`. In a chat, this is the reply
-        and the end of the turn, as the template writes them. If the prompt is a string, it is
+        and the end of the turn, as the template writes them. For a string prompt, the result is
         `text` itself."""
         if isinstance(prompt, Conversation):
             return reply_text(self.tokenizer, prompt, text)

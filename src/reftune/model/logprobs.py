@@ -192,7 +192,7 @@ def _tiles(
     temperature: float,
     kept: Iterable[Tensor] = (),
 ) -> Iterator[_Tile]:
-    """All tiles of the logits: one group of rows after another, and from left to right in each
+    """All tiles of the logits, in order: by group of rows, then from left to right within each
     group. `kept` contains the logits of the first tiles, which are not computed again."""
     known = iter(kept)
     vocabulary = len(weight)

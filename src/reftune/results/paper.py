@@ -135,7 +135,7 @@ def _paper_sizes(column: str) -> dict[str, int]:
 def render(found: Sequence[Cell], fmt: str) -> str:
     """The cells as `text`, `markdown`, `latex` or `json`. In the first three formats, the first
     table contains split sizes, and the second contains greedy accuracies. If solutions were
-    sampled, a third table contains the accuracies of votes and reranking. Raises: DataError for an
+    sampled, a third table contains the accuracies of voting and reranking. Raises: DataError for an
     unknown format."""
     if fmt == "json":
         return json.dumps(found, indent=2)
@@ -175,8 +175,9 @@ def _accuracies(
 ) -> str:
     """A table with a row for each combination of model, method and decision rule. Only rules for
     which `is_shown` returns True are included; if there are none, the result is an empty string. If
-    several tasks use the same kind of rationale, an additional column contains their average. Kinds
-    for which the paper has no name, such as a user's own format, get no such column."""
+    several tasks use the same kind of rationale, an additional column contains the average of their
+    accuracies. Kinds for which the paper has no name, such as a user's own format, get no such
+    column."""
     places = sorted({("", cell["task"], cell["rationale"]) for cell in found}, key=_order)
     columns = {f"{task} {rationale}": rationale for _, task, rationale in places}
     counts = Counter(columns.values())

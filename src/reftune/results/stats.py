@@ -20,7 +20,7 @@ Interval = tuple[float, float]
 
 
 def wilson(num_correct: float, n: int) -> Interval:
-    """95% Wilson interval of the share of correct answers.
+    """95% Wilson interval for the share of correct answers.
 
         (p + z²/2n ± z √(p(1−p)/n + z²/4n²)) / (1 + z²/n),   p = num_correct / n
 
@@ -35,9 +35,9 @@ def wilson(num_correct: float, n: int) -> Interval:
 
 
 def accuracy_interval(outcomes: ArrayLike) -> Interval:
-    """95% Wilson interval of the mean of `outcomes`, which are numbers from 0 to 1. If some are
-    neither 0 nor 1, as with pass@k, the interval tends to be too wide, because it assumes that each
-    outcome is either 0 or 1, which would give a larger variance."""
+    """95% Wilson interval for the mean of `outcomes`, which are numbers from 0 to 1. If some are
+    neither 0 nor 1, as with pass@k, the interval tends to be too wide, because outcomes that are
+    either 0 or 1 would have a larger variance."""
     values = np.asarray(outcomes, dtype=float)
     return wilson(float(values.sum()), values.size)
 
@@ -115,7 +115,7 @@ def compare(a: str, correct_a: ArrayLike, b: str, correct_b: ArrayLike) -> Compa
 
 
 def paired_interval(differences: ArrayLike) -> Interval:
-    """95% interval of the mean of `differences`. Each difference belongs to one of n problems. It
+    """95% interval for the mean of `differences`. Each difference belongs to one of n problems. It
     is the outcome of one method minus that of another, a number between −1 and 1.
 
         d ± z s,   s = √((q − d²) / m),   d = Σ differences / m,   q = (Σ differences² + 2) / m,
@@ -158,17 +158,17 @@ def seeds_interval(
     *,
     same_problems: bool,
 ) -> Interval:
-    """95% interval of a score averaged over seeds. It accounts for the random choice of seeds and
-    of problems. `values` has one array per seed, with a number for each problem. `over_problems`
-    returns an interval of an array's mean that accounts only for the choice of problems. With a
-    single seed, the result is that interval.
+    """95% interval for a score averaged over seeds. It accounts for the random choice of seeds and
+    of problems. `values` has one array per seed, with a number for each problem. Given an array,
+    `over_problems` returns an interval for its mean that accounts only for the choice of problems.
+    With a single seed, the result is that interval.
 
     If each seed has its own problems, the seeds' means vary with both choices. The result is
     Student's t interval for the mean of these means. If necessary, it is widened to contain the
     interval that `over_problems` returns for all values together. If all seeds have the same
     problems, the choice of problems shifts all means alike, and Student's interval does not account
     for it. A second interval does: each problem's values are averaged over the seeds, and
-    `over_problems` returns an interval of the mean of these averages. The margins of the two
+    `over_problems` returns an interval for the mean of these averages. The margins of the two
     intervals are then added in quadrature. Source: Student (1908); Zou and Donner (2008).
     """
     seeds = [np.asarray(each, dtype=float) for each in values]

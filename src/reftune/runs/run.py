@@ -74,8 +74,8 @@ def evaluate_methods(
 ) -> dict[str, Any]:
     """Evaluate `methods` or, if there are none, all methods that the recipe evaluates. Returns: the
     summary of all methods evaluated so far. Raises: RecipeError if a method is not among those that
-    the recipe evaluates, or if a method or the reward model for reranking is not trained yet; the
-    errors of `run_recipe`."""
+    the recipe evaluates, or if a method or the reward model for reranking has not been trained yet;
+    also any error that `run_recipe` raises."""
     check_stage_graph(recipe)
     for method in methods:
         if method not in recipe.methods_to_evaluate:

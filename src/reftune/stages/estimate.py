@@ -186,8 +186,9 @@ class Estimate:
 
     def _sampler(self, copies: float) -> float:
         """Bytes that each device needs for the weights of the sampler (a model that is loaded only
-        to sample) and for the engine's copies of these weights. The copies are estimated from
-        `copies`, the size in bytes of the engine's copies of the policy's weights."""
+        to sample) and for the engine's copies of these weights. `copies` is the size in bytes of
+        the engine's copies of the policy's weights; the size of the sampler's copies is estimated
+        from it."""
         outline, table = self.outline, self.outline.table
         is_frozen = table.lora is not None or table.gradient_checkpointing
         if is_frozen:
@@ -195,9 +196,9 @@ class Estimate:
         return outline.weights + copies
 
     def _sampling(self, rows: int) -> tuple[dict[str, float], float]:
-        """A pair. The first item maps each purpose to the number of bytes that it needs when up to
-        `rows` sequences are sampled at once. The second is the size, in bytes, of the copies that
-        the engine makes of the policy's weights. This size assumes that FSDP2 does not split the
+        """A pair. The first item maps each use of memory to its size in bytes when up to `rows`
+        sequences are sampled at once. The second is the size, in bytes, of the copies that the
+        engine makes of the policy's weights. This size assumes that FSDP2 does not split the
         weights."""
         if self.requests is not None:
             rows = min(rows, math.ceil(self.requests / self.devices))

@@ -234,8 +234,8 @@ class Loop:
     @contextmanager
     def _saving(self) -> Iterator[None]:
         """If the engine fails inside the `with` block, save a checkpoint if the stage has advanced
-        since the last one. Then raise the engine's error again. Use this only if an engine error
-        always occurs in every process, and if the block has not changed the stage's state by then.
+        since the last one. Then raise the engine's error again. Use this only if an error of the
+        engine is raised in all processes alike, and before the block has changed the stage's state.
         Raises: Interrupted instead of the engine's error, if the run has received SIGINT or
         SIGTERM, because the signal may have stopped the engine too."""
         try:
@@ -356,8 +356,8 @@ class Loop:
     def _follow(self, look: Look) -> dict[str, float]:
         """Add the evaluation `look` to the history of dev accuracy, and return the recent rise in
         dev accuracy as metrics. With `until_plateau`, if accuracy has reached a plateau, also set
-        the stage's last step. All calls after that do nothing and return no metrics, because the
-        learning rate then falls, and this alone may raise accuracy."""
+        the stage's last step. Once the last step is set, further calls do nothing and return no
+        metrics: from then on, the learning rate falls, and this alone may raise accuracy."""
         if not look.correct or self.state.ends_at is not None:
             return {}
         history = History(**self.state.history)

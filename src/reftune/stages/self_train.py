@@ -224,7 +224,7 @@ def join_as_paper(
     correct: Sequence[str], gold: Sequence[str], keep: int, same: Same = str.strip
 ) -> list[str]:
     """The result of `join_once`, with the gold solution (if there is one) repeated at the end.
-    Source: ReFT's code (arXiv:2401.08967, §4.2). Differences: white space at the start and end of a
-    solution is kept, because programs need it. Solutions in words count as repeats if they differ
-    only in how the answer is written."""
+    Source: ReFT's code (arXiv:2401.08967, §4.2). There are two differences. White space at the
+    start and end of a solution is kept, because programs need it. Also, solutions in words count as
+    repeats if they differ only in how the answer is written."""
     return [*join_once(correct, gold, keep, same), *gold]

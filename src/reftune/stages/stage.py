@@ -39,8 +39,8 @@ class StageContext:
 
     @cached_property
     def policy(self) -> Policy:
-        """The model that the stage trains in place, loaded from `init` at its first use. If the
-        stage has used another model before, that model is first removed from memory."""
+        """The model that the stage trains in place, loaded from `init` at its first use. Any other
+        model that the stage used earlier is first removed from memory."""
         return self.take(self.stage.init)
 
     def seed(self, *parts: int | str) -> int:

@@ -90,8 +90,8 @@ def make_readable(folder: Path) -> None:
 
 
 def restore_folder(folder: Path) -> None:
-    """Clean up if the process was killed during `replace_folder`. If `folder` is missing, put the
-    old folder back. If `folder` exists, delete the old folder."""
+    """Clean up if the process was killed during `replace_folder`, which sets the old folder aside.
+    If `folder` is missing, move the old one back. If `folder` exists, delete the old one."""
     old = _old(folder)
     if not (is_main() and old.exists()):
         return

@@ -255,9 +255,9 @@ def refuse_changed_data(folder: RunFolder, splits: Splits) -> None:
 
 
 def refuse_foreign(folder: RunFolder, recipe: Recipe) -> bool:
-    """Return True if the folder is unclaimed, and False if this run has claimed it. Raises: for a
-    claimed folder, the errors of `lengthened_stages`; for an unclaimed one, CheckpointError if it
-    contains files other than those that a killed run may leave (`BEFORE_CLAIM`)."""
+    """Return True if the folder is unclaimed, and False if this run has claimed it. Raises: if a
+    run has claimed the folder, whatever `lengthened_stages` raises; if none has, CheckpointError if
+    the folder contains files other than those that a killed run may leave (`BEFORE_CLAIM`)."""
     if folder.is_run:
         lengthened_stages(folder, recipe)
         return False
@@ -307,9 +307,9 @@ def length_table(stage: dict[str, Any]) -> dict[str, Any]:
 
 
 def without(recipe: Mapping[str, Any], keys: Collection[str], where: str = "") -> dict[str, Any]:
-    """A copy of a recipe, or of the recipe's table at the path `where`, that leaves out some keys
-    and tables. `keys` lists their paths, such as `engine.server`. In a path, `training` stands for
-    any table that has all of `TRAINING_KEYS`."""
+    """A copy of a recipe, or of its table at the path `where`, without some keys and tables. `keys`
+    lists their paths, such as `engine.server`. In a path, `training` stands for any table that has
+    all of `TRAINING_KEYS`."""
     kept = {}
     for name, value in recipe.items():
         place = f"{where}.{name}".lstrip(".")

@@ -40,7 +40,7 @@ def check_recipe(recipe: Recipe) -> CheckReport:
     `memory`, fails, the model is not run. Nothing is written to the run folder.
 
     Raises: ReftuneError if the data or the model cannot be loaded, or if `stages`, `evaluate` or
-    `check.waive` contains a wrong name.
+    `check.waive` contains an unknown name.
     """
     _refuse_unknown_waivers(recipe.check.waive)
     check_stage_graph(recipe)

@@ -57,8 +57,8 @@ class Conversation:
 
 def turns_in(row: Row, column: str) -> Sequence[Mapping[str, Any]] | None:
     """The turns of the conversation in a cell, even if it is written as text, as in CSV. Returns
-    None for any other cell. Raises: DataError if text that looks like a conversation cannot be
-    read."""
+    None if the cell contains no conversation. Raises: DataError if text that looks like a
+    conversation cannot be read."""
     cell = row.get(column)
     is_written = isinstance(cell, str) and WRITTEN.fullmatch(cell) is not None
     turns = _parsed(cell) if is_written else cell

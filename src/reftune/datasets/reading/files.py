@@ -179,9 +179,9 @@ def _mapping(value: object, where: str) -> Mapping[str, Any]:
 
 def _read_csv(path: Path) -> Records:
     """The rows of a table in UTF-8, UTF-16 or Windows-1252 (which Excel still writes). A first line
-    such as `sep=;` sets the delimiter. Without such a line, a `.tsv` file is split at tabs if
-    there is a tab in its first line. In all other cases, the delimiter is the one of `DELIMITERS`
-    that splits the first line into the most columns."""
+    such as `sep=;` sets the delimiter. Without such a line, a `.tsv` file is split at tabs if there
+    is a tab in its first line. In all other cases, the delimiter is whichever of `DELIMITERS`
+    splits the first line into the most columns."""
     text = read_text(path, fallback="cp1252")
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1

@@ -39,8 +39,8 @@ Grading = Annotated[str, AfterValidator(_known)]
 
 @functools.cache
 def own_grader(grading: str) -> Grader:
-    """The function to which `grading` refers in the form `file.py:Name`. If `Name` is a class, the
-    result is an instance of it.
+    """The function that `grading` names; `grading` has the form `file.py:Name`. If `Name` is a
+    class, the result is an instance of it.
     Raises: PydanticCustomError if there is no such object, or if the instance cannot be created."""
     found = component_class(grading, group="formats")
     try:

@@ -5,8 +5,8 @@ text search, because only the sandbox parses or runs a model's code. Only text a
 `</think>` counts. If the completion ends inside `<think>`, there is no program. If a line after the
 program, such as "Question: …", asks another question, everything from this line on is ignored. A
 completion that continues `def solution():` begins with an indented body. If this body contains a
-`return` and the unfenced text after it defines `solution` again, that text is ignored too. In the
-remaining text, the program is the first of the following that exists:
+`return`, and if the unfenced text after the body defines `solution` again, that text is ignored
+too. In the remaining text, the program is the first of the following that exists:
 
 - the last fenced block that defines `solution`
 - the whole text, if it defines `solution`

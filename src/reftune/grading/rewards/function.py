@@ -11,9 +11,9 @@ arguments. These are the arguments:
 - `verdicts`, `values` and `reasons`: the verdict, answer and reason in each completion's grade
 - each column of the data, under its own name
 
-If a column of the data is named `answer`, `golds`, `verdicts`, `values` or `reasons`, the function
-receives this column instead of the list above. This does not apply to columns from which reftune
-reads the question, answer, rationale, id or options.
+If a column of the data is named `answer`, `golds`, `verdicts`, `values` or `reasons`, the argument
+of that name holds this column instead. This does not apply to columns from which reftune reads the
+question, answer, rationale, id or options.
 
 The function receives the arguments that its signature names, or all of them if it takes `**kwargs`.
 It may be async. If the function fails on a batch, it is called again with one sample at a time, to

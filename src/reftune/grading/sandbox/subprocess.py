@@ -1,8 +1,8 @@
 """The `subprocess` backend, which runs each program in a CPython process of its own.
 
 Some packages, such as numpy, are slow to import. For each combination of such packages that a
-program uses, there is a forking process: a Python interpreter that has already imported them. Each
-program runs in a fork of the interpreter that has imported the packages it uses. It gets a fixed
+program uses, a Python interpreter imports them once and stays running (the forking process). Each
+program runs in a fork of the interpreter that has its packages. The program gets a fixed
 environment and an empty temporary folder as its working directory. Start-up hooks in site-packages
 do not run. The kernel's Landlock lets the program read only the libraries of Python and of the
 system. The program cannot write anywhere, not even to its working directory. An allow-list of

@@ -62,8 +62,8 @@ def takes_packing(model: PreTrainedModel) -> bool:
 
 
 def belongs_to(families: Sequence[str], model: Any) -> bool:
-    """Whether the class of `model` is one of transformers' own and its name is in `families`, and
-    none of the model's layers has a sliding window."""
+    """Whether the class of `model` comes from the transformers library, the class's name is in
+    `families`, and no layer of the model has a sliding window."""
     kind, window = type(model), getattr(model.config, "sliding_window", None)
     if window is not None and getattr(model.config, "use_sliding_window", True):
         return False
