@@ -315,8 +315,8 @@ class Trainer:
         )
 
     def _features_and_returns(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Sample rollouts (batches of samples) for fitting the value head. For each rollout, yield
-        the hidden states (N, H) and discounted returns (N,) of the N response tokens in its
+        """Generate rollouts (batches of samples) for fitting the value head. For each rollout,
+        yield the hidden states (N, H) and discounted returns (N,) of the N response tokens in its
         samples. Samples whose reward is None are left out, and so is a rollout that has only such
         samples. The returns include no KL penalty, because the policy still equals its reference.
         The sampled tokens count towards the stage's cost."""

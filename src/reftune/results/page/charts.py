@@ -189,8 +189,8 @@ def _thinned(series: Series) -> Series:
 
 def dev_chart(groups: Sequence[Group]) -> Chart | None:
     """A chart of the dev accuracy of every stage except those that train reward models. The
-    horizontal axis shows the number of sequences that the model has been trained on, counted from
-    the base model. Returns None if there is no dev evaluation yet."""
+    horizontal axis shows the total number of sequences that the model has been trained on, starting
+    at zero for the base model. Returns None if there is no dev evaluation yet."""
     # a reward model's dev accuracy is the accuracy of reranking
     solvers = [entry for entry in entries(groups) if entry.stages[0].is_method]
     series = tuple(filter(None, map(_dev_series, solvers)))
