@@ -145,8 +145,8 @@ def make_plan(
     alone. For stages that sample, also estimate the time of a step. `prompt` and `response` are
     lengths in tokens, by default `lengths.max_prompt` (256 if unset) and `lengths.max_new`.
 
-    Raises: RecipeError if the cost cannot be predicted for any planned stage; ModelError if the
-    model's configuration cannot be read; DataError as in `load_splits`.
+    Raises: RecipeError if no planned stage has a predictable cost; ModelError if the model's
+    configuration cannot be read; DataError as in `load_splits`.
     """
     if recipe.model.dtype == "auto":  # every GPU in `GPUS` supports bf16
         table = recipe.model.model_copy(update={"dtype": "bfloat16"})

@@ -1,8 +1,8 @@
 """Online self-training takes supervised steps on the correct samples of each rollout and on the
 gold solutions to all problems of the rollout.
 
-To come close to ReFT's code, set `gold_max_tokens: 300` and `dropout: true`. Long gold solutions
-are then truncated, as in ReFT's code, so the model never sees how they end.
+To match ReFT's code more closely, set `gold_max_tokens: 300` and `dropout: true`. Long gold
+solutions are then truncated, as in ReFT's code, so the model never sees how they end.
 """
 
 from __future__ import annotations

@@ -47,10 +47,10 @@ class Jsonl(FileDataset):
         self, rows: Mapping[Split, Sequence[Row]], counts: Mapping[Split, Counter[str]]
     ) -> tuple[dict[Split, list[Problem]], tuple[str, ...]]:
         """The problems of each split, and notes on unused columns. A gold answer that is both one
-        option's label and another option's text is ambiguous. It is read as the text if most of the
-        dataset's unambiguous gold answers are texts of options and `positions_from` is not set.
-        Otherwise, it is read as the label. Raises: DataError if a column is missing or a row is
-        invalid."""
+        option's label and another option's text is ambiguous. It is read as the text if
+        `positions_from` is not set and most of the dataset's unambiguous gold answers are option
+        texts. Otherwise, it is read as the label. Raises: DataError if a column is missing or a row
+        is invalid."""
         columns = {split: self._columns(rows[split], is_train=split == "train") for split in rows}
         read = {split: self._read(rows[split], columns[split]) for split in rows}
         votes = sum(each.votes for of_split in read.values() for each in of_split)
@@ -145,9 +145,9 @@ class Jsonl(FileDataset):
         return self.columns is not None and field in self.columns.model_fields_set
 
     def _id(self, row: Row, column: str | None) -> str:
-        """The id in `column`. If there is no such column or the cell is null, the result is
-        `row.id`. If the cell is not null, text or a number, the result depends on the column:
-        DataError is raised if the user named it, and `row.id` is returned if not."""
+        """The id in `column`, or `row.id` if there is none. Raises: DataError if the user named the
+        column, and the cell contains something other than text or a number. If the user did not
+        name it, such a cell is ignored."""
         if column is None or (value := row.get(column)) is None:
             return row.id
         if isinstance(value, int | float):

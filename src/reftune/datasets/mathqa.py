@@ -297,9 +297,9 @@ def _with_options(stem: str, options: Sequence[str]) -> str:
 
 
 def repaired(text: str) -> str:
-    """`text` without mojibake. The mojibake arose when UTF-8 was decoded as cp1252, put in lower
-    case and split by spaces. Sometimes all this happened more than once. For example, `ã —` stands
-    for `×`."""
+    """`text` without mojibake. The mojibake arose when UTF-8 was decoded as cp1252 and lower-cased,
+    and spaces were inserted between the characters. Sometimes all this happened more than once. For
+    example, `ã —` stands for `×`."""
     for _ in range(3):
         text = MOJIBAKE.sub(_decoded, text)
     return text

@@ -26,7 +26,8 @@ class Svamp(PaperDataset):
 
     def trainable(self, splits: Splits) -> Splits:
         """Like `PaperDataset.trainable`, but also removes problems whose `nl` rationale does not
-        end by stating an answer. Raises: DataError if all requested `nl` rationales are missing."""
+        end by stating an answer. Raises: DataError if `nl` rationales are requested but no problem
+        has one."""
         if self.rationale == "nl":
             if splits.train and all(problem.rationale is None for problem in splits.train):
                 raise DataError(

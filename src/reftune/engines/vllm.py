@@ -482,8 +482,9 @@ def save_adapter(policy: Policy, folder: Path) -> None:
 
 
 def _require_ended(reasons: Sequence[str | None], sampler: str) -> None:
-    """Check that every completion has ended, at a stop token or at the length limit. vLLM returns
-    unfinished completions if it is stopped. Raises: EngineError if a completion is unfinished."""
+    """Check that every completion has ended, at a stop token or at the length limit. If vLLM is
+    interrupted, it returns unfinished completions. Raises: EngineError if a completion is
+    unfinished."""
     for reason in reasons:
         if reason not in ("stop", "length"):
             raise EngineError(

@@ -1,8 +1,8 @@
 """Compares expressions for `mathematics.py`. This file runs as a script and imports nothing from
 reftune.
 
-The script's arguments are the file descriptor of a connection to the parent process, and a
-comparison's limits on CPU time and wall time, in seconds. When the script is ready, it sends a
+The script's arguments are the file descriptor of a connection to the parent process, and the limits
+on the CPU time and wall time of each comparison, in seconds. When the script is ready, it sends a
 message. Each request is a JSON object with the keys `gold` and `answer`. The reply is a JSON object
 with two keys: `equal` is a boolean, and `read` is the parsed answer, or null if the answer is not
 an expression. If the comparison fails, the reply has only the key `error`. If a comparison takes

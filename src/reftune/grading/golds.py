@@ -283,9 +283,9 @@ def worded_gold(text: str, reading: Reading = DEFAULT) -> Answer:
 
 
 def _several(raw: object, kind: Literal["any_of", "list", "set"], reading: Reading) -> Answer:
-    """A gold answer with several parts: accepted spellings (`any_of`), a `list` or a `set`. The
-    cell may be a list, a list written as text ("[1, 2]"), or text that marks each part ("\\boxed{1}
-    and \\boxed{2}"). For a `list` or `set`, it may also be text such as "1, 2", which `split_items`
+    """A gold answer that is a `list`, a `set` or several accepted spellings (`any_of`). `raw` may
+    be a list, a list written as text ("[1, 2]"), or text that marks each item ("\\boxed{1} and
+    \\boxed{2}"). For a `list` or `set`, it may also be text such as "1, 2", which `split_items`
     splits."""
     values = list(_values(raw, kind, reading))
     parts = tuple(dict.fromkeys(values) if kind in ("any_of", "set") else values)

@@ -149,8 +149,9 @@ def is_alternative(completion: str, before: Statement, after: Statement) -> bool
 
 
 def alternative_behind(completion: str, statement: Statement) -> str | None:
-    """The alternative that follows a closed box or tag, such as "4" in "\\boxed{3} or 4": the rest
-    of the line after "or". Returns None unless "or" and a number directly follow the box or tag."""
+    """The alternative that follows a closed box or tag: the rest of the line after "or". In
+    "\\boxed{3} or 4", it is "4". Returns None unless "or" and a number directly follow the box or
+    tag."""
     found = _OR_NUMBER.match(completion, statement.end) if statement.is_closed else None
     return None if found is None else completion[found.end() :].partition("\n")[0]
 

@@ -121,9 +121,9 @@ def _endless(decimal: str) -> Number | None:
 
 
 def _in_base(digits: str, word: str) -> Number | None:
-    """A number with a stated base, such as 52_8. Graders of the MATH benchmark read it as 52, and
-    so does this function. Returns None if `word` names no base from 2 to 36, or if a digit does
-    not exist in the stated base."""
+    """A number with a stated base, such as 52_8. Graders of the MATH benchmark drop the base and
+    read 52_8 as 52, and so does this function. Returns None if `word` names no base from 2 to 36,
+    or if a digit does not exist in the stated base."""
     base = int(word) if word.isdigit() else _BASES.get(word.lower(), 0)
     is_in_base = 2 <= base <= 36 and all(int(digit) < base for digit in digits)
     return Number(Fraction(digits), 0) if is_in_base else None

@@ -279,8 +279,8 @@ def micro_batches(
 def own_micro_batches(
     batch: TokenBatch, *, max_tokens: int, packed: bool = False, even: bool = False
 ) -> Iterator[tuple[Tensor, bool]]:
-    """Yields, for each micro-batch of this process, the indices of its sequences and whether the
-    micro-batch counts. One that does not count is a filler: its results must be ignored.
+    """Yields, for each micro-batch of this process, the indices of its sequences and whether its
+    results are to be used. If they are not, the micro-batch is a filler.
 
     Apart from fillers, the micro-batches of all processes together contain each sequence once. A
     process without any micro-batch gets a filler. With `even`, processes get fillers until all have

@@ -40,9 +40,9 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> str
 
 @lru_cache(maxsize=4096)
 def opened_thought(tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> str:
-    """The end of the prompt, from an unclosed `<think>` or `<thinking>` tag onwards. For example,
-    this is "<think>\\n" with DeepSeek-R1's template. Returns an empty string if the template leaves
-    no thought open. Raises: RecipeError in the same cases as `prompt_text`."""
+    """The end of the prompt, from an unclosed `<think>` or `<thinking>` tag onwards. With
+    DeepSeek-R1's template, for example, the result is "<think>\\n". Returns an empty string if the
+    template leaves no thought open. Raises: RecipeError in the same cases as `prompt_text`."""
     return _opened(tokenizer, prompt_text(tokenizer, prompt), prompt)
 
 

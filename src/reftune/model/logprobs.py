@@ -68,10 +68,11 @@ def logprobs_and_entropy(
 
 
 class _LinearLogprobs(torch.autograd.Function):
-    """`token_logprobs` for a linear head. It computes the logits in tiles, each for some of the
-    tokens and a part of the vocabulary. The forward pass saves the hidden states, one normaliser
-    per token and the logits of the first tiles. The backward pass recomputes the other logits.
-    Values are cast as autocast would cast them, but the weight's gradient is summed in fp32.
+    """`token_logprobs` for a linear head. It computes the logits in tiles. Each tile covers some of
+    the tokens and a part of the vocabulary. The forward pass saves the hidden states, one
+    normaliser per token and the logits of the first tiles. The backward pass recomputes the other
+    logits. Values are cast as autocast would cast them, but the weight's gradient is summed in
+    fp32.
     """
 
     @staticmethod

@@ -87,8 +87,9 @@ class Heartbeat:
                 self._heard[other] = beat, now
 
     def _most_silent(self) -> tuple[int, float]:
-        """The rank of the process, other than this one, that has been silent longest, and for how
-        many seconds. The silence of a process that has called `leave` counts as 0."""
+        """The rank of the process (other than this one) that has been silent longest, and the
+        length of its silence in seconds. The silence of a process that has called `leave` counts as
+        0."""
         now = time.monotonic()
         rank = min(self._others, key=lambda other: self._heard[other][1])
         beat, at = self._heard[rank]

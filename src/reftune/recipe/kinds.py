@@ -25,7 +25,7 @@ from reftune.text import did_you_mean
 
 def refusal(kind: LiteralString, message: str) -> PydanticCustomError:
     """A pydantic error for a validator to raise. `kind` is the error's type. `parse_recipe` turns
-    the error into a one-line RecipeError that names the key."""
+    the error into a one-line RecipeError that names the recipe key at fault."""
     return PydanticCustomError(kind, "{message}", {"message": message})
 
 
@@ -94,10 +94,10 @@ def known_kinds(group: str) -> list[str]:
 
 
 def load_component(spec: Any, *, group: str, default: str | None = None) -> Any:
-    """An instance of the plug-in that `spec` describes. `spec` is a kind, a mapping from recipe
-    keys to values, or an instance, which is returned unchanged. If `spec` is None or a mapping
-    without the key `kind`, the kind is `default`. Raises: PydanticCustomError if `spec` names no
-    plug-in; ValidationError if a key or value is wrong."""
+    """An instance of the plug-in that `spec` describes. `spec` is either a kind, or a mapping from
+    recipe keys to values, or an instance, which is returned unchanged. If `spec` is None or a
+    mapping without the key `kind`, the kind is `default`. Raises: PydanticCustomError if `spec`
+    names no plug-in; ValidationError if a key or value is wrong."""
     if isinstance(spec, Component):
         return spec
     if isinstance(spec, str):

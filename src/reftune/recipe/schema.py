@@ -194,9 +194,9 @@ class Recipe(Table):
         return (*self.stages[stage].produces, stage)
 
     def methods_of(self, stage: str) -> tuple[str, ...]:
-        """Of the models that a stage saves, the names of those that count as methods. Every saved
-        model counts, except a final model that does not solve problems, such as a reward model
-        (`is_method` is false)."""
+        """The names of the stage's saved models that count as methods. Every saved model counts,
+        except a final model that does not solve problems, such as a reward model (`is_method` is
+        false)."""
         saved = self.saved_by(stage)
         return saved if self.stages[stage].is_method else saved[:-1]
 

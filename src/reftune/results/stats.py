@@ -36,8 +36,8 @@ def wilson(num_correct: float, n: int) -> Interval:
 
 def accuracy_interval(outcomes: ArrayLike) -> Interval:
     """95% Wilson interval for the mean of `outcomes`, which are numbers from 0 to 1. If some are
-    neither 0 nor 1, as with pass@k, the interval tends to be too wide, because outcomes that are
-    either 0 or 1 would have a larger variance."""
+    neither 0 nor 1, as with pass@k, the interval tends to be too wide, because it assumes the
+    larger variance of outcomes that are all either 0 or 1."""
     values = np.asarray(outcomes, dtype=float)
     return wilson(float(values.sum()), values.size)
 

@@ -326,8 +326,8 @@ def _are_one_model(a: MethodScore, b: MethodScore) -> bool:
 
 def _model_of(run: RunResults, method: str) -> str:
     """The name of the model that the weights of `method` belong to. For a stage that never beat its
-    initial model on dev, this is the initial model. For a snapshot taken at its stage's chosen
-    step, it is the stage's model. In all other cases, it is `method` itself."""
+    initial model on dev, this is the initial model. For a snapshot from the step whose model its
+    stage chose, this is the stage's model. In all other cases, it is `method` itself."""
     stage = run.stages.get(method)
     if stage is None:
         return method

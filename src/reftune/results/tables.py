@@ -167,8 +167,8 @@ def _rise_text(rise: Rise) -> str:
 
 def remarks(run: RunResults) -> list[str]:
     """Sentences on three questions: whether the warm-up before each RL stage was finished, which
-    methods ended with the same model, and whether each reward model picks samples better than
-    chance."""
+    methods ended with the same model, and whether each reward model does better than chance at
+    picking samples."""
     rankings = map(reranker_sentence, rerankers(run))
     return [*map(sentence, handovers(run)), *same_models(run), *rankings]
 

@@ -171,7 +171,7 @@ def product_rates(
     device: torch.device, shape: tuple[int, int, int], *, seconds: float
 ) -> dict[str, float]:
     """Dtype → FLOP/s of an (M, K) × (K, N) product, where `shape` is (M, K, N). The product is
-    repeated for about `seconds` per dtype, and the fastest repetition counts."""
+    repeated for about `seconds` per dtype, and the rate is that of the fastest repetition."""
     rows, inner, columns = shape
     rates = {}
     for name in get_args(Dtype):

@@ -185,10 +185,8 @@ class Estimate:
         return 2 * outline.gathered - FP32 * (outline.total - outline.backbone)
 
     def _sampler(self, copies: float) -> float:
-        """Bytes that each device needs for the weights of the sampler (a model that is loaded only
-        to sample) and for the engine's copies of these weights. `copies` is the size in bytes of
-        the engine's copies of the policy's weights; the size of the sampler's copies is estimated
-        from it."""
+        """Bytes that each device needs for the sampler, a model that is loaded only to sample. This
+        includes the copies that the engine makes of its weights, at most `copies` bytes."""
         outline, table = self.outline, self.outline.table
         is_frozen = table.lora is not None or table.gradient_checkpointing
         if is_frozen:

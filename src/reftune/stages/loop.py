@@ -234,8 +234,8 @@ class Loop:
     @contextmanager
     def _saving(self) -> Iterator[None]:
         """If the engine fails inside the `with` block, save a checkpoint if the stage has advanced
-        since the last one. Then raise the engine's error again. Use this only if an error of the
-        engine is raised in all processes alike, and before the block has changed the stage's state.
+        since the last one. Then raise the engine's error again. Use this only if an engine error is
+        raised in every process, and before the block has changed the stage's state.
         Raises: Interrupted instead of the engine's error, if the run has received SIGINT or
         SIGTERM, because the signal may have stopped the engine too."""
         try:
@@ -483,8 +483,8 @@ def _is_candidate(context: StageContext) -> bool:
     """Whether the initial model, too, is evaluated on dev, so that the stage may choose it. A model
     other than `base` is always evaluated. A `base` with random weights never is. A pretrained
     `base` usually does not know the answer format yet, so most stages do not evaluate it. The
-    exceptions are stages that sample solutions and need no model besides `base`. They work only if
-    `base` already knows the format."""
+    exceptions are stages that sample solutions and need no model besides `base`: they evaluate it,
+    because they work only if it already knows the format."""
     stage, is_pretrained = context.stage, context.recipe.model.path is not None
     learns_from_itself = stage.reads_questions and set(stage.needs) == {"base"}
     return stage.init != "base" or (is_pretrained and learns_from_itself)

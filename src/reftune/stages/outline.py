@@ -278,8 +278,8 @@ own; all others are PyTorch's."""
 
 class _LiveBytes(TorchDispatchMode):
     """Counts floating-point operations, and the current and peak bytes of all tensors that are
-    created while it is active. The model's own tensors do not count. PyTorch's `FlopCounterMode` is
-    not used, because it would keep every block's tensors alive."""
+    created while it is active. The model's own tensors are not included. PyTorch's
+    `FlopCounterMode` is not used, because it would keep every block's tensors alive."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

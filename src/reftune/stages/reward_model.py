@@ -312,7 +312,7 @@ def dev_metrics(classifier: Classifier, drawn: Sequence[Samples]) -> dict[str, f
     `dev/accuracy` is the share of problems whose highest-scoring solution is correct. `dev/chance`
     is the expected share if the solution is chosen at random. `dev/chance_margin` is half the width
     of the 95% interval for the difference between these shares. The interval is computed from the
-    differences on each problem."""
+    difference on each problem."""
     solutions = [(s.problem, attempt.completion) for s in drawn for attempt in s.attempts]
     scores = iter(classifier.scores(solutions))
     grading = getattr(classifier.encoder.format, "grading", None)

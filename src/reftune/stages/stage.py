@@ -39,8 +39,8 @@ class StageContext:
 
     @cached_property
     def policy(self) -> Policy:
-        """The model that the stage trains in place, loaded from `init` at its first use. Any other
-        model that the stage used earlier is first removed from memory."""
+        """The model that the stage trains in place. It is loaded from `init` on first use. Any
+        other model that the stage used earlier is first removed from memory."""
         return self.take(self.stage.init)
 
     def seed(self, *parts: int | str) -> int:
@@ -167,5 +167,5 @@ class Stage(Component, ABC):
     @abstractmethod
     def run(self, context: StageContext) -> None:
         """Train, then save the chosen model and `stage.json` in `context.folder`. `stage.json`
-        needs the keys in `FACTS` and, if the model is not meant to solve problems (such as a reward
-        model), `is_method: false`."""
+        needs the keys in `FACTS`. If the model, such as a reward model, is not meant to solve
+        problems, `stage.json` also needs `is_method: false`."""

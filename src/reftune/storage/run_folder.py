@@ -255,9 +255,9 @@ def refuse_changed_data(folder: RunFolder, splits: Splits) -> None:
 
 
 def refuse_foreign(folder: RunFolder, recipe: Recipe) -> bool:
-    """Return True if the folder is unclaimed, and False if this run has claimed it. Raises: if a
-    run has claimed the folder, whatever `lengthened_stages` raises; if none has, CheckpointError if
-    the folder contains files other than those that a killed run may leave (`BEFORE_CLAIM`)."""
+    """Return True if the folder is unclaimed, and False if this run has claimed it. Raises: for a
+    claimed folder, whatever `lengthened_stages` raises; for an unclaimed one, CheckpointError if it
+    contains files other than those that a killed run may leave (`BEFORE_CLAIM`)."""
     if folder.is_run:
         lengthened_stages(folder, recipe)
         return False

@@ -265,7 +265,7 @@ def _cell(cell: Any) -> str | None:
 def _table(lines: Iterable[Line]) -> Records:
     """The records of a table. The first line that is not empty names the columns. Empty cells
     become null, and empty lines are skipped. A first column without a name is skipped too, because
-    pandas writes its index like this. Any other column without a name must be empty. Raises:
+    that is how pandas writes its index. Any other column without a name must be empty. Raises:
     DataError if a column's name is repeated, or if a line does not fit the header."""
     filled = (line for line in lines if any(cell is not None and cell.strip() for cell in line[1]))
     where, first = next(filled, ("", ()))

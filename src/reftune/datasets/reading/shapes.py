@@ -208,8 +208,8 @@ class _Found:
         return self.first("choices", {*question, answer})
 
     def are_operands(self, columns: Sequence[str], question: Sequence[str], answer: str) -> bool:
-        """Whether the columns contain only numbers that occur in the question, and the gold answers
-        are numbers too. Rows in which one of the columns is empty are ignored."""
+        """True if the columns contain only numbers that occur in the question, and if the gold
+        answers are numbers too. Rows in which one of the columns is empty are ignored."""
         rows = [row for row in self.rows if all(row.get(name) is not None for name in columns)]
         for row in rows:
             cells, asked = map(row.get, columns), [str(row.get(part)) for part in question]

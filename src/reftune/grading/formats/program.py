@@ -13,8 +13,8 @@ too. In the remaining text, the program is the first of the following that exist
 - the last fenced block that contains a `return`; it becomes the body of `solution`
 - the whole text, if it contains a `return`; it becomes the body of `solution`
 
-Unused imports are removed. Then the following versions are tried in order, until one of them does
-not end in an error:
+Unused imports are removed. Then the following versions are tried in order, until one runs without
+an error:
 
 1. the program or body as it stands
 2. the program or body without prose. A statement at the left margin of a program is kept only if it

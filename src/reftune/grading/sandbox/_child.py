@@ -329,7 +329,7 @@ class Printed:
 
 
 def as_json(value: Any, dumps: Callable[..., str] = json.dumps) -> str:
-    """`value` as JSON. A set becomes a sorted list. An object of another type that JSON lacks
+    """`value` as JSON. A set becomes a sorted list. An object of any other type that JSON lacks
     becomes a string if it has `__float__` or `isoformat`, as a Fraction or a datetime does. The
     items of a list, set or dict are converted in the same way. Raises: TypeError if an object
     cannot be converted in any of these ways."""

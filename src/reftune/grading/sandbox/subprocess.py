@@ -1,7 +1,7 @@
 """The `subprocess` backend, which runs each program in a CPython process of its own.
 
 Some packages, such as numpy, are slow to import. For each combination of such packages that a
-program uses, a Python interpreter imports them once and stays running (the forking process). Each
+program uses, a Python interpreter (the forking process) imports them once and stays running. Each
 program runs in a fork of the interpreter that has its packages. The program gets a fixed
 environment and an empty temporary folder as its working directory. Start-up hooks in site-packages
 do not run. The kernel's Landlock lets the program read only the libraries of Python and of the

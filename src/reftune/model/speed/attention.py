@@ -38,8 +38,9 @@ sequence, and can therefore read sequences without padding."""
 
 
 def attend_our_way(model: PreTrainedModel) -> None:
-    """If `model` is a CodeGen model or uses SDPA, make its attention accept packed sequences (the
-    argument `packing`) and, on a CPU, run in fp32. Any other model stays unchanged."""
+    """If `model` is a CodeGen model or uses SDPA, make its attention accept packed sequences,
+    described by the argument `packing`. On a CPU, also make the attention run in fp32. Any other
+    model stays unchanged."""
     if type(model).__name__ == "CodeGenForCausalLM":
         for module in model.modules():
             if hasattr(module, "_attn"):
@@ -90,7 +91,8 @@ def attend_in_groups(
     module: nn.Module, states: Sequence[Tensor], packing: Packing, **options: Any
 ) -> Tensor:
     """The attention output (S, heads, D), computed separately for each group in `packing`. `states`
-    contains queries, keys and values in the same layout; their numbers of heads may differ."""
+    contains queries, keys and values in the same layout as the output; their numbers of heads may
+    differ."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     parts = (part.split([rows * length for rows, length in packing.sizes]) for part in states)

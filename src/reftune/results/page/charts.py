@@ -301,10 +301,10 @@ def _passes_to(folder: Path) -> float:
 
 def equal_compute(chart: Chart, a: str, b: str) -> str:
     """A sentence with the best dev accuracies of `a` and `b` at equal training effort. A model's
-    effort is the number of sequences it was trained on, counted from the base model. Dev
-    evaluations count up to a limit: the effort of `a` or of `b` at its last dev evaluation,
-    whichever is smaller. If either method then has no dev accuracy, the result is an empty
-    string."""
+    effort is the number of sequences it was trained on, counted from the base model. Only dev
+    evaluations up to a certain effort are used: that of the last dev evaluation of `a` or of `b`,
+    whichever is smaller. If either method has no dev accuracy up to that effort, the result is an
+    empty string."""
     by_name = {series.label: series for series in chart.series}
     found = [by_name[name] for name in (a, b) if name in by_name]
     passes = min((series.x[-1] for series in found), default=0.0)
