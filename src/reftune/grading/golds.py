@@ -256,7 +256,8 @@ _LISTED = re.compile(r"\[\s*(.+?)\s*\]", re.DOTALL)
 
 def _option_gold(text: str, reading: Reading) -> Answer | None:
     """The gold answer in a text such as "(B)" or "\\textbf{(B)}\\ 12". The answer is the letter B;
-    if the option's text follows, this text is accepted too. Returns None for any other text."""
+    if the option's text follows, it is accepted too. Returns None if `text` does not have this
+    form."""
     found = _OPTION.fullmatch(" ".join(plain(text).split()))
     if found is None:
         return None
@@ -343,8 +344,8 @@ def split_items(text: str, words: str = "and") -> tuple[str, ...]:
     - If any comma has a space after it, commas without one do not separate: "1,000, 2".
     - Otherwise, if there are separators other than commas, commas before three digits do not
       separate: "1,000; 2".
-    - If there are only commas and the first item does not begin with 0, a comma before three
-      digits with a leading 0 does not separate: "1,050".
+    - Otherwise, if the first item does not begin with 0, a comma before three digits with a
+      leading 0 does not separate: "1,050".
     """
     bare = text.strip().strip("$")
     if "$" in bare.replace("\\$", ""):

@@ -52,7 +52,8 @@ class Encoder:
     def continuation(self, problem: Problem, text: str) -> list[int]:
         """Token ids of `text` after the problem's prompt, including the end token. In a chat,
         prompt and text are encoded together if no token crosses the boundary between them. In all
-        other cases, they are encoded separately, as in sampling."""
+        other cases, the prompt is encoded by itself, as it is for sampling, and the text is encoded
+        separately."""
         prompt = self.format.prompt(problem)
         before, after = self.text_of(prompt), self.text_after(prompt, text)
         ids, end = self.encode(after), self.end_of(prompt)
@@ -108,7 +109,8 @@ class Encoder:
 
 def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
     """The tokens' text. Special tokens are omitted, except tags that grading reads, such as
-    `</think>`. Spaces stay as sampled, because transformers' clean-up would change programs."""
+    `</think>`. Spaces are kept as sampled, because the clean-up in the transformers library would
+    alter generated code."""
     ids, (tags, others) = list(token_ids), _special_ids(tokenizer)
     has_tags = not tags.isdisjoint(ids)
     text = tokenizer.decode(

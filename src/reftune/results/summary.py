@@ -305,9 +305,9 @@ def _score(seeds: Sequence[Outcomes], shared: bool) -> Score:
 def _comparisons(
     methods: Sequence[MethodScore], baseline: str, shared: bool
 ) -> Iterator[Comparison]:
-    """Compares each method with the methods before it in `methods`. Two methods of one group are
-    always compared. If they have the same weights, their samples differ only by chance, so only
-    their greedy answers are compared. Two methods of different groups are compared only if the
+    """Compares each method with the methods before it in `methods`. Two methods in the same group
+    are always compared. If they have the same weights, their samples differ only by chance, so only
+    their greedy answers are compared. Two methods in different groups are compared only if the
     groups can be paired, and if the methods have the same name or one of them is the baseline."""
     for b, a in combinations(methods, 2):
         is_asked = a.method == b.method or baseline in (a.label, b.label)

@@ -212,10 +212,10 @@ def in_parts(
     *,
     at_once: int,
 ) -> list[dict[str, Any]]:
-    """Get an object for every problem, write it as a JSON line to `path`, and return all objects.
-    The problems are split into parts of at most `at_once` problems. `answer(start, part)` returns
-    the objects of one part. `start` is the index of the part's first problem. Parts that are
-    already complete in the file are not computed again."""
+    """Call `answer` to get a JSON object for every problem, write each object as a line to `path`,
+    and return them all. The problems are split into parts of at most `at_once` problems.
+    `answer(start, part)` returns the objects of one part. `start` is the index of the part's first
+    problem. Parts that are already complete in the file are not computed again."""
     results = JsonLines(path)
     done = len(from_main(results.rows))
     if done < len(problems):  # redo an incomplete part, because samples are drawn part by part

@@ -64,7 +64,7 @@ def _grade_of(recipe: Recipe) -> Grade:
     """The function that grades completions as in training. With the `chat` style, it needs the
     tokenizer, because the chat template may begin a thought (`<think>`) that the completion
     continues. If the tokenizer cannot be loaded, a warning is logged, and completions are graded as
-    if the template began no thought."""
+    if the template did not begin a thought."""
     if getattr(recipe.format, "style", None) == "chat" and recipe.model.path is not None:
         from reftune.model.weights import load_tokenizer
 

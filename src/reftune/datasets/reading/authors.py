@@ -55,10 +55,10 @@ class PaperDataset(FileDataset):
         }
 
     def trainable(self, splits: Splits) -> Splits:
-        """`splits` without the training problems whose rationale does not match the gold answer. If
-        rationales are programs, each problem needs a program that returns the gold answer. If they
-        are prose, a rationale must not state an answer other than the gold answer; problems without
-        a rationale are kept."""
+        """`splits` without the training problems whose rationale contradicts the gold answer. If
+        rationales are programs, a problem is kept only if it has a program that returns the gold
+        answer. If they are prose, a problem is removed only if its rationale states a different
+        answer."""
         if self.rationale == "program":
             return drop_wrong_programs(splits)
         return super().trainable(splits)

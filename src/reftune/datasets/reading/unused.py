@@ -63,9 +63,9 @@ def _adds_list(column: str, problem: Problem) -> bool:
 
 
 def _is_text(column: str, problems: Sequence[Problem]) -> bool:
-    """Whether most of the column's first `NUM_LOOKED_AT` filled cells contain at least
-    `LEAST_WORDS` words of text that do not simply repeat a part of the row's question. If the
-    column's name suggests answers or rationales, the result is False."""
+    """Whether most of the column's first `NUM_LOOKED_AT` filled cells are texts of at least
+    `LEAST_WORDS` words. A text that only repeats a part of the row's question does not count. If
+    the column's name suggests answers or rationales, the result is False."""
     words = [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", column)]
     if {*NAMES["answer"], *NAMES["rationale"]} & {column.lower(), *words}:
         return False

@@ -265,7 +265,7 @@ def _answer_of(script: str) -> str:
     """The expression whose value is the answer. It is the first of `ANSWER_NAMES` that the script
     assigns. If there is none, it is `result`, provided that the script assigns it and never
     mentions `print`. Otherwise, it is the string "None", which stands for the printed text.
-    Comments and strings do not count."""
+    Assignments and `print` are ignored inside comments and string literals."""
     names = {match["name"] for match in _SCRIPT.finditer(script) if match["name"] is not None}
     first = next((name for name in ANSWER_NAMES if name in names), None)
     prints = _PRINT.search(_NO_CODE.sub("", script))

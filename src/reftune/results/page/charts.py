@@ -75,8 +75,8 @@ NUM_COLOURS = 8
 
 def method_colours(labels: Sequence[str]) -> dict[str, str]:
     """Label of a method → CSS variable of the method's colour. If there is only one group of runs,
-    the methods in `_COLOURS` have fixed colours. `base` has no curve, so it always gets the last
-    colour. All other methods get colours in order of appearance."""
+    the methods in `_COLOURS` have fixed colours. `base`, which has no curve, always gets the last
+    colour of the palette. All other methods get colours in order of appearance."""
     if any("/" in label for label in labels):
         trained = [label for label in labels if not label.endswith("/base")]
         places = {label: index for index, label in enumerate(trained)}
@@ -301,10 +301,9 @@ def _passes_to(folder: Path) -> float:
 
 def equal_compute(chart: Chart, a: str, b: str) -> str:
     """A sentence with the best dev accuracies of `a` and `b` at equal training effort. A model's
-    effort is the number of sequences it was trained on, counted from the base model. Only dev
-    evaluations up to a certain effort are used: that of the last dev evaluation of `a` or of `b`,
-    whichever is smaller. If either method has no dev accuracy up to that effort, the result is an
-    empty string."""
+    effort is the number of sequences it was trained on, counted from the base model. Each model has
+    a certain effort at its last dev evaluation. Only dev evaluations up to the smaller of these two
+    efforts are used. If a model has none of these, the result is an empty string."""
     by_name = {series.label: series for series in chart.series}
     found = [by_name[name] for name in (a, b) if name in by_name]
     passes = min((series.x[-1] for series in found), default=0.0)

@@ -354,8 +354,8 @@ class _Name:
 
 
 def _name(series: Series, x: float, y: float, plot: _Plot) -> _Name:
-    """The name of a line, to the right of the line's end. In the page's main chart, if a line ends
-    early, its name is above the line's end."""
+    """The label of a line, placed to the right of the line's end. In the page's main chart, the
+    label of a line that ends early is placed above its end."""
     size = BOLD_LETTER * len(series.label)
     if not plot.is_hero or _ends_late(series, plot.last_x):
         return _Name(series, x + 8, y + 4)
