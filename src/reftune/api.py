@@ -18,9 +18,9 @@ from reftune.errors import DataError, RecipeError
 from reftune.grading.formats import Format, grades_of
 from reftune.processes import launch, world
 from reftune.recipe import LengthTable, Recipe, load_component, load_recipe, parse_recipe
-from reftune.results.records import read_recipe
+from reftune.results.records import read_json, read_recipe
 from reftune.results.stats import wilson
-from reftune.storage.run_folder import StageFolder
+from reftune.storage.run_folder import EXPORT_SETTINGS, StageFolder
 from reftune.terminal.score import golds_of, problem_of
 from reftune.text import shown
 from reftune.types import Completion, Graded, Problem, Verdict
@@ -145,6 +145,9 @@ def evaluate(
     For a folder `stages/NAME`, answers and choices are read as in the run's dataset. The defaults
     of `format` and `max_new` are the run's settings, and the model computes in the run's dtype. If
     the run's `lengths.too_long` is `drop`, a problem whose prompt is too long counts as unanswered.
+    The same holds for a folder that `reftune export` wrote, except that answers and choices are
+    read as in `grade`. If the run's format or grader is your own, pass `format`.
+
     For any other model, answers and choices are read as in `grade`. `format` defaults to `nl` and
     `max_new` to 256, and the dtype is the one that `model.dtype: auto` chooses. A `Policy` keeps
     its own dtype.
@@ -169,7 +172,7 @@ def evaluate(
         policy = model
     else:
         path = _path(model)
-        recipe = _recipe_of(path)
+        recipe = _recipe_of(path) or _exported(path, has_format=format is not None)
         policy = _policy(path, recipe)
     put: Format = _component(format or recipe.get("format") or "nl", "format")
     golds = golds_of(_dataset(recipe), put)
@@ -192,9 +195,10 @@ def evaluate(
         lengths=lengths,
     )
     if collector.prompt_limit(policy) == 0:
+        default = "" if max_new else "; this is the default, and `max_new=…` sets another"
         raise RecipeError(
             f"max_new: {lengths.max_new}; expected less than the model's context of"
-            f" {policy.context} tokens"
+            f" {policy.context} tokens{default}"
         )
     own = policy.stop
     policy.stop = replace(own, texts=stop_texts(put))
@@ -263,6 +267,21 @@ def _recipe_of(path: str) -> Mapping[str, Any]:
         if stage.parent.name == "stages" and (file := StageFolder(stage).run.recipe).is_file():
             return read_recipe(file)[0]
     return {}
+
+
+def _exported(path: str, *, has_format: bool) -> Mapping[str, Any]:
+    """The run's settings in a folder that `reftune export` wrote; empty for any other model.
+    Raises: DataError if they cannot be read; RecipeError if the format or its grader is in a user's
+    file, because a model folder must not run code. This error is not raised with `has_format`."""
+    from reftune.model.weights import resolve
+
+    settings = read_json(Path(resolve(path)) / EXPORT_SETTINGS)
+    stored = settings.get("format")
+    keys = stored if isinstance(stored, dict) else {"kind": stored}
+    own = [name for key in ("kind", "grading") if ":" in (name := str(keys.get(key)))]
+    if own and not has_format:
+        raise RecipeError(f"{path}: trained with {own[0]}, which is not loaded; pass `format`")
+    return settings
 
 
 def _dataset(recipe: Mapping[str, Any]) -> Any:

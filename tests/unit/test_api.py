@@ -18,6 +18,7 @@ from reftune.datasets.jsonl import Jsonl
 from reftune.errors import DataError, RecipeError, ReftuneError
 from reftune.grading.formats.nl import Nl
 from reftune.recipe import dump_recipe
+from reftune.runs.export import export_model
 from reftune.types import Answer
 
 
@@ -217,13 +218,61 @@ def test_evaluate_refuses_a_max_new_that_leaves_no_room_for_a_prompt(
     too_long: str, finished: Path, tmp_path: Path
 ):
     problem = {"question": "Eva has 19 drums.", "answer": 19}
-    message = r"^max_new: 64; expected less than the model's context of 64 tokens$"
+    refused = "^max_new: 64; expected less than the model's context of 64 tokens"
+    default = "; this is the default, and `max_new=…` sets another"
     for name, max_new in (("recipe", 64), ("argument", 20)):
+        message = f"{refused}{default if name == 'recipe' else ''}$"
         limits = {"max_new": max_new, "too_long": too_long}
         folder = changed(finished, tmp_path / name, lengths=limits)
         with pytest.raises(RecipeError, match=message):
             reftune.evaluate(folder, [problem], max_new=None if name == "recipe" else 64)
         assert len(reftune.evaluate(folder, [problem], max_new=3).completions[0].token_ids) > 1
+
+
+def test_evaluate_names_the_default_max_new_of_a_model_that_no_run_trained(make_policy):
+    policy = make_policy("llama")
+    assert policy.context <= 256
+    with pytest.raises(
+        RecipeError, match=r"^max_new: 256; .*; this is the default, and `max_new=…"
+    ):
+        reftune.evaluate(policy, [{"question": "wa wb", "answer": 3}])
+
+
+def test_an_export_is_evaluated_with_the_format_and_limits_of_its_run(
+    finished: Path, tmp_path: Path
+):
+    stage = changed(finished, tmp_path / "run", model={"dtype": "bfloat16"})
+    out = export_model(tmp_path / "run", "sft", tmp_path / "model")
+    recipe = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
+    assert json.loads((out / "reftune.json").read_text()) == {
+        "format": recipe["format"],
+        "lengths": recipe["lengths"],
+        "model": {"dtype": "bfloat16"},
+    }
+    problem = {"question": "Eva has 19 drums.", "answer": 19}
+    ours, theirs = (reftune.evaluate(folder, [problem]) for folder in (stage, out))
+    assert (ours.completions, ours.graded) == (theirs.completions, theirs.graded)
+    assert len(reftune.evaluate(out, [problem], max_new=3).completions[0].token_ids) <= 3
+
+
+@pytest.mark.parametrize(
+    "stored", ["own.py:Own", {"kind": "own.py:Own"}, {"kind": "nl", "grading": "own.py:Own"}]
+)
+def test_evaluate_runs_no_code_that_an_exported_folder_names(
+    stored: Any, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    folder = shutil.copytree(finished / "stages" / "sft", tmp_path / "model")
+    (tmp_path / "own.py").write_text("from pathlib import Path\nPath('ran').touch()\n")
+    (folder / "reftune.json").write_text(json.dumps({"format": stored}))
+    problem = {"question": "Eva has 19 drums.", "answer": 19}
+    with pytest.raises(RecipeError, match=r"own\.py:Own, which is not loaded; pass `format`$"):
+        reftune.evaluate(folder, [problem])
+    assert reftune.evaluate(folder, [problem], format="nl", max_new=2).n == 1
+    assert not Path("ran").exists()
+    (folder / "reftune.json").write_text("{")
+    with pytest.raises(DataError, match=r"reftune\.json: not JSON"):
+        reftune.evaluate(folder, [problem])
 
 
 @pytest.mark.parametrize("model", [None, 5, object(), ["stages/sft"], Nl])

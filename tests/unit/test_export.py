@@ -54,6 +54,7 @@ def test_the_model_is_copied_without_what_training_left(run_folder: Path, tmp_pa
         "README.md",
         "config.json",
         "model.safetensors",
+        "reftune.json",
         "tokenizer.json",
     ]
 
@@ -201,7 +202,10 @@ def test_push_uploads_the_exported_folder_privately(
     assert push_model(out, "me/mine") == "https://huggingface.co/me/mine"
     assert Hub.asked == [
         ("me/mine", True, True),
-        ("me/mine", ["README.md", "config.json", "model.safetensors", "tokenizer.json"]),
+        (
+            "me/mine",
+            ["README.md", "config.json", "model.safetensors", "reftune.json", "tokenizer.json"],
+        ),
     ]
 
 

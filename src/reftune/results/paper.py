@@ -29,6 +29,8 @@ from reftune.storage.run_folder import RunFolder
 
 NOT_COMPARED = "n.c."
 RULES = {"maj": "voting", "rerank": "reranking"}
+RATIONALES = {"N-CoT": "solutions in words", "P-CoT": "programs"}
+"""The paper's names for kinds of rationales, and what they mean."""
 
 Place = tuple[str, str, str]
 """The names of a model, a task and a kind of rationale. If the paper has a name for one of these,
@@ -157,8 +159,16 @@ def _sizes(found: Sequence[Cell], fmt: str) -> str:
         [f"{split} questions", *(_size(found, split, column) for column in columns)]
         for split in ("train", "dev", "test")
     ]
-    note = "In brackets: the paper's numbers."
+    used = {cell["rationale"] for cell in found}
+    kinds = ", ".join(f"{name}: {text}" for name, text in RATIONALES.items() if name in used)
+    notes = [f"{kinds}." if kinds else "", "In brackets: the paper's numbers." * _has_paper(body)]
+    note = " ".join(filter(None, notes))
     return grid(["", *columns], body, fmt, title="Questions", note=note)
+
+
+def _has_paper(body: Sequence[Sequence[str]]) -> bool:
+    """Whether a cell after the first of its row contains a number of the paper."""
+    return any(cell.endswith("]") for _, *cells in body for cell in cells)
 
 
 def _size(found: Sequence[Cell], split: str, column: str) -> str:
@@ -198,7 +208,7 @@ def _accuracies(
         for names, row in rows.items()
     ]
     head = ["Model", "Method", *columns, *(f"Average {rationale}" for rationale in averaged)]
-    return grid(head, body, fmt, title=title, note=_note(found)) if body else ""
+    return grid(head, body, fmt, title=title, note=_note(found, body)) if body else ""
 
 
 def _method(method: str, rule: str) -> str:
@@ -223,13 +233,16 @@ def _mean(scores: Sequence[Mapping[str, Any] | None]) -> str:
     return f"{100 * sum(values) / len(values):.1f}" if len(values) == len(scores) else "–"
 
 
-def _note(found: Sequence[Cell]) -> str:
+def _note(found: Sequence[Cell], body: Sequence[Sequence[str]]) -> str:
     seeds = ", ".join(map(str, sorted({cell["seeds"] for cell in found})))
     baselines = ", ".join(dict.fromkeys(display(cell["baseline"]) for cell in found))
     own = " (each task's own baseline)" if "," in baselines else ""
+    paper = (
+        " In brackets: the paper's accuracy for the same model, task, rationale and number of test"
+        " questions, if the paper reports one."
+    )
     return (
         "Percent of problems solved, ± half the width of the 95% interval. Number of seeds:"
         f" {seeds}. {NOT_SIGNIFICANT}: not significantly different from {baselines}{own} on the"
-        f" same problems; {NOT_COMPARED}: not compared. In brackets: the paper's accuracy for the"
-        " same model, task, rationale and number of test questions, if the paper reports one."
+        f" same problems; {NOT_COMPARED}: not compared.{paper * _has_paper(body)}"
     )

@@ -27,7 +27,10 @@ from reftune.stages.plateau import LOOKS, NEEDED_ACCURACY, Rise
 Row = list[str]
 
 NOT_SIGNIFICANT = "n.s."
-NEEDED = f"RL needs about {NEEDED_ACCURACY:.0%}"
+NEEDED = (
+    f"RL needs about {NEEDED_ACCURACY:.0%} correct on dev; train the warm-up longer, add questions"
+    " with rationales, or start from a pretrained model"
+)
 
 
 # --- sentences ------------------------------------------------------------------------------------
@@ -67,6 +70,11 @@ def percent(share: float) -> str:
 def points(difference: float) -> str:
     """A difference in percentage points, with a plus sign or a true minus sign: `+0.8`, `−1.5`."""
     return f"{100 * difference:+.1f}".replace("-", "−")
+
+
+def problems(number: int, split: str = "") -> str:
+    """A number of problems, such as `1 dev problem` or `1,000 problems`."""
+    return f"{number:,} {split} problem{'s' * (number != 1)}".replace("  ", " ")
 
 
 def p_text(p: float) -> str:
@@ -117,7 +125,7 @@ def _solves(method: MethodScore, table: ScoreTable) -> str:
     seeds = f", on average over {table.num_seeds} seeds," if table.num_seeds > 1 else ""
     return (
         f"{display(method.label)}{seeds} solves {percent(method.greedy.accuracy)} of"
-        f" {method.greedy.n:,} {table.split} problems"
+        f" {problems(method.greedy.n, table.split)}"
     )
 
 
@@ -259,7 +267,8 @@ def _gain_cells(method: MethodScore, table: ScoreTable) -> Row:
 def caption(table: ScoreTable) -> str:
     """A caption that explains the table's numbers."""
     sizes = [solved.size for method in table.methods[:1] for solved in method.outcomes[GREEDY]]
-    n = "–".join(f"{size:,}" for size in sorted({min(sizes, default=0), max(sizes, default=0)}))
+    low, high = min(sizes, default=0), max(sizes, default=0)
+    n = "" if low == high else f"{low:,}–"
     seeds = f", mean over {table.num_seeds} seeds" if table.num_seeds > 1 else ""
     is_single = table.num_seeds == 1
     interval = "Wilson" if is_single else "Student's t over seeds"
@@ -267,9 +276,9 @@ def caption(table: ScoreTable) -> str:
     apart = "; ".join(f"{name} {', '.join(map(str, n))}" for name, n in table.seeds_apart.items())
     unpaired = f" Groups with different seeds are not compared (seeds: {apart})." if apart else ""
     return (
-        f"Accuracy in percent on {n} {table.split} problems{seeds}, 95% interval ({interval});"
-        f" differences paired by problem; {NOT_SIGNIFICANT}: the interval contains 0. Intervals"
-        f" are not corrected for several comparisons.{limits}{unpaired}"
+        f"Accuracy in percent on {n}{problems(high, table.split)}{seeds}, 95% interval"
+        f" ({interval}); differences paired by problem; {NOT_SIGNIFICANT}: the interval contains 0."
+        f" Intervals are not corrected for several comparisons.{limits}{unpaired}"
     )
 
 
@@ -304,13 +313,14 @@ def render_table(table: ScoreTable, fmt: str) -> str:
 def grid(head: Row, body: Sequence[Row], fmt: str, *, title: str = "", note: str) -> str:
     """Any table as `text`, `markdown` or `latex`. Raises: DataError for an unknown format."""
     if fmt == "text":
-        return "\n".join([*filter(None, [title]), *_aligned(head, body), "", note])
+        return "\n".join([*filter(None, [title]), *_aligned(head, body), "", note]).rstrip("\n")
     if fmt == "markdown":
         above = f"**{title}**\n\n" if title else ""
         ruler = ["---", *["---:"] * (len(head) - 1)]
-        return above + "\n".join([*map(_markdown_line, [head, ruler, *body]), "", note])
+        lines = [*map(_markdown_line, [head, ruler, *body]), "", note]
+        return above + "\n".join(lines).rstrip("\n")
     if fmt == "latex":
-        return _latex_float(head, body, f"{title}. {note}" if title else note)
+        return _latex_float(head, body, f"{title}. {note}".strip() if title else note)
     raise DataError(f"{fmt}: unknown table format; expected one of text, markdown, latex, json")
 
 

@@ -24,7 +24,7 @@ from reftune.results import read_groups, summarize
 from reftune.results.records import evaluated_split, read_recipe
 from reftune.stages.reward_model import WEIGHTS
 from reftune.storage.files import replace_folder
-from reftune.storage.run_folder import RunFolder
+from reftune.storage.run_folder import EXPORT_SETTINGS, RunFolder
 from reftune.text import brief, counted
 from reftune.types import Answer, BareText, Conversation, Problem
 
@@ -78,6 +78,10 @@ def export_model(run_folder: Path, method: str, out: Path, *, adapter: bool = Fa
         if serving is not None:
             serving.encoder.tokenizer.save_pretrained(folder)
             serving.generation.save_pretrained(folder)
+        settings = {key: recipe.get(key) for key in ("format", "lengths")}
+        settings["model"] = {"dtype": (recipe.get("model") or {}).get("dtype", "auto")}
+        text = json.dumps(settings, indent=2, default=str)
+        (folder / EXPORT_SETTINGS).write_text(f"{text}\n", encoding="utf-8")
         card = model_card(run, method, serving, lora)
         (folder / "README.md").write_text(card, encoding="utf-8")
 
@@ -252,7 +256,8 @@ def model_card(
     split, score = evaluated_split(table), _score(run, method)
     is_told = split == "dev" and score is not None
     name = f"{table['name']}-{method}"
-    on_dev = f" The model solves\n{stage['dev_accuracy']:.1%} of {stage['dev_n']} dev problems."
+    dev = counted(stage["dev_n"], "dev problem")
+    on_dev = f" The model solves\n{stage['dev_accuracy']:.1%} of {dev}."
     head = {
         "library_name": "transformers" if lora is None else "peft",
         "pipeline_tag": "text-generation",
@@ -314,8 +319,8 @@ def _accuracy(score: Mapping[str, Any] | None, split: str) -> str:
         return "Its final evaluation is not done."
     low, high = score["ci95"]
     return (
-        f"Its greedy accuracy on {score['n']} {split} problems is {score['accuracy']:.1%} (95%"
-        f" interval {low:.1%} to {high:.1%})."
+        f"Its greedy accuracy on {counted(score['n'], f'{split} problem')} is"
+        f" {score['accuracy']:.1%} (95% interval {low:.1%} to {high:.1%})."
     )
 
 

@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from reftune.types import Problem
 
 
+EXPORT_SETTINGS = "reftune.json"
+"""The file in an exported model's folder from which `reftune.evaluate` reads the run's settings."""
+
+
 class RunFolder:
     """The folder `runs/NAME`. docs/design.md describes the files that people and scripts read."""
 

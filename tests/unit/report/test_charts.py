@@ -15,12 +15,14 @@ from reftune.results.page.charts import (
     dev_chart,
     equal_compute,
     method_colours,
+    passes_since_base,
     time_charts,
     training_charts,
     verdict_charts,
     voting_charts,
 )
 from reftune.results.page.drawing import draw
+from reftune.results.page.html import render_report
 from reftune.results.stats import wilson
 from reftune.results.summary import read_groups, score_table
 
@@ -181,10 +183,43 @@ def test_equal_compute_stops_at_what_both_have_had(write_run: WriteRun) -> None:
     assert chart is not None
     # both have had 20 passes; the .9 of reft came later
     assert equal_compute(chart, "ReFT", "SFT") == (
-        "Within 20 training sequences, which both methods reached, the best dev accuracy was 40.0%"
-        " for ReFT and 30.0% for SFT."
+        "Within 20 training sequences since the base model, which both methods reached, the best"
+        " dev accuracy was 40.0% for ReFT and 30.0% for SFT."
     )
     assert equal_compute(chart, "ReFT", "nobody") == ""
+
+
+def test_the_training_of_every_method_is_counted_from_the_base_model(write_run: WriteRun) -> None:
+    folder = write_run()
+    for stage, facts in (
+        ("warmup", {"init": "base", "snapshot_of": "sft", "sequence_passes": 19200}),
+        ("sft", {"init": "base", "sequence_passes": 48000}),
+        ("reft", {"init": "warmup", "sequence_passes": 28672}),
+    ):
+        path = folder / "stages" / stage / "stage.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **facts}))
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    del recipe["stages"]["warmup"]
+    recipe["stages"]["sft"]["snapshots"] = {"warmup": 2}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    write_metrics(folder, [look("sft", 4, 0.5, 48000), look("reft", 1, 0.6, 28672)])
+    groups = read_groups([folder])
+    counts = {name: passes_since_base(groups[0].runs[0], name) for name in ("warmup", "sft")}
+    assert counts == {"warmup": 19200, "sft": 48000}
+    # reft goes on from the warm-up: 19,200 + 28,672
+    assert passes_since_base(groups[0].runs[0], "reft") == 47872
+    assert passes_since_base(groups[0].runs[0], "base") is None
+    chart = dev_chart(groups)
+    assert chart is not None
+    assert {line.label: line.x[-1] for line in chart.series} == {
+        "Warm-up": 19200,
+        "SFT": 48000,
+        "ReFT": 47872,
+    }
+    page = render_report(groups)
+    assert "47,872 training sequences since the base model" in page
+    assert "Training sequences since the base model</th>" in page
+    assert page.count("47,872") == 2 + page.count("Within 47,872") and "28,672" not in page
 
 
 def test_seeds_become_a_mean_with_the_lowest_and_highest(write_run: WriteRun) -> None:

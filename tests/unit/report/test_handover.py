@@ -79,7 +79,8 @@ def test_a_warm_up_that_is_flat_before_it_can_be_rewarded_was_not_finished() -> 
     assert found.to_row()["ready"] is False
     assert sentence(found) == (
         "sft was flat at 12.0% on dev when reft began (+1.0 ± 4.0 points over 4 evaluations):"
-        " RL needs about 20%"
+        " RL needs about 20% correct on dev; train the warm-up longer, add questions with"
+        " rationales, or start from a pretrained model"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import tracemalloc
@@ -11,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import resvg_py
 
 from reftune.errors import CheckpointError, DataError
-from reftune.results import read_groups, report_command, write_figures
+from reftune.results import read_groups, report_command, table_command, write_figures
 from reftune.results.page import gallery
 from reftune.results.page.gallery import MAX_TEXT, PROBLEMS_BYTES, SAMPLES_BYTES
 from reftune.results.page.html import duration, script_json
@@ -275,6 +277,47 @@ def test_the_main_curves_are_written_as_figures(write_run: WriteRun, tmp_path: P
     for path in written:
         content = path.read_bytes()
         assert content.startswith(b"\x89PNG") if path.suffix == ".png" else b"ReFT" in content, path
+
+
+def test_figures_have_text(
+    write_run: WriteRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def drawn(svg: str) -> bytes:
+        return resvg_py.svg_to_bytes(svg_string=svg, zoom=2, background="white")
+
+    written = write_figures([write_run()], tmp_path / "figures")
+    if caplog.messages:
+        pytest.skip("no known font")
+    for path in (path for path in written if path.suffix == ".svg"):
+        svg = path.read_text()
+        assert path.with_suffix(".png").read_bytes() == drawn(svg)
+        assert drawn(svg) != drawn(re.sub("<text.*?</text>", "", svg)), path
+
+
+def test_figures_without_any_font_are_reported_once(
+    write_run: WriteRun,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    bare = functools.partial(resvg_py.svg_to_bytes, skip_system_fonts=True)
+    monkeypatch.setattr("resvg_py.svg_to_bytes", bare)
+    assert write_figures([write_run()], tmp_path / "figures")
+    assert caplog.messages == [
+        "the PNG figures have no text: no known font; install one such as DejaVu Sans"
+    ]
+
+
+def test_one_problem_is_singular(write_run: WriteRun, tmp_path: Path) -> None:
+    folder = write_run(num_problems=1)
+    page = page_of(folder)
+    assert "Share of the 1 problem that" in page and "1 problems" not in page
+    assert not re.search(r"\b1 (dev|test) problems", page)
+    assert "percent on 1 test problem, 95%" in table_command([folder])
+    svg = tmp_path / "figures" / "accuracy.svg"
+    write_figures([folder], svg.parent)
+    assert "Greedy accuracy on 1 test problem, with" in svg.read_text()
+    assert "percent on 24 test problems, 95%" in table_command([write_run("many")])
 
 
 def test_there_are_figures_even_if_nothing_is_solved(write_run: WriteRun, tmp_path: Path) -> None:

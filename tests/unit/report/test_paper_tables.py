@@ -4,6 +4,7 @@ ours if the experiment is the same."""
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,31 @@ def test_the_papers_number_is_shown_only_if_the_experiment_is_the_same(
     text = table_command([same, part, other])
     assert text.count("[75.28]") == 1 and "[63.68]" in text, "the paper's SFT and ReFT"
     assert "6,931 [7,356]" in text
+
+
+def test_brackets_and_kinds_are_explained_only_if_they_occur(write_task: WriteRun) -> None:
+    own, second = write_task("jsonl", "nl", path="x/y"), write_task("word_problems", path="x/y")
+    text = table_command([own, second])
+    assert "[" not in text and "rackets" not in text
+    assert text.count("N-CoT: solutions in words, P-CoT: programs.") == 1
+    text = table_command([second], layout="paper")
+    assert "P-CoT: programs." in text and "N-CoT" not in text
+    text = table_command([own, write_task(test=1319)])
+    sizes, _, accuracies = text.partition("Accuracy, greedy")
+    assert "In brackets: the paper's numbers." in sizes and "In brackets" in accuracies
+    text = table_command([own, write_task(test=24, name="part")])
+    sizes, _, accuracies = text.partition("Accuracy, greedy")
+    assert "In brackets" in sizes, "the paper's numbers of questions"
+    assert "In brackets" not in accuracies
+
+
+def test_a_table_without_a_note_ends_with_its_last_row(write_task: WriteRun) -> None:
+    folder = write_task("jsonl", "own.py:Own", path="x/y")
+    for fmt, last in (("text", r"test questions +24"), ("markdown", r"\| test questions \| 24 \|")):
+        text = table_command([folder], fmt, layout="paper")
+        assert re.search(rf"\n{last}\n\n[^\n]*Accuracy", text)
+    latex = table_command([folder], "latex", layout="paper")
+    assert r"\caption{Questions.}" in latex
 
 
 def test_differences_that_are_not_significant_are_marked(write_task: WriteRun) -> None:

@@ -120,7 +120,7 @@ def check_accuracy(subject: Subject) -> Finding:
     message = (
         f"at temperature 1 the initial model solves {correct} of {len(rows)} dev questions"
         f" ({correct / len(rows):.0%}, 95% interval {low:.0%} to {high:.0%}); RL needs about"
-        f" {NEEDED_ACCURACY:.0%} to have something to reward"
+        f" {NEEDED_ACCURACY:.0%} correct to have something to reward"
     )
     last = _last_rise(subject)
     if last is not None:

@@ -284,6 +284,13 @@ def _passes_before(run: RunResults, method: str) -> float:
     return _passes_before(run, init) + float(own)
 
 
+def passes_since_base(run: RunResults, method: str) -> float | None:
+    """Number of gradient passes, each over one sequence, from the base model to the end of
+    `method`; None until `method` is done, and for `base`."""
+    own = run.stage(method).info.get("sequence_passes")
+    return None if own is None else _passes_before(run, method) + float(own)
+
+
 def _passes_to(folder: Path) -> float:
     """Total number of sequences on which a model was trained, starting from the base model.
     `folder` is the model's stage folder in an earlier run. The number is 0 if the folder has no
@@ -315,8 +322,8 @@ def equal_compute(chart: Chart, a: str, b: str) -> str:
         return ""
     best_a, best_b = map(max, reached)
     return (
-        f"Within {passes:,.0f} training sequences, which both methods reached, the best dev"
-        f" accuracy was {percent(best_a)} for {a} and {percent(best_b)} for {b}."
+        f"Within {passes:,.0f} training sequences since the base model, which both methods reached,"
+        f" the best dev accuracy was {percent(best_a)} for {a} and {percent(best_b)} for {b}."
     )
 
 

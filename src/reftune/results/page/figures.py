@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +13,10 @@ from reftune.results.metrics import CHARACTER, LEARNING
 from reftune.results.page.charts import dev_chart, method_colours, training_charts, voting_charts
 from reftune.results.page.drawing import LETTER, draw, px, tag
 from reftune.results.summary import ScoreTable, read_groups, score_table
-from reftune.results.tables import display, percent
+from reftune.results.tables import display, percent, problems
 from reftune.storage.files import writing
 
+LOG = logging.getLogger(__name__)
 ASSETS = Path(__file__).parent / "assets"
 WIDTH, HEIGHT, TITLE = 680, 320, 30
 ZOOM = 2
@@ -27,7 +29,7 @@ def write_figures(run_dirs: Sequence[Path | str], folder: Path | str) -> list[Pa
     """Plot the runs, and save each figure in `folder` as .png and .svg: the bar chart `accuracy`,
     and line charts such as `dev_accuracy` and `maj@k`. Returns: the paths. Raises: DataError if a
     run is missing, damaged or unfinished, or if runs are not comparable; CheckpointError if the
-    folder cannot be written."""
+    folder cannot be written. Logs a warning if no font for the text of the PNGs is installed."""
     groups = read_groups(run_dirs)
     table, dev = score_table(groups), dev_chart(groups)
     curves = [
@@ -42,26 +44,32 @@ def write_figures(run_dirs: Sequence[Path | str], folder: Path | str) -> list[Pa
         )
         for chart in curves
     }
+    if _png(_titled("A", Markup(), HEIGHT)) == _png(_titled("", Markup(), HEIGHT)):
+        LOG.warning("the PNG figures have no text: no known font; install one such as DejaVu Sans")
     with writing(Path(folder)):
         Path(folder).mkdir(parents=True, exist_ok=True)
         return [path for name, svg in figures.items() for path in _save(Path(folder) / name, svg)]
 
 
-def _save(stem: Path, svg: str) -> list[Path]:
+def _png(svg: str) -> bytes:
     import resvg_py
 
+    return resvg_py.svg_to_bytes(svg_string=svg, zoom=ZOOM, background="white")
+
+
+def _save(stem: Path, svg: str) -> list[Path]:
     png, vector = stem.with_suffix(".png"), stem.with_suffix(".svg")
     vector.write_text(svg, encoding="utf-8")
-    png.write_bytes(resvg_py.svg_to_bytes(svg_string=svg, zoom=ZOOM, background="white"))
+    png.write_bytes(_png(svg))
     return [png, vector]
 
 
 def _titled(title: str, drawing: Markup, height: int) -> str:
     """A complete SVG file: a title above the drawing, in the colours of the page's light theme."""
     css = (ASSETS / "page.css").read_text(encoding="utf-8")
-    colours = dict(re.findall(r"(--[\w-]+): (#[0-9a-f]{6})", css.partition("data-theme")[0]))
+    values = dict(re.findall(r"(--[\w-]+): ([^;]+);", css.partition("data-theme")[0]))
     rules = "\n".join(re.findall(r"^\.chart (?:text|\.).*$", css, re.MULTILINE))
-    rules = rules.replace(".chart ", "").replace("var(--sans)", "sans-serif")
+    rules = rules.replace(".chart ", "")
     page = tag(
         "svg",
         tag("style", Markup(rules)),
@@ -72,7 +80,7 @@ def _titled(title: str, drawing: Markup, height: int) -> str:
         width=WIDTH,
         height=height + TITLE,
     )
-    return re.sub(r"var\((--[\w-]+)\)", lambda found: colours[found[1]], page)
+    return re.sub(r"var\((--[\w-]+)\)", lambda found: values[found[1]], page)
 
 
 def _bars(table: ScoreTable) -> str:
@@ -97,7 +105,7 @@ def _bars(table: ScoreTable) -> str:
         ]
     seeds = f", mean of {table.num_seeds} seeds" if table.num_seeds > 1 else ""
     title = (
-        f"Greedy accuracy on {table.methods[0].greedy.n:,} {table.split} problems{seeds}, with"
+        f"Greedy accuracy on {problems(table.methods[0].greedy.n, table.split)}{seeds}, with"
         " 95% intervals"
     )
     return _titled(title, Markup("").join(drawn), ROW * len(names))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
@@ -28,6 +29,7 @@ from reftune.results.tables import (
     p_text,
     percent,
     points,
+    problems,
     remarks,
     rows,
 )
@@ -91,11 +93,13 @@ def _template() -> Template:
     environment.filters |= {
         "percent": percent,
         "points": points,
+        "problems": problems,
         "display": display,
         "duration": duration,
         "count": _count,
         "evidence": _evidence,
         "facts": _facts,
+        "passes": charts.passes_since_base,
         "plain": _plain,
     }
     return environment.get_template("page.html.j2")
@@ -222,12 +226,13 @@ def _scale(bounds: Iterable[float]) -> _Scale:
 
 
 def _facts(method: MethodScore) -> list[str]:
-    dev, passes = method.dev_accuracy, method.mean("sequence_passes")
-    seconds = method.mean("wall_seconds")
+    dev, seconds = method.dev_accuracy, method.mean("wall_seconds")
+    passes = [charts.passes_since_base(run, method.method) for run in method.group.runs]
+    known = [each for each in passes if each is not None]
     facts = [
         None if dev is None else f"dev {percent(dev)}",
         None if method.looks is None else f"dev evaluations: {method.looks}",
-        None if passes is None else f"{_count(passes)} training sequences",
+        f"{_count(mean(known))} training sequences since the base model" if known else None,
         None if seconds is None else duration(seconds),
     ]
     return [fact for fact in facts if fact is not None]
