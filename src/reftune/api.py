@@ -281,6 +281,7 @@ def _exported(path: str, *, has_format: bool) -> Mapping[str, Any]:
     own = [name for key in ("kind", "grading") if ":" in (name := str(keys.get(key)))]
     if own and not has_format:
         raise RecipeError(f"{path}: trained with {own[0]}, which is not loaded; pass `format`")
+    keys.pop("allow_unisolated", None)  # nor may a model folder weaken the sandbox
     return settings
 
 

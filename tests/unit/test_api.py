@@ -275,6 +275,13 @@ def test_evaluate_runs_no_code_that_an_exported_folder_names(
         reftune.evaluate(folder, [problem])
 
 
+def test_an_exported_folder_does_not_weaken_the_sandbox(tmp_path: Path):
+    stored = {"kind": "program", "sandbox": "subprocess", "allow_unisolated": True}
+    (tmp_path / "reftune.json").write_text(json.dumps({"format": stored}))
+    settings = import_module("reftune.api")._exported(str(tmp_path), has_format=False)
+    assert settings["format"] == {"kind": "program", "sandbox": "subprocess"}
+
+
 @pytest.mark.parametrize("model", [None, 5, object(), ["stages/sft"], Nl])
 def test_evaluate_refuses_what_is_not_a_model(model: Any):
     with pytest.raises(RecipeError, match=r"^model: .*; expected a folder, Hub id or Policy$"):

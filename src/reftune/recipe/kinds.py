@@ -1,8 +1,8 @@
 """Loads plug-ins. A plug-in is a class that derives from `Component`. Its fields are its recipe
 keys. A reward may also be a function. A recipe refers to a plug-in by a string called its kind.
 This is either the name of a module that comes with reftune (`gsm8k` for
-`reftune/datasets/gsm8k.py`) or `file.py:Name`. The file is looked up in the working directory, then
-among reftune's recipes."""
+`reftune/datasets/gsm8k.py`) or `file.py:Name`. The file is searched for in the working directory,
+then in the folder of reftune's own recipes."""
 
 from __future__ import annotations
 

@@ -213,9 +213,10 @@ def comparable_groups(runs: Sequence[RunResults]) -> list[Group]:
 
 
 def group_runs(runs: Sequence[RunResults]) -> list[Group]:
-    """Divides the runs into groups, in the order in which the groups first appear. Within a group,
-    runs have the same `settings`, and no two runs have the same seed. A group's runs are sorted by
-    seed, so that the runs of two groups with the same seeds can be paired in order."""
+    """Divides the runs into groups, which are ordered by the position of their first run in `runs`.
+    Within a group, runs have the same `settings`, and no two runs have the same seed. A group's
+    runs are sorted by seed, so that the runs of two groups with the same seeds can be paired in
+    order."""
     gathered: list[list[RunResults]] = []
     for run in runs:
         same = [group for group in gathered if group[0].settings == run.settings]
@@ -326,8 +327,8 @@ def _are_one_model(a: MethodScore, b: MethodScore) -> bool:
 
 def _model_of(run: RunResults, method: str) -> str:
     """The name of the model that the weights of `method` belong to. For a stage that never beat its
-    initial model on dev, this is the initial model. For a snapshot from the step whose model its
-    stage chose, this is the stage's model. In all other cases, it is `method` itself."""
+    initial model on dev, this is the initial model. If `method` is a snapshot of the model that its
+    stage chose in the end, this is the stage's model. In all other cases, it is `method` itself."""
     stage = run.stages.get(method)
     if stage is None:
         return method

@@ -241,9 +241,9 @@ class Trainer:
         return batch, {**metrics, "time/score_s": time.perf_counter() - started}
 
     def _policy_scores(self, solutions: Sequence[Solution], batch: RolloutBatch) -> TokenScores:
-        """The samples' log-probabilities, values and entropies under the policy that drew them. If
-        the engine has computed these numbers for every sample and `mismatch_cap` is unset, use the
-        engine's. Otherwise, compute them in a new forward pass."""
+        """The samples' log-probabilities, values and entropies under the policy that drew them.
+        They are the engine's own numbers if the engine has computed them for every sample and
+        `mismatch_cap` is unset. Otherwise, they are computed in a new forward pass."""
         completions = [s.completion for s in solutions]
         if self.stage.mismatch_cap is not None or not all(c.values for c in completions):
             return self.policy.score(batch.tokens, temperature=self.stage.temperature)

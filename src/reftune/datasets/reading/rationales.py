@@ -49,7 +49,8 @@ def drop_contradictions(splits: Splits, reading: Reading = DEFAULT) -> Splits:
 
 def run_programs(programs: Sequence[str]) -> list[ExecutionResult]:
     """The result of running each program in the sandbox, in the order of `programs`. The time limit
-    is long enough that the training set does not depend on how busy the machine is."""
+    is generous, so that no program drops out of the training set just because the machine is
+    busy."""
     with Sandbox(SandboxLimits(timeout_s=TIMEOUT_S)) as sandbox:
         return sandbox.run(programs)
 

@@ -52,8 +52,9 @@ class Nl(Prompted):
         return paper_prompt(problem) if self.style == "paper" else f"{question_text(problem)}\n"
 
     def target(self, problem: Problem) -> str:
-        """The gold rationale, followed by a line such as "The answer is 7". If neither style nor
-        grading is `paper`, a rationale whose last line states the answer gets no additional line.
+        """The gold rationale, followed by a line such as "The answer is 7". A rationale whose last
+        line already states the answer does not get this line, unless the style or the grading is
+        `paper`.
 
         Raises: DataError if there is no rationale, if it is a program, or if no line can be added
         because the gold answer is a `regex`.

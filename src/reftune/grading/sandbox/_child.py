@@ -223,10 +223,10 @@ def fence_in(readable: list[str]) -> str:
 
 
 def only_read(libc: ctypes.CDLL, paths: list[str]) -> bool:
-    """Use Landlock so that the process can read the contents of `paths` but of no other files, and
-    cannot create, write, run or delete any file. Landlock does not cover metadata (`stat`,
-    `chmod`). On newer kernels, Landlock also blocks TCP and signals to other processes. Returns
-    False if access to files cannot be restricted."""
+    """Use Landlock so that the process can read only the files in `paths`, and cannot create,
+    write, run or delete any file. Landlock does not cover metadata (`stat`, `chmod`). On newer
+    kernels, Landlock also blocks TCP and signals to other processes. Returns False if access to
+    files cannot be restricted."""
     version = libc.syscall(LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), LANDLOCK_VERSION)
     if version < 1:
         return False

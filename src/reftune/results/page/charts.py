@@ -292,10 +292,10 @@ def passes_since_base(run: RunResults, method: str) -> float | None:
 
 
 def _passes_to(folder: Path) -> float:
-    """Total number of sequences on which a model was trained, starting from the base model.
-    `folder` is the model's stage folder in an earlier run. The number is 0 if the folder has no
-    `stage.json`, as for `base`. Within a stage, every step is assumed to train on the same number
-    of sequences."""
+    """Number of sequences on which a model was trained, summed over all stages since the base
+    model. `folder` is the model's stage folder in an earlier run. The number is 0 if the folder has
+    no `stage.json`, as for `base`. Within a stage, every step is assumed to train on the same
+    number of sequences."""
     passes, seen = 0.0, set[Path]()
     while folder.resolve() not in seen and (info := read_json(StageFolder(folder).info)):
         seen.add(folder.resolve())
