@@ -186,7 +186,7 @@ class Estimate:
 
     def _sampler(self, copies: float) -> float:
         """Bytes that each device needs for the sampler, a model that is loaded only to sample. This
-        includes the copies that the engine makes of its weights, at most `copies` bytes."""
+        includes the engine's copies of the sampler's weights, which take at most `copies` bytes."""
         outline, table = self.outline, self.outline.table
         is_frozen = table.lora is not None or table.gradient_checkpointing
         if is_frozen:

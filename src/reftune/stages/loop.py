@@ -235,7 +235,7 @@ class Loop:
     def _saving(self) -> Iterator[None]:
         """If the engine fails inside the `with` block, save a checkpoint if the stage has advanced
         since the last one. Then raise the engine's error again. Use this only if an engine error is
-        raised in every process, and before the block has changed the stage's state.
+        always raised in every process, and always before the block changes the stage's state.
         Raises: Interrupted instead of the engine's error, if the run has received SIGINT or
         SIGTERM, because the signal may have stopped the engine too."""
         try:
