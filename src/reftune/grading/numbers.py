@@ -46,8 +46,8 @@ def numeral_at(line: str, start: int) -> tuple[Number, int] | None:
     """The number at index `start` of a line of plain text, and the index after it. A sign, a
     currency, a percent sign and a word such as "million" are part of the number. The caller must
     check whether the number is itself only a part of something larger, such as a range. Returns
-    None if there is no number, if it is too long or invalid (1/0), or if it is unclear whether a
-    letter after it is a magnitude ("5 M")."""
+    None if there is no number, if the number is too long or invalid (1/0), or if a letter after the
+    number may or may not be a magnitude ("5 M")."""
     match = _NUMBER.match(line, start)
     number = None if match is None else _number(match)
     if match is None or number is None:

@@ -244,7 +244,7 @@ def _with_snapshots(
 ) -> list[tuple[str, Mapping[str, Any]]]:
     """Pairs (name, recipe keys): one for each snapshot of a stage, then one for the stage itself.
     All have the stage's keys. `infos` maps each saved model to the content of its `stage.json`. A
-    snapshot in `infos` has a pair even if the recipe does not list it."""
+    snapshot in `infos` gets a pair even if the recipe does not list it."""
     keys = dict(spec) if isinstance(spec, Mapping) else {"kind": spec}
     saved = [each for each, info in infos.items() if info.get("snapshot_of") == name]
     saved.sort(key=lambda each: int(infos[each].get("chosen_step", 0)))

@@ -1,5 +1,5 @@
 """Computes and compares the scores of runs from the files in their folders. Also determines whether
-a warm-up was finished when RL began, and whether a reward model beats chance."""
+dev accuracy had levelled off when RL began, and whether a reward model beats chance."""
 
 from __future__ import annotations
 

@@ -74,9 +74,10 @@ NUM_COLOURS = 8
 
 
 def method_colours(labels: Sequence[str]) -> dict[str, str]:
-    """Label of a method → CSS variable of the method's colour. If there is only one group of runs,
-    the methods in `_COLOURS` have fixed colours. `base`, which has no curve, always gets the last
-    colour of the palette. All other methods get colours in order of appearance."""
+    """Label of a method → CSS variable of the method's colour. `base`, which has no curve, always
+    gets the last colour of the palette. If there is only one group of runs, the methods in
+    `_COLOURS` have fixed colours. Methods without a fixed colour get colours in order of
+    appearance."""
     if any("/" in label for label in labels):
         trained = [label for label in labels if not label.endswith("/base")]
         places = {label: index for index, label in enumerate(trained)}
