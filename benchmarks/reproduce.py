@@ -122,9 +122,10 @@ OPEN = [
     "**On real data** (SVAMP programs, the same model), ReFT shows no gain if all training "
     "questions have solutions (one seed): after a warm-up whose dev accuracy had [levelled "
     "off](handover.md), ReFT − SFT is −1.3 points [−3.8, +1.2], n.s. ReFT had little to learn "
-    "from, because 90% of the warm-up's samples for training questions were already correct. If "
-    "only 500 of about 2,500 questions have solutions, ReFT shows no gain either: over three "
-    "seeds, ReFT − SFT is +1.1 points [−4.3, +6.5], n.s. ([log](experiments/smollm2-svamp.md)).",
+    "from: after the warm-up, 90% of the solutions that the model sampled for training questions "
+    "were already correct. If only 500 of about 2,500 questions have solutions, ReFT shows no "
+    "gain either: over three seeds, ReFT − SFT is +1.1 points [−4.3, +6.5], n.s. "
+    "([log](experiments/smollm2-svamp.md)).",
     "**With solutions of 66 tokens on average** (generated questions, a model trained from "
     "scratch), the value head explains hardly any of the reward's variance. Over five seeds, "
     "after warm-ups that had levelled off, no RL method differs significantly from another or "

@@ -145,8 +145,8 @@ def evaluate(
     For a folder `stages/NAME`, answers and choices are read as in the run's dataset. The defaults
     of `format` and `max_new` are the run's settings, and the model computes in the run's dtype. If
     the run's `lengths.too_long` is `drop`, a problem whose prompt is too long counts as unanswered.
-    The same holds for a folder that `reftune export` wrote, except that answers and choices are
-    read as in `grade`. If the run's format or grader is your own, pass `format`.
+    All of this also applies to a folder that `reftune export` wrote, except that answers and
+    choices are read as in `grade`. If the run's format or grader is your own, pass `format`.
 
     For any other model, answers and choices are read as in `grade`. `format` defaults to `nl` and
     `max_new` to 256, and the dtype is the one that `model.dtype: auto` chooses. A `Policy` keeps
@@ -270,9 +270,10 @@ def _recipe_of(path: str) -> Mapping[str, Any]:
 
 
 def _exported(path: str, *, has_format: bool) -> Mapping[str, Any]:
-    """The run's settings in a folder that `reftune export` wrote; empty for any other model.
-    Raises: DataError if they cannot be read; RecipeError if the format or its grader is in a user's
-    file, because a model folder must not run code. This error is not raised with `has_format`."""
+    """The run's settings, read from a model folder that `reftune export` wrote; empty for any other
+    model folder. Raises: DataError if they cannot be read; RecipeError if the format or its grader
+    is in a user's file, because loading a model folder must not run code. With `has_format`, the
+    RecipeError is not raised."""
     from reftune.model.weights import resolve
 
     settings = read_json(Path(resolve(path)) / EXPORT_SETTINGS)

@@ -21,8 +21,9 @@ def generator(*parts: int | str) -> np.random.Generator:
 
 
 def endless_indices(num_items: int, *, start: int, count: int, seed: int) -> list[int]:
-    """`count` indices from an endless sequence of epochs, beginning at the zero-based position
-    `start`. Each epoch contains the indices of all `num_items` items in a new random order."""
+    """`count` indices from an endless sequence, beginning at its zero-based position `start`. The
+    sequence consists of epochs: each contains the indices of all `num_items` items in a new random
+    order."""
     first, offset = divmod(start, num_items)
     indices = itertools.chain.from_iterable(
         generator(seed, "epoch", epoch).permutation(num_items).tolist()

@@ -95,9 +95,9 @@ def _sample_speed(
     policy: Policy, engine: Engine, prompts: Sequence[list[int]], num_tokens: int
 ) -> float:
     """The speed of sampling a solution of `num_tokens` tokens for each prompt, in tokens per second
-    for all prompts together. The measured solutions are shorter if time is short, but have at
-    least `FEWEST_NEW_TOKENS` tokens. If their length is not `num_tokens`, the speed is extrapolated
-    from them."""
+    for all prompts together. If time is short, shorter solutions of at least `FEWEST_NEW_TOKENS`
+    tokens are measured. If their length is not `num_tokens`, the speed at `num_tokens` is
+    extrapolated."""
 
     longest = max(map(len, prompts))
 

@@ -12,8 +12,8 @@ class Repacking:
     model_runner: Any
 
     def repack(self) -> None:
-        """Convert weights to vLLM's layout for matmuls on a CPU. After a reload, some layers lack
-        this layout, for example an output head that is tied to the embedding.
+        """Convert weights to vLLM's layout for matmuls on a CPU. After a reload, some layers, such
+        as an output head that is tied to the embedding, lack this layout.
 
         Layers that vLLM has already converted have an empty `weight` and are skipped. On a GPU,
         nothing is converted.

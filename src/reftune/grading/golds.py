@@ -341,7 +341,8 @@ def split_items(text: str, words: str = "and") -> tuple[str, ...]:
     matches of the pattern `words` separate items, except inside inner brackets. Commas that may
     belong to a number do not separate items:
 
-    - If any comma has a space after it, commas without one do not separate: "1,000, 2".
+    - If any comma has a space after it, commas with no space after them do not separate items:
+      "1,000, 2".
     - Otherwise, if there are separators other than commas, commas before three digits do not
       separate: "1,000; 2".
     - Otherwise, if the first item does not begin with 0, a comma before three digits with a

@@ -73,9 +73,9 @@ _PHRASES = (
 
 
 def statements(completion: str, reading: Reading = DEFAULT) -> list[Statement]:
-    """The statements of a completion, in order: the texts that its last `MAX_STATEMENTS` markers
-    announce. Markers include "the answer is", "answer:", "####", the heading "Final Answer",
-    `\\boxed{…}`, `<answer>…</answer>` and `reading.markers`.
+    """The statements of a completion, in order. A statement is a text that a marker introduces.
+    Only the last `MAX_STATEMENTS` markers count. Markers include "the answer is", "answer:",
+    "####", the heading "Final Answer", `\\boxed{…}`, `<answer>…</answer>` and `reading.markers`.
 
     A completion that ends inside `<think>` has no statements. Otherwise, text counts only if it is
     after the last `</think>` and before any new question that the model writes (see

@@ -46,8 +46,8 @@ def numeral_at(line: str, start: int) -> tuple[Number, int] | None:
     """The number at index `start` of a line of plain text, and the index after it. A sign, a
     currency, a percent sign and a word such as "million" are part of the number. The caller must
     check whether the number is itself only a part of something larger, such as a range. Returns
-    None if there is no number, if the number is too long or invalid (1/0), or if a letter after the
-    number may or may not be a magnitude ("5 M")."""
+    None if there is no number, if the number is too long or invalid (1/0), or if it is unclear
+    whether a letter after the number is a magnitude ("5 M")."""
     match = _NUMBER.match(line, start)
     number = None if match is None else _number(match)
     if match is None or number is None:
@@ -183,8 +183,8 @@ _BASES = dict(zip(ONE_TO_TWELVE.split("|"), range(1, 13), strict=True)) | {"sixt
 def same_number(predicted: Number, gold: Number) -> bool:
     """Whether two numbers are equal according to `numbers_equal`. If only one of them has a percent
     sign, the number without the sign may equal the percentage either as written or divided by 100:
-    25% equals both 25 and 0.25. Division by 100 is not allowed if the number without the sign is an
-    integer above 1 in absolute value: 2500% does not equal 25."""
+    25% equals both 25 and 0.25. The percentage is not divided by 100 if the number without the
+    percent sign is an integer above 1 or below −1: 2500% does not equal 25."""
     if numbers_equal(predicted, gold):
         return True
     if predicted.percent == gold.percent:

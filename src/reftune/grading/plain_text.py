@@ -162,7 +162,7 @@ def _bare(text: str) -> str:
 
 
 def without_gaps(text: str, *, underscores: str = "_+") -> str:
-    """`text` without spaces, quotation marks, emphasis marks and matches of the pattern
+    """`text` without spaces, quotation marks, emphasis marks or matches of the pattern
     `underscores`. Between digits, such characters are kept, because "1 2" is not 12. However,
     spaces that group thousands are removed."""
     text = without_grouping_spaces(text)

@@ -46,11 +46,11 @@ def load_model(
     table: ModelTable, *, texts: Iterable[str] = (), seed: int = 0, as_stored: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal LM and its tokenizer. A from-scratch model gets its vocabulary from `texts` and its
-    weights from `seed`. The weights are in fp32. With `as_stored`, those of a pretrained model are
-    in the dtype that its configuration states or, if it states none, in the dtype of the files. Use
-    `as_stored` only for models that are not trained. Weights in formats other than safetensors are
-    not read. Raises: ModelError if the model cannot be loaded or created, or if a weight is
-    missing."""
+    weights from `seed`. The weights are in fp32, except that a pretrained model's weights keep
+    their stored dtype with `as_stored`. This is the dtype in the model's configuration or, if it
+    names none, the dtype in the files. Use `as_stored` only for models that are not trained.
+    Weights in formats other than safetensors are not read. Raises: ModelError if the model cannot
+    be loaded or created, or if a weight is missing."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -175,10 +175,10 @@ def _require_config(path: Path | str) -> None:
 
 
 def fingerprint(config: PretrainedConfig) -> str | None:
-    """A hash of the weight files in the folder from which a model was loaded; None for a model
-    from scratch or from the Hub. Only parts of the files are read, which takes milliseconds. A
-    Hub model's commit does not serve as its fingerprint, because a new commit need not change the
-    weights."""
+    """A hash of the weight files in the folder from which a model was loaded; None for a model that
+    was initialized from scratch or loaded from the Hub. Only parts of the files are read, which
+    takes milliseconds. A Hub model's commit does not serve as its fingerprint, because a new commit
+    need not change the weights."""
     folder = Path(config.name_or_path or os.devnull)
     if not folder.is_dir():
         return None
@@ -206,7 +206,7 @@ def _name_eos(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> N
 
 def saved_dtype(table: ModelTable) -> torch.dtype:
     """Dtype of the weights that a run saves; see `model.save_dtype`. Raises: ModelError if the run
-    saves weights in the base's dtype, and the base's configuration cannot be loaded."""
+    saves weights in the base's dtype but the base's configuration cannot be loaded."""
     import torch
 
     wanted = table.save_dtype or ("float32" if table.lora is None else "base")

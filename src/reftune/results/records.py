@@ -257,8 +257,8 @@ def _whole(
 ) -> dict[str, tuple[EvalRow, ...]]:
     """The complete evaluations. `sizes` contains the split sizes from data.json. An evaluation is
     incomplete if it has fewer problems than the longest evaluation, or fewer than the recipe asks
-    for. An evaluation always counts as complete if its problems differ from those of the longest
-    evaluation, so that the caller can report the difference."""
+    for. An evaluation of other problems (not the first ones of the longest evaluation) always
+    counts as complete, so that the caller can report the difference."""
     ids = {name: [row.id for row in rows] for name, rows in evals.items()}
     longest = max(ids.values(), key=len, default=[])
     size = sizes.get(evaluated_split(recipe), 0)

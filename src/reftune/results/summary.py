@@ -327,8 +327,9 @@ def _are_one_model(a: MethodScore, b: MethodScore) -> bool:
 
 def _model_of(run: RunResults, method: str) -> str:
     """The name of the model that the weights of `method` belong to. For a stage that never beat its
-    initial model on dev, this is the initial model. If `method` is a snapshot of the model that its
-    stage chose in the end, this is the stage's model. In all other cases, it is `method` itself."""
+    initial model on dev, this is the initial model. If `method` is a snapshot taken at the step
+    that its stage chose in the end, this is the stage's model. In all other cases, it is `method`
+    itself."""
     stage = run.stages.get(method)
     if stage is None:
         return method

@@ -174,9 +174,9 @@ def _rise_text(rise: Rise) -> str:
 
 
 def remarks(run: RunResults) -> list[str]:
-    """Sentences on three questions: whether the warm-up before each RL stage was finished, which
-    methods ended with the same model, and whether each reward model does better than chance at
-    picking samples."""
+    """Remarks on three points: whether dev accuracy had levelled off before each RL stage, which
+    methods ended with the same model, and whether each reward model is better than chance at
+    picking correct samples."""
     rankings = map(reranker_sentence, rerankers(run))
     return [*map(sentence, handovers(run)), *same_models(run), *rankings]
 
@@ -337,8 +337,8 @@ def _aligned(head: Row, body: Sequence[Row]) -> list[str]:
 
 
 def choices_table(summary: Mapping[str, Any]) -> str:
-    """The warning signs of reward hacking in a run's summary, as a table. If the run has no
-    multiple-choice questions, the result is an empty string."""
+    """A table of the warning signs of reward hacking on multiple-choice questions, from a run's
+    summary. If the run has no such questions, the result is an empty string."""
     methods = summary["methods"].items()
     found = {name: scores["choices"] for name, scores in methods if "choices" in scores}
     if not found:

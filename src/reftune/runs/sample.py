@@ -21,8 +21,9 @@ def sample_method(
 ) -> list[dict[str, Any]]:
     """Solutions to the first `num` problems of a split, as the rows that `sample_rows` returns.
     `method` is either `base`, or a finished method of the recipe's run, or the path of a model
-    folder. Raises: RecipeError if `method` is not trained yet, or is a stage whose model does not
-    solve problems; DataError if the split is empty; ModelError if the model cannot be used."""
+    folder. Raises: RecipeError if `method` is not trained yet, or is a stage whose model is not
+    meant to solve problems; DataError if the split is empty; ModelError if the model cannot be
+    used."""
     if method in recipe.stages and not recipe.stages[method].is_method:
         raise RecipeError(f"{method}: not a method, so its model answers no questions")
     recipe = settled(recipe)

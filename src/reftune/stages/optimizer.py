@@ -79,9 +79,9 @@ def load_trainable(model: Trained, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def make_optimizer(model: Trained, table: OptimizerTable) -> torch.optim.Optimizer:
-    """AdamW for the trainable parameters of a model that `Sharding.distribute` has prepared.
-    Matrices, vectors and the value head each form a parameter group. Raises: RecipeError if 8-bit
-    state is requested but not available."""
+    """AdamW for the trainable parameters of a model that `Sharding.distribute` has prepared. There
+    are up to three parameter groups: the matrices, the vectors and the value head. Raises:
+    RecipeError if 8-bit state is requested but not available."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     head = [p for name, p in trained.items() if name.startswith("value_head.")]
     body = [p for name, p in trained.items() if not name.startswith("value_head.")]

@@ -311,8 +311,8 @@ def dev_metrics(classifier: Classifier, drawn: Sequence[Samples]) -> dict[str, f
     answer cannot be chosen. If no solution to a problem has an answer, the problem counts as wrong.
     `dev/accuracy` is the share of problems whose highest-scoring solution is correct. `dev/chance`
     is the expected share if the solution is chosen at random. `dev/chance_margin` is half the width
-    of the 95% interval for the difference between these shares. The interval is computed from the
-    difference on each problem."""
+    of the 95% interval for the difference between these shares. The interval is computed from one
+    difference per problem."""
     solutions = [(s.problem, attempt.completion) for s in drawn for attempt in s.attempts]
     scores = iter(classifier.scores(solutions))
     grading = getattr(classifier.encoder.format, "grading", None)

@@ -162,7 +162,8 @@ class SelfTrain(Sampled):
 
     def examples(self, drawn: Sequence[Samples], context: StageContext) -> list[Example]:
         """The rows to train on: for each problem, at most `keep` correct samples and the gold
-        solution. Overlong solutions are dropped first. Raises: DataError if no row is left."""
+        solution. Overlong solutions are dropped before the samples are chosen. Raises: DataError if
+        no row is left."""
         collector, policy = context.collector, context.policy
         encoder = collector.encoder
         join = join_once if self.gold == "once" else join_as_paper

@@ -77,7 +77,7 @@ class RunFolder:
 class StageFolder:
     """The folder `stages/NAME` of a stage or a snapshot. It contains a model in Hugging Face format
     and the files whose paths are attributes of this class. The model in a stage's folder was chosen
-    on dev. The model in a snapshot's folder is the one at the snapshot's step."""
+    on dev. A snapshot's folder contains the model as it was at the snapshot's step."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -216,8 +216,8 @@ def readable_errors(folder: RunFolder) -> Iterator[None]:
 
 def data_facts(splits: Splits) -> dict[str, Any]:
     """The content of `data.json`: the size and a hash of each split, and the number of rows dropped
-    for each reason. Train has two sizes: the number of problems with a rationale, and the number
-    without one."""
+    for each reason. The train split has two sizes: the number of problems with a rationale, and the
+    number without one."""
     with_rationale = sum(problem.rationale is not None for problem in splits.train)
     sizes = {"train": with_rationale, "dev": len(splits.dev), "test": len(splits.test)}
     return {
@@ -414,8 +414,8 @@ def _reopen(folder: RunFolder, name: str) -> Iterator[str]:
 
 def _own_and_wanted(folder: RunFolder, recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
     """The folder's recipe and `recipe` as dicts, with defaults filled in. If the folder's recipe is
-    no longer valid, it is returned as stored, without new defaults. Raises: CheckpointError if the
-    folder's recipe cannot be read."""
+    no longer valid, it is returned as stored, and no defaults are filled in. Raises:
+    CheckpointError if the folder's recipe cannot be read."""
     try:
         own = yaml.safe_load(folder.recipe.read_bytes())
     except (yaml.YAMLError, ValueError):

@@ -64,8 +64,9 @@ def check_recipe(recipe: Recipe) -> CheckReport:
 
 
 def check_offline(recipe: Recipe) -> CheckReport:
-    """Report on the checks that need neither weights nor a download. A word-level tokenizer always
-    replaces the model's. If training data is not on this machine, reftune's examples replace it.
+    """Run the checks that need neither weights nor a download, and return a report. A word-level
+    tokenizer always replaces the model's. If training data is not on this machine, reftune's
+    examples replace it.
 
     Raises: ReftuneError as in `check_recipe`, and if reftune has no examples for the dataset.
     """

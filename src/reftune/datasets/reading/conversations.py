@@ -56,9 +56,9 @@ class Conversation:
 
 
 def turns_in(row: Row, column: str) -> Sequence[Mapping[str, Any]] | None:
-    """The turns of the conversation in a cell, even if it is written as text, as in CSV. Returns
-    None if the cell contains no conversation. Raises: DataError if text that looks like a
-    conversation cannot be read."""
+    """The turns of the conversation in a cell. The cell may contain a list of turns or, as in CSV
+    files, the same list written as text. Returns None if the cell contains no conversation. Raises:
+    DataError if text that looks like a conversation cannot be read."""
     cell = row.get(column)
     is_written = isinstance(cell, str) and WRITTEN.fullmatch(cell) is not None
     turns = _parsed(cell) if is_written else cell

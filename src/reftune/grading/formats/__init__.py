@@ -61,8 +61,8 @@ def is_grade(grade: object) -> TypeGuard[Graded]:
 
 
 def named(grade: object) -> str:
-    """The type of `grade` as text, for the error message if a user's code returns a grade of the
-    wrong type. For a `Graded`, the types of its verdict and value are named too."""
+    """The type of `grade` as text. It goes into the error message when a user's code returns a
+    grade of the wrong type. For a `Graded`, the types of its verdict and value are named too."""
     if not isinstance(grade, Graded):
         return type(grade).__name__
     types = f"verdict={type(grade.verdict).__name__}, value={type(grade.value).__name__}"

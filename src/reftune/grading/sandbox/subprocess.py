@@ -215,7 +215,7 @@ def _end(requests: socket.socket, process: subprocess.Popen[bytes], pid: int) ->
 def _exchange(output: int, status: socket.socket, timeout_s: float) -> tuple[bytes, int] | None:
     """Read the program's output until the program ends, runs out of time or writes too much. Kill
     the program if it has not ended by itself. Returns the output and the exit status. Returns None
-    if the forking process died."""
+    if the process that forks the programs has died."""
     deadline, written, code = time.monotonic() + timeout_s, b"", None
     while len(written) <= MAX_OUTPUT_BYTES:
         ready, _, _ = select.select([output], [], [], max(0.0, deadline - time.monotonic()))

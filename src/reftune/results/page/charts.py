@@ -287,7 +287,7 @@ def _passes_before(run: RunResults, method: str) -> float:
 
 def passes_since_base(run: RunResults, method: str) -> float | None:
     """Number of gradient passes, each over one sequence, from the base model to the end of
-    `method`; None until `method` is done, and for `base`."""
+    `method`. None if `method` is not done or is `base`."""
     own = run.stage(method).info.get("sequence_passes")
     return None if own is None else _passes_before(run, method) + float(own)
 
@@ -309,9 +309,10 @@ def _passes_to(folder: Path) -> float:
 
 def equal_compute(chart: Chart, a: str, b: str) -> str:
     """A sentence with the best dev accuracies of `a` and `b` at equal training effort. A model's
-    effort is the number of sequences it was trained on, counted from the base model. Each model has
-    a certain effort at its last dev evaluation. Only dev evaluations up to the smaller of these two
-    efforts are used. If a model has none of these, the result is an empty string."""
+    effort is the number of sequences it was trained on, counted from the base model. The comparison
+    stops at the smaller of the efforts that the two models had reached at their last dev
+    evaluations. Later dev evaluations are ignored. If a model has no dev evaluation left, the
+    result is an empty string."""
     by_name = {series.label: series for series in chart.series}
     found = [by_name[name] for name in (a, b) if name in by_name]
     passes = min((series.x[-1] for series in found), default=0.0)

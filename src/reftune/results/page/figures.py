@@ -29,7 +29,7 @@ def write_figures(run_dirs: Sequence[Path | str], folder: Path | str) -> list[Pa
     """Plot the runs, and save each figure in `folder` as .png and .svg: the bar chart `accuracy`,
     and line charts such as `dev_accuracy` and `maj@k`. Returns: the paths. Raises: DataError if a
     run is missing, damaged or unfinished, or if runs are not comparable; CheckpointError if the
-    folder cannot be written. Logs a warning if no font for the text of the PNGs is installed."""
+    folder cannot be written. Logs a warning if no font is installed for the text in the PNGs."""
     groups = read_groups(run_dirs)
     table, dev = score_table(groups), dev_chart(groups)
     curves = [
