@@ -125,8 +125,8 @@ def _seconds(act: Callable[[], object]) -> float:
 
 
 def available_bytes(device: torch.device) -> float:
-    """The device's free memory in bytes. On a CPU, the result is at most the total memory of the
-    machine or container, divided by the number of reftune's processes there."""
+    """The device's free memory in bytes. On a CPU, the result is at most one process's share of the
+    memory of the machine or container."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     meminfo = Path("/proc/meminfo")

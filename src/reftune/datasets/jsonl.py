@@ -127,8 +127,8 @@ class Jsonl(FileDataset):
         return options
 
     def _hint(self, row: Row, columns: Columns) -> str:
-        """The end of an error message: what to set if columns such as `a` and `b` were wrongly
-        recognised as options. Empty if the user's settings say that there are options."""
+        """The end of an error message: what to set if columns such as `a` and `b` were mistaken for
+        answer options. Empty if the user's settings say that the problems have answer options."""
         if self._names("choices") or self._says_options:
             return ""
         which, shows = f"column {columns.choices}", ""

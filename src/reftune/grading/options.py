@@ -37,8 +37,8 @@ _LETTERED = re.compile(
 
 
 def unlettered(choices: Sequence[str]) -> tuple[str, ...]:
-    """The options without the letters that begin them, as in "a ) 38", "(B) 12", "C. 30" or "D -
-    5". The options are returned unchanged unless their letters run in order from A."""
+    """The options without their letters: "38" for "a ) 38", and the same for "(B) 12", "C. 30" and
+    "D - 5". The options are returned unchanged unless their letters run in order from A."""
     found = [_LETTERED.fullmatch(choice) for choice in choices]
     texts = [
         match["text"]

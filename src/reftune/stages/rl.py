@@ -253,9 +253,9 @@ class Trainer:
 
     def update(self, batch: RolloutBatch, n: int) -> dict[str, float]:
         """Make `updates` passes over the rollout, with `minibatches` optimizer steps each, and
-        return metrics. Each metric of the loss is averaged over the steps that report it. If the
-        loss or the gradient of an optimizer step is not finite, this step and the rest of the
-        update are skipped. Raises: NonFiniteError if the recipe does not allow this skip."""
+        return metrics. Each loss metric is averaged over the steps that report it. If the loss or
+        the gradient of an optimizer step is not finite, this step and the rest of the update are
+        skipped. Raises: NonFiniteError if the recipe does not allow this skip."""
         started = time.perf_counter()
         self.policy.train(self.algorithm.trains_with_dropout)
         steps: list[dict[str, float]] = []
