@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from reftune.algorithms.base import LossTerms, explained_variance, gae, token_rewards
-from reftune.algorithms.ppo import Ppo, whiten
+from reftune.algorithms.base import LossTerms, explained_variance, gae, token_rewards, whiten
+from reftune.algorithms.ppo import Ppo
 from reftune.model.batch import RolloutBatch
 from reftune.model.policy import Policy, TokenScores
 from reftune.stages.rl import Rl, Trainer
@@ -96,8 +96,6 @@ class Detached(Rl):
     """RL in which the value loss trains the value head but sends no gradient into the
     transformer."""
 
-    kind: str = "detached"
-
     def run(self, context: StageContext) -> None:
         hook = context.policy.value_head.register_forward_pre_hook(_detach)
         super().run(context)
@@ -118,7 +116,6 @@ class Prefixes(Rl):
     Source: R3 (arXiv:2402.05808). Differences: the schedule is ours.
     """
 
-    kind: str = "prefixes"
     reads_rationales: ClassVar[bool] = True
 
     def run(self, context: StageContext) -> None:

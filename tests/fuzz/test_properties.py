@@ -13,9 +13,8 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from reftune.algorithms.base import gae, group_means, token_rewards
+from reftune.algorithms.base import gae, group_means, token_rewards, whiten
 from reftune.algorithms.grpo import group_stds
-from reftune.algorithms.ppo import whiten
 from reftune.algorithms.rloo import leave_one_out
 from reftune.grading.voting import majority_curve, pass_at_k, rerank_curve
 from reftune.model.batch import micro_batches, token_batch

@@ -122,11 +122,15 @@ def test_the_run_that_is_compared_with_has_every_stage(straight: Straight):
 
 @pytest.mark.timeout(600)
 def test_a_run_killed_at_random_moments_ends_with_the_same_bits(
-    straight, make_recipe, record_property
+    straight, make_recipe, tmp_path, record_property
 ):
-    kills = killed_until_it_ends(make_recipe(**EVERY_STAGE), straight, random.Random(5), share=0.4)
-    record_property("tried", kills)
-    assert kills >= 3
+    # if the machine has become faster, kills by the clock may come too late; then another run is
+    # killed, until one has survived three kills
+    rng, kills = random.Random(5), [0]
+    while kills[-1] < 3:
+        recipe = make_recipe(run_dir=str(tmp_path / f"run{len(kills)}"), **EVERY_STAGE)
+        kills.append(killed_until_it_ends(recipe, straight, rng, share=0.4))
+    record_property("tried", sum(kills))
 
 
 def die_between_renames(event: str, path: str, appends: bool) -> None:

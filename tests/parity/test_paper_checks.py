@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from reftune.algorithms.base import gae, ppo_policy_terms, token_rewards
-from reftune.algorithms.ppo import Ppo, value_terms, whiten
+from reftune.algorithms.base import gae, ppo_policy_terms, token_rewards, whiten
+from reftune.algorithms.ppo import Ppo, value_terms
 from reftune.model.batch import RolloutBatch, TokenBatch, token_batch
 from reftune.model.encoder import Encoder
 from reftune.model.policy import TokenScores

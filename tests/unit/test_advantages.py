@@ -8,8 +8,14 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from reftune.algorithms.base import explained_variance, gae, group_means, group_sizes, token_rewards
-from reftune.algorithms.ppo import whiten
+from reftune.algorithms.base import (
+    explained_variance,
+    gae,
+    group_means,
+    group_sizes,
+    token_rewards,
+    whiten,
+)
 
 
 def test_gae_matches_hand_computation():

@@ -69,6 +69,15 @@ def test_rl_seconds_are_sampling_scoring_and_updates():
     assert seconds(reft=RL) == {"reft": pytest.approx(expected)}
 
 
+def test_only_an_algorithm_with_a_value_head_samples_before_the_first_step():
+    def sampled_before(algorithm: str) -> int:
+        rl = Rl.model_validate({**RL.model_dump(), "algorithm": algorithm})
+        return rl.cost(num_train=100, num_dev=20).sampled_before
+
+    assert sampled_before("ppo") == 3 * 5 * 2
+    assert {sampled_before(algorithm) for algorithm in ("grpo", "rloo", "online_st")} == {0}
+
+
 def test_self_training_counts_sampling_and_at_most_all_kept_rows():
     # 6 samples of 100 problems of 10 tokens: 60 s; 1 epoch of (1 + 4)·100 rows of 40 tokens: 50 s;
     # one dev evaluation
@@ -168,6 +177,42 @@ def test_training_is_timed_after_a_warm_up_on_what_the_budget_allows(
     assert _train_speed(None, batch, 100) == pytest.approx(100 / 1.1), (
         "a micro-batch holds two rows"
     )  # type: ignore[arg-type]
+
+
+class UnevenEngine(TimedEngine):
+    """Writes two tokens in `short` seconds, and more tokens in `long` seconds."""
+
+    def __init__(self, clock: Clock, short: float, long: float) -> None:
+        super().__init__(clock)
+        self.short, self.long = short, long
+
+    def generate(self, policy: Any, prompts: list[list[int]], params: Any) -> list[Any]:
+        self.clock.spend(self.short if params.max_new_tokens == 2 else self.long)
+        return [SimpleNamespace(token_ids=(0,) * params.max_new_tokens) for _ in prompts]
+
+
+@pytest.mark.parametrize(
+    ("length", "short", "long", "seconds"),
+    [
+        # one token takes as long as two
+        (1, 0.1, 30, 0.1),
+        (1, 1.2, 2.2, 1.2),
+        (2, 0.1, 30, 0.1),
+        (5, 0.1, 30, 0.1 + 29.9 * 3 / 10),
+        # the longer pass was the faster one
+        (1, 3, 1, 1),
+        (5, 3, 1, 1),
+        (20, 3, 1, 1),
+    ],
+)
+def test_the_speed_of_sampling_is_positive_however_uneven_the_timings_are(
+    length: int, short: float, long: float, seconds: float, monkeypatch: pytest.MonkeyPatch
+):
+    clock = Clock()
+    monkeypatch.setattr("reftune.advice.measured.time.perf_counter", lambda: clock.now)
+    engine: Any = UnevenEngine(clock, short, long)
+    speed = _sample_speed(None, engine, [[1], [2], [3]], length)  # type: ignore[arg-type]
+    assert speed == pytest.approx(3 * length / seconds)
 
 
 @pytest.mark.parametrize("length", [30, 24])

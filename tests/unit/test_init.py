@@ -13,7 +13,7 @@ from chat_families import save_model
 from reftune.datasets import Splits
 from reftune.datasets.jsonl import Jsonl
 from reftune.errors import DataError
-from reftune.recipe import load_recipe
+from reftune.recipe import known_kinds, load_recipe
 from reftune.stages.plateau import LOOKS
 from reftune.terminal.cli import find_recipe, main
 from reftune.terminal.init import Wishes, default_out, guess_columns, guess_format
@@ -99,6 +99,8 @@ def test_without_rationales_there_is_no_warm_up(here: Path, make_policy):
     assert recipe.model.path == str(here / "model")
     assert recipe.evaluate.split == "dev"
     assert recipe.methods_to_evaluate == ["base", "reft"], "the report shows what RL has gained"
+    others = ", ".join(kind for kind in known_kinds("algorithms") if kind != "ppo")
+    assert f"kl_coef: 0.01}}   # or {others}\n" in Path("mine.yaml").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("num_rows", [5, 13, 144, 160, 200, 7000])  # of rationales

@@ -7,8 +7,12 @@ import torch
 from torch.testing import assert_close
 
 from reftune.algorithms.base import truncated_importance
+from reftune.algorithms.online_st import OnlineSt
 from reftune.errors import RecipeError
+from reftune.recipe import known_kinds
 from reftune.stages.rl import correct_mismatch
+
+WITH_ADVANTAGES = ", ".join(kind for kind in known_kinds("algorithms") if kind != "online_st")
 
 
 def test_a_weight_is_the_ratio_of_probabilities_up_to_the_cap():
@@ -98,15 +102,22 @@ def test_the_engines_own_scores_spare_the_policy_a_pass(trainer, monkeypatch):
 
 
 def test_a_recipe_with_the_cap_and_an_algorithm_without_advantages_is_refused(make_recipe):
-    told = (
-        r"mismatch_cap: expected an algorithm with advantages \(ppo, grpo, rloo\), got online_st$"
-    )
-    with pytest.raises(RecipeError, match=told):
+    told = rf"expected an algorithm with advantages \({WITH_ADVANTAGES}\), got online_st$"
+    with pytest.raises(RecipeError, match=f"mismatch_cap: {told}"):
         make_recipe(stages={"reft": {"mismatch_cap": 2.0, "algorithm": {"kind": "online_st"}}})
 
 
 def test_an_own_algorithm_without_advantages_refuses_the_cap(trainer):
     rollouts, _ = trainer.sample(1, "rollout")
     batch, _ = trainer.score(rollouts)
-    with pytest.raises(RecipeError, match="mismatch_cap: expected an algorithm with advantages"):
+    told = rf"^mismatch_cap: expected an algorithm with advantages \({WITH_ADVANTAGES}\); `credit`"
+    with pytest.raises(RecipeError, match=told):
+        correct_mismatch(batch, 2.0)
+
+
+def test_a_new_algorithm_with_advantages_is_named(trainer, monkeypatch):
+    monkeypatch.setattr(OnlineSt, "sets_advantages", True)
+    rollouts, _ = trainer.sample(1, "rollout")
+    batch, _ = trainer.score(rollouts)
+    with pytest.raises(RecipeError, match=r"\(.*online_st, ppo, "):
         correct_mismatch(batch, 2.0)

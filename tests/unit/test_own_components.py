@@ -18,7 +18,7 @@ from reftune.errors import DataError, EngineError, RecipeError, RewardError
 from reftune.grading.formats import grades_of
 from reftune.grading.formats._grading import graded_by
 from reftune.model.encoder import stop_texts
-from reftune.recipe import load_component
+from reftune.recipe import component_class, known_kinds, load_component
 from reftune.stages.rl import Rl, checked_terms, credited_by, rollout_batch
 from reftune.stages.rollouts import _require_whole
 from reftune.types import Answer, Completion, Graded, Problem, Solution, Verdict
@@ -76,6 +76,35 @@ def test_the_classes_of_a_file_share_its_state_until_the_file_changes(tmp_path: 
     assert data.load() is reward()
     file.write_text(code.format("New"))
     assert load_component(f"{file}:NewData", group="datasets").load() is not reward()
+
+
+@pytest.mark.parametrize("group", ["datasets", "formats", "engines", "algorithms"])
+def test_a_built_in_class_needs_no_kind(group: str):
+    classes = {kind: component_class(kind, group=group) for kind in known_kinds(group)}
+    plain = {
+        kind: built_in
+        for kind, built_in in classes.items()
+        if not any(field.is_required() for field in built_in.model_fields.values())
+    }
+    assert len(plain) > 1
+    assert {kind: built_in().kind for kind, built_in in plain.items()} == {k: k for k in plain}
+
+
+def test_a_new_class_of_reftune_is_named_after_its_module():
+    class ReinforcePp(Fixed):
+        __module__ = "reftune.algorithms.reinforce_pp"
+
+    assert ReinforcePp(kl_coef=0).kind == "reinforce_pp"
+    assert ReinforcePp(kind="other").kind == "other"
+
+
+@pytest.mark.parametrize("base", ["Clipped", "Ppo"])
+def test_an_own_class_that_is_made_in_python_can_be_loaded_by_its_kind(tmp_path: Path, base: str):
+    code = f"from reftune.algorithms.ppo import Clipped, Ppo\nclass Own({base}):\n"
+    loaded = load(tmp_path, f"{code}    def credit(self, batch): return batch\n", "algorithms")
+    made = type(loaded)(kl_coef=0.5)
+    assert made.kind == f"{tmp_path}/own.py:Own"
+    assert load_component(made.model_dump(), group="algorithms") == made
 
 
 def test_files_of_the_same_name_are_two_modules(tmp_path: Path):

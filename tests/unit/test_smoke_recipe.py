@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
-from reftune.recipe import Recipe, load_recipe
+from reftune.recipe import Recipe, known_kinds, load_recipe
 from reftune.runs.run import run_recipe
 from reftune.stages.stage import Progress
 
 SMOKE = Path(__file__).parents[2] / "recipes" / "demo" / "smoke.yaml"
-RL = ("online_st", "reft", "reft_modern", "grpo", "dr_grpo", "rloo")
+STAGES = load_recipe(SMOKE).stages
+RL = tuple(name for name, stage in STAGES.items() if stage.kind == "rl")
 METHODS = ("warmup", "sft", "offline_st", *RL)
 
 SMALLER = [
@@ -159,7 +160,8 @@ def test_every_stage_logs_its_metrics(finished):
     }
     clipped = {"policy/loss", "policy/clip_fraction", "policy/approx_kl", "policy/ratio_max"}
     values = {"value/loss", "value/explained_variance", "value/mean"}
-    expected = {
+    expected: dict[str, set[str]] = {
+        **dict.fromkeys(RL, sampled | clipped),
         "sft": {"loss/sft"},
         "offline_st": {"loss/sft", "compute/sampled_tokens"},
         # without a correct sample, online self-training has no sampled token to measure
@@ -168,7 +170,6 @@ def test_every_stage_logs_its_metrics(finished):
         # in so few steps, its returns are all equal
         "reft_modern": sampled | clipped | values - {"value/explained_variance"} | {"kl/reference"},
         "grpo": sampled | clipped | {"kl/reference", "kl/penalty"},
-        "dr_grpo": sampled | clipped,
         "rloo": sampled | clipped | {"kl/reference"},
         "reward_model": {"reward_model/accuracy", "compute/sampled_tokens"},
     }
@@ -218,9 +219,14 @@ def test_a_finished_run_is_not_done_again(finished):
     } == before
 
 
+def test_the_recipe_has_every_built_in_kind_of_stage_and_algorithm():
+    assert {stage.kind for stage in STAGES.values()} == set(known_kinds("stages"))
+    assert {STAGES[name].algorithm.kind for name in RL} == set(known_kinds("algorithms"))
+
+
 def test_the_recipe_names_what_the_paper_compares():
     recipe = load_recipe(SMOKE)
-    assert tuple(recipe.stages) == ("sft", "offline_st", *RL, "reward_model")
+    assert {"sft", "offline_st", "online_st", "reft", "reward_model"} <= set(recipe.stages)
     assert (
         recipe.stages["reft"].algorithm.kind == "ppo"
         and recipe.stages["reft"].value_init == "uniform"

@@ -97,7 +97,7 @@ def _sample_speed(
     """The speed of sampling a solution of `num_tokens` tokens for each prompt, in tokens per second
     for all prompts together. If time is short, shorter solutions of at least `FEWEST_NEW_TOKENS`
     tokens are measured. If their length is not `num_tokens`, the speed at `num_tokens` is
-    extrapolated."""
+    extrapolated. One token is assumed to take as long as `WARM_NEW_TOKENS`."""
 
     longest = max(map(len, prompts))
 
@@ -113,7 +113,9 @@ def _sample_speed(
     num_sampled = sample(length)
     seconds = time.perf_counter() - started
     step_s = max(0.0, seconds - begun_s) / (length - WARM_NEW_TOKENS)
-    return num_sampled * (num_tokens / length) / (seconds + step_s * (num_tokens - length))
+    # for fewer than WARM_NEW_TOKENS tokens, an extrapolated time could be negative
+    seconds += step_s * (max(num_tokens, WARM_NEW_TOKENS) - length)
+    return num_sampled * (num_tokens / length) / seconds
 
 
 def _seconds(act: Callable[[], object]) -> float:

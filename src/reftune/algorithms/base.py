@@ -192,6 +192,21 @@ def gae(
     return advantages, (advantages + values) * response_mask
 
 
+def whiten(values: Tensor, mask: Tensor) -> Tensor:
+    """`values`, standardised to zero mean and unit variance where the mask is True. The result is 0
+    elsewhere.
+
+        (x - mean) / sqrt(unbiased variance + 1e-8)
+
+    Both tensors have the same shape. Source: ReFT's code, which whitens over the whole rollout.
+    Differences: none.
+    """
+    count = mask.sum()
+    mean = (values * mask).sum() / count.clamp(min=1)
+    variance = ((values - mean) ** 2 * mask).sum() / (count - 1).clamp(min=1)
+    return (values - mean) * torch.rsqrt(variance + 1e-8) * mask
+
+
 def group_means(rewards: Tensor, groups: Tensor) -> Tensor:
     """Mean reward of each sample's group, (B,). `groups` (B,) assigns the same integer to all
     samples of a problem."""

@@ -20,7 +20,6 @@ class Grpo(Clipped):
     """The KL penalty is part of the loss. `reduction: sequence` favours correct answers that are
     short; `reduction: token` does not (DAPO, arXiv:2503.14476)."""
 
-    kind: str = "grpo"
     scale: Literal["std", "none"] = "std"
     """`std` divides a sample's advantage by the standard deviation of its problem's rewards. `none`
     does not (Dr. GRPO)."""

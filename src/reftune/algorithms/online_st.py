@@ -22,7 +22,6 @@ from reftune.types import Completion, Graded, Solution, Verdict
 
 
 class OnlineSt(Algorithm):
-    kind: str = "online_st"
     gold_max_tokens: int | None = Field(None, gt=0)
     """Gold solutions are truncated so that prompt and solution together have at most this many
     tokens. Default: no truncation."""

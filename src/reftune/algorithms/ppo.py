@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from reftune.algorithms.base import Clipped, LossTerms, gae, token_rewards
+from reftune.algorithms.base import Clipped, LossTerms, gae, token_rewards, whiten
 from reftune.model.batch import RolloutBatch
 from reftune.model.policy import TokenScores
 
@@ -22,7 +22,6 @@ class Ppo(Clipped):
     """The KL penalty is part of the reward. The ReFT paper sets the penalty's weight β to
     0.01 for programs and 0.05 for natural-language solutions."""
 
-    kind: str = "ppo"
     gamma: float = Field(1.0, gt=0, le=1)
     """Discount factor for future rewards."""
     lam: float = Field(0.95, ge=0, le=1)
@@ -62,21 +61,6 @@ class Ppo(Clipped):
             total=policy.total + self.value_coef * value,
             metrics={**policy.metrics, "value/loss": value.detach()},
         )
-
-
-def whiten(values: Tensor, mask: Tensor) -> Tensor:
-    """`values`, standardised to zero mean and unit variance where the mask is True. The result is 0
-    elsewhere.
-
-        (x - mean) / sqrt(unbiased variance + 1e-8)
-
-    Both tensors have the same shape. Source: ReFT's code, which whitens over the whole rollout.
-    Differences: none.
-    """
-    count = mask.sum()
-    mean = (values * mask).sum() / count.clamp(min=1)
-    variance = ((values - mean) ** 2 * mask).sum() / (count - 1).clamp(min=1)
-    return (values - mean) * torch.rsqrt(variance + 1e-8) * mask
 
 
 def value_terms(values: Tensor, old_values: Tensor, returns: Tensor, *, clip: float) -> Tensor:

@@ -14,7 +14,6 @@ from reftune.model.batch import RolloutBatch
 class Rloo(Clipped):
     """The KL penalty is part of the reward."""
 
-    kind: str = "rloo"
     reduction: Reduction = "token"
 
     @property

@@ -47,7 +47,6 @@ class Reader(NamedTuple):
 
 
 class Kv(Component):
-    kind: str = "kv"
     batch_size: PositiveInt | Literal["auto"] = "auto"
     """Solutions decoded at once. `auto` uses as many as fit in the device's memory, up to 256."""
     refill: float = Field(0.25, gt=0, le=1)

@@ -13,7 +13,6 @@ from reftune.types import Completion, SamplingParams
 
 
 class Scripted(Component):
-    kind: str = "scripted"
     device_share: ClassVar[float] = 0.0
     texts: list[str] = Field(min_length=1)
     """Completions, assigned to the prompts in turn. After the last completion, the list starts

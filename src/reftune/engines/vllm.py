@@ -51,7 +51,6 @@ Sampled = tuple[list[int], list[float]]
 
 
 class Vllm(Component):
-    kind: str = "vllm"
     server: str | Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """URL of a [running server](engines.md#vllm-as-servers), or a list of such URLs. By default,
     vLLM is colocated."""

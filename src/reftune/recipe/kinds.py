@@ -17,7 +17,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, LiteralString
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializeAsAny, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from reftune.text import did_you_mean
@@ -47,8 +55,17 @@ class Table(BaseModel):
 class Component(Table):
     """The base class of every plug-in: dataset, format, reward, engine, algorithm or stage."""
 
-    kind: str
+    kind: str = Field("", validate_default=True)
     """The kind that names this class in a recipe: its module's name, or `file.py:Name`."""
+
+    @field_validator("kind")
+    @classmethod
+    def _default_to_class(cls, kind: str) -> str:
+        module = cls.__module__
+        if module.startswith("reftune."):
+            return kind or module.rpartition(".")[2]
+        file = getattr(sys.modules.get(module), "__file__", module)
+        return kind or f"{file}:{cls.__name__}"
 
 
 def unknown_key(key: object, known: Mapping[str, Any] | Sequence[str]) -> str:

@@ -63,7 +63,6 @@ CORRECT = 1
 
 
 class RewardModel(Schedule, Sampled):
-    kind: str = "reward_model"
     lm_coef: float = Field(0.3, ge=0)
     """Weight of the language-modelling loss. With 0, the loss is the same as in the ReFT paper."""
     init: str = "sft"

@@ -33,7 +33,7 @@ from reftune.errors import RecipeError
 from reftune.model.batch import RolloutBatch, TokenBatch, token_batch
 from reftune.model.policy import AdapterReference, Policy, TokenScores
 from reftune.model.value_head import fit_value_head
-from reftune.recipe import load_component, refusal
+from reftune.recipe import component_class, known_kinds, load_component, refusal
 from reftune.seeds import endless_indices, generator
 from reftune.stages.loop import Loop, TrainingTable
 from reftune.stages.optimizer import accumulate_gradient
@@ -41,11 +41,8 @@ from reftune.stages.stage import Cost, Stage, StageContext
 from reftune.text import counted
 from reftune.types import Attempt, Solution, Verdict
 
-NEEDS_ADVANTAGES = "expected an algorithm with advantages (ppo, grpo, rloo)"
-
 
 class Rl(TrainingTable, Stage):
-    kind: str = "rl"
     init: str = "warmup"
     algorithm: SerializeAsAny[
         Annotated[
@@ -74,7 +71,8 @@ class Rl(TrainingTable, Stage):
     value_model: Literal["shared", "separate"] = "shared"
     """Whether the value head shares the policy's transformer or has its own."""
     value_prefit: int = Field(0, ge=0)
-    """Number of additional rollouts to which the value head is fitted before PPO starts."""
+    """Number of additional rollouts to which the value head is fitted before PPO starts. An
+    algorithm without a value head ignores this key."""
     eval_every: int = Field(10, gt=0)
     """Steps between dev evaluations."""
 
@@ -97,7 +95,7 @@ class Rl(TrainingTable, Stage):
             )
         if self.mismatch_cap is not None and not self.algorithm.sets_advantages:
             kind = self.algorithm.kind
-            raise refusal("mismatch_cap", f"mismatch_cap: {NEEDS_ADVANTAGES}, got {kind}")
+            raise refusal("mismatch_cap", f"{_needs_advantages()}, got {kind}")
         return self
 
     def line(self) -> str:
@@ -116,7 +114,7 @@ class Rl(TrainingTable, Stage):
             updates=self.updates,
             scored=2 if self.algorithm.needs_reference else 1,
             sampled=solutions,
-            sampled_before=solutions * self.value_prefit,
+            sampled_before=solutions * self.value_prefit * self.algorithm.needs_values,
             looks=self.steps / self.eval_every,
             prompts=self.prompts,
             reference=self.algorithm.needs_reference,
@@ -410,7 +408,7 @@ def correct_mismatch(
     if cap is None:
         return batch, {}
     if batch.advantages is None:
-        raise RecipeError(f"mismatch_cap: {NEEDS_ADVANTAGES}; `credit` set none")
+        raise RecipeError(f"{_needs_advantages()}; `credit` set none")
     mask = batch.sampled_mask
     weights = truncated_importance(batch.logprobs, batch.sampling_logprobs, mask, cap=cap)
     metrics = {
@@ -418,6 +416,12 @@ def correct_mismatch(
         "mismatch/capped": float(masked_mean((weights >= cap).float(), mask)),
     }
     return replace(batch, advantages=batch.advantages * weights), metrics
+
+
+def _needs_advantages() -> str:
+    of_kind = {k: component_class(k, group="algorithms") for k in known_kinds("algorithms")}
+    kinds = ", ".join(kind for kind, known in of_kind.items() if known.sets_advantages)
+    return f"mismatch_cap: expected an algorithm with advantages ({kinds})"
 
 
 def rollout_metrics(solutions: Sequence[Solution]) -> dict[str, float]:

@@ -127,7 +127,6 @@ def describe(drawn: Sequence[Samples]) -> str:
 
 
 class SelfTrain(Sampled):
-    kind: str = "self_train"
     init: str = "base"
     keep: int = Field(10, gt=0)
     """Maximum number of distinct correct samples kept per problem."""

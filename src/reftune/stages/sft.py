@@ -48,7 +48,6 @@ class Schedule(TrainingTable):
 
 
 class Sft(Schedule, Stage):
-    kind: str = "sft"
     snapshots: dict[str, float] = Field(default_factory=dict)
     """Additional methods to save. `{NAME: EPOCHS}` saves the weights after EPOCHS epochs as the
     method NAME. If the stage ends earlier, it saves its last weights."""

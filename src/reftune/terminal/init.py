@@ -23,7 +23,7 @@ from reftune.errors import DataError, ModelError, RecipeError
 from reftune.grading.formats import Format
 from reftune.model.encoder import Encoder
 from reftune.model.weights import load_config, load_tokenizer, scratch_texts, word_tokenizer
-from reftune.recipe import ModelTable, load_component, parse_recipe
+from reftune.recipe import ModelTable, known_kinds, load_component, parse_recipe
 from reftune.seeds import derive_seed
 from reftune.storage.files import write_atomically
 from reftune.text import counted
@@ -181,6 +181,7 @@ def _recipe_text(wishes: Wishes, splits: Splits, name: str) -> str:
         max_new=max_new,
         context=context,
         drops=drops,
+        others=[kind for kind in known_kinds("algorithms") if kind != "ppo"],
     )
 
 

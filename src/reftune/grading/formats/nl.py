@@ -24,7 +24,6 @@ DEFINITION = re.compile(r"^def solution\(", re.MULTILINE)
 class Nl(Prompted):
     """A worked solution in natural language. It ends by stating the answer."""
 
-    kind: str = "nl"
     grading: Grading = "robust"
     """`robust` ([our rules](grading.md)), `paper` (the authors' rules), or [your own
     grader](grading.md#your-own-grader), named as `file.py:Name`."""

@@ -93,7 +93,6 @@ class Script:
 class Program(Prompted):
     """A Python function `solution()` that returns the answer."""
 
-    kind: str = "program"
     grading: Grading = "robust"
     """`robust` ([our rules](grading.md)), `paper` (the authors' rules), or [your own
     grader](grading.md#your-own-grader), named as `file.py:Name`."""

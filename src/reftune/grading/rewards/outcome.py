@@ -14,7 +14,6 @@ from reftune.types import Answer, Completion, Graded, Problem, Verdict
 class Outcome(Component):
     """The reward of the ReFT paper (§3.1), with rules for answers that are not numbers."""
 
-    kind: str = "outcome"
     correct: float = Field(default=1.0, allow_inf_nan=False)
     partial: float = Field(default=0.1, allow_inf_nan=False)
     """Reward for a wrong answer if the gold answer consists only of numbers and expressions."""
