@@ -520,6 +520,8 @@ def scripts() -> Program:
         "blueprints = 2  # do not print them\nresult = blueprints + 3",
         "result = 5\n# print(result)",
         '"""Does not\nprint(anything)."""\nresult = 5',
+        '"""\nanswer = 4\n"""\nprint(5)',
+        "text = '''\nfinal_answer = 4\n'''\nresult = 5",
         "hint = 'print(result)'\nresult = 5",
         "result = 4\nprint('#', 5)  # print(4)",
         "result = 4\nhint = '#'; print(5)",

@@ -142,8 +142,9 @@ def make_plan(
     only: str | None = None,
 ) -> Plan:
     """Estimate the memory that the stages need. If `only` is given, estimate it for that stage
-    alone. For stages that sample, also estimate the time of a step. `prompt` and `response` are
-    lengths in tokens, by default `lengths.max_prompt` (256 if unset) and `lengths.max_new`.
+    alone. For stages that sample in their steps, also estimate the time of a step. `prompt` and
+    `response` are lengths in tokens, by default `lengths.max_prompt` (256 if unset) and
+    `lengths.max_new`.
 
     Raises: RecipeError if no planned stage has a predictable cost; ModelError if the model's
     configuration cannot be read; DataError as in `load_splits`.

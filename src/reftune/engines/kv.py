@@ -83,8 +83,8 @@ class Kv(Component):
 def reader(policy: Policy, *, copies: llama.Copies = "reordered") -> Iterator[Reader]:
     """A `Reader` for `policy`. It uses `model.speed.llama` if that supports the model, and
     transformers otherwise. `llama.Copies` explains the values of `copies`. If `copies` is
-    `reordered`, `model.speed.llama` does no computation for the padding of prompts. The reader then
-    cannot run on PyTorch's fake tensors."""
+    `reordered`, `model.speed.llama` computes nothing for the padding of prompts except in
+    attention. The reader then cannot run on PyTorch's fake tensors."""
     if llama.is_written_out(policy.model):
         decoder = llama.Decoder(policy.model, policy.compute_dtype, copies=copies)
         yield Reader(decoder, decoder.logits)

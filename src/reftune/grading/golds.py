@@ -50,10 +50,10 @@ def read_gold(
 
     If the cell marks its answer ("#### 78", "\\boxed{78}", "The answer is 78"), only the marked
     part is read, except for the kind `regex`. For the kind `auto`, the answer is a choice if there
-    are `choices`. Otherwise, it is a number if the part that is read is just a number. If it is
-    neither a choice nor a number, it is an expression, a list in brackets, or text. If there are no
-    `choices`, a cell such as "(B) 12" yields two accepted spellings: the letter and the text after
-    it (kind `any_of`).
+    are `choices`. Otherwise, it is a number if the part that is read is one number, with or without
+    a currency or unit. If it is neither a choice nor a number, it is an expression, a list in
+    brackets, or text. For the kind `auto` without `choices`, a cell such as "(B) 12" yields two
+    accepted spellings: the letter and the text after it (kind `any_of`).
 
     Raises: DataError if the cell has no answer of the requested kind. The caller adds the cell's
     location to the message.
@@ -148,9 +148,9 @@ def stated_gold(raw: object, reading: Reading = DEFAULT) -> object:
 
 
 def listed_item(stated: object, reading: Reading = DEFAULT) -> object:
-    """Returns `stated` unchanged, unless it is a string containing a list of one quoted item: for
-    '["3"]', returns `3`. Raises: DataError if the string contains a list of several quoted items,
-    unless `worded_gold` reads exactly these items from it."""
+    """Returns `stated` unchanged, unless `stated` is a string that spells a list of one quoted
+    item: for '["3"]', returns `3`. Raises: DataError if the string spells a list of several quoted
+    items, unless `worded_gold` reads exactly these items from the string."""
     text = stated.strip() if isinstance(stated, str) else ""
     if not (text.startswith("[") and re.search("[\"']", text)):
         return stated
@@ -343,10 +343,11 @@ def split_items(text: str, words: str = "and") -> tuple[str, ...]:
 
     - If any comma has a space after it, commas with no space after them do not separate items:
       "1,000, 2".
-    - Otherwise, if there are separators other than commas, commas before three digits do not
-      separate: "1,000; 2".
-    - Otherwise, if the first item does not begin with 0, a comma before three digits with a
-      leading 0 does not separate: "1,050".
+    - Otherwise, if there are separators other than commas, commas before exactly three digits do
+      not separate items: "1,000; 2".
+    - Otherwise, a comma before exactly three digits with a leading 0 does not separate items:
+      "1,050". The exception is a list that begins with 0 and another digit: "010,050" has two
+      items.
     """
     bare = text.strip().strip("$")
     if "$" in bare.replace("\\$", ""):

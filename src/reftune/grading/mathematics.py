@@ -208,7 +208,7 @@ def _verified(gold: str, answer: str) -> Comparison:
 def _words_in(expression: str) -> bool:
     """Whether an expression contains a word. A word is either a common two-letter word, such as
     "is", or a sequence of three or more letters that is neither a function name nor part of a LaTeX
-    command."""
+    command. The text inside a command such as "\\text{…}" is ignored."""
     bare = _COMMAND.sub(" ", _TEXT.sub(" ", _ENVIRONMENT.sub(" ", expression)))
     words = [word.lower() for word in re.findall(r"[^\W\d_]{2,}", bare)]
     return any(word in _SHORT_WORDS or (len(word) > 2 and word not in FUNCTIONS) for word in words)

@@ -37,8 +37,9 @@ _LETTERED = re.compile(
 
 
 def unlettered(choices: Sequence[str]) -> tuple[str, ...]:
-    """The options without their letters: "38" for "a ) 38", and the same for "(B) 12", "C. 30" and
-    "D - 5". The options are returned unchanged unless their letters run in order from A."""
+    """The options without their letters: "a ) 38" becomes "38", "(B) 12" becomes "12", "C. 30"
+    becomes "30", and "D - 5" becomes "5". The options are returned unchanged unless each has a
+    letter and the letters run in order from A."""
     found = [_LETTERED.fullmatch(choice) for choice in choices]
     texts = [
         match["text"]

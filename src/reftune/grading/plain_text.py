@@ -148,7 +148,7 @@ def without_grouping_spaces(text: str) -> str:
 
 def same_text(first: str, second: str) -> bool:
     """Whether two strings are the same apart from case, spacing, quotation marks, formatting and
-    final punctuation. If a string consists only of spacing, quotation marks, formatting and
+    final punctuation. If a string consists only of spacing, quotation marks, formatting and final
     punctuation, such as "…" or " * ", the result is False, even if the two strings are identical.
     Only the first `MAX_SEGMENT_CHARS` characters of each string are compared."""
     return _bare(first) == _bare(second) != ""

@@ -139,7 +139,7 @@ class Serving:
     stored_dtype: str
     """The dtype of the saved weights."""
     dtype: str
-    """The dtype of the weights when the run evaluated the model."""
+    """The dtype in which the run computed when it evaluated the model."""
     is_quantized: bool
     """Whether the run stored the base model in 4 bits."""
 

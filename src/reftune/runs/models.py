@@ -121,9 +121,9 @@ class Models:
 
 
 def check_stage_graph(recipe: Recipe) -> None:
-    """Check that each stage uses only the model `base`, models that earlier stages save, and model
-    folders; that no stage saves a model under an invalid or taken name; and that `evaluate` names
-    only known models. Raises: RecipeError if not."""
+    """Check that each stage uses only `base`, earlier methods and model folders; that no stage
+    saves a model under an invalid or taken name; and that `evaluate` names only known methods and
+    reward models. Raises: RecipeError if not."""
     known, made = ["base"], {"base"}
     for name, stage in recipe.stages.items():
         for method in stage.needs:

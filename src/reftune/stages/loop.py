@@ -235,7 +235,8 @@ class Loop:
     def _saving(self) -> Iterator[None]:
         """If the engine fails inside the `with` block, save a checkpoint if the stage has advanced
         since the last one. Then raise the engine's error again. Use this only if an engine error is
-        always raised in every process, and always before the block changes the stage's state.
+        always raised in every process, and only if the stage can then be resumed from its current
+        state.
         Raises: Interrupted instead of the engine's error, if the run has received SIGINT or
         SIGTERM, because the signal may have stopped the engine too."""
         try:
@@ -340,10 +341,10 @@ class Loop:
         write_atomically(folder / BEST, json.dumps(facts))
 
     def _adopt_best(self) -> None:
-        """Keep the best model so far if it is newer than the checkpoint from which the stage
-        resumes. The model's step and accuracy are read from the model's folder. The stage will
-        repeat the steps after the checkpoint, but on a GPU, the repeated steps may not lead to an
-        equally good model."""
+        """If the best model so far is at least as new as the checkpoint from which the stage
+        resumes, read the model's step and accuracy from its folder, so that it remains the best
+        model. The stage will repeat the steps after the checkpoint, but on a GPU, the repeated
+        steps may not lead to an equally good model."""
         restore_folder(self.context.folder.best)
         path = self.context.folder.best / BEST
         facts = world.from_main(

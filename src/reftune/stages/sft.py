@@ -179,8 +179,8 @@ def train_in_epochs(
     until_plateau: bool = False,
 ) -> None:
     """Train on batches of shuffled examples for `schedule.epochs` epochs. `start` is the stage's
-    state before step 1; its `cost` is the cost of creating the examples. For `snapshots`, see
-    `Sft`; for `until_plateau`, see `Loop`."""
+    state before step 1; its `totals` and `seconds` contain the cost of creating the examples. For
+    `snapshots`, see `Sft`; for `until_plateau`, see `Loop`."""
     steps_per_epoch = math.ceil(len(task.examples) / schedule.batch_size)
 
     def steps(epochs: float) -> int:

@@ -40,7 +40,7 @@ def check_recipe(recipe: Recipe) -> CheckReport:
     `memory`, fails, the model is not run. Nothing is written to the run folder.
 
     Raises: ReftuneError if the data or the model cannot be loaded, or if `stages`, `evaluate` or
-    `check.waive` contains an unknown name.
+    `check.waive` contains an unknown or invalid name.
     """
     _refuse_unknown_waivers(recipe.check.waive)
     check_stage_graph(recipe)
@@ -138,9 +138,8 @@ def _offline_dataset(dataset: Component, where: str) -> tuple[Component, list[st
 
 
 def _findings(subject: Subject, checks: Mapping[str, Check]) -> list[Finding]:
-    """One finding per check, in the order of `checks`. If the reward function raises an error
-    during a check, that check fails. If a check fails but the recipe waives it, the finding is only
-    a warning."""
+    """One finding per check, in the order of `checks`. If a check raises a RewardError, that check
+    fails. If a check fails but the recipe waives it, the finding is only a warning."""
     findings = []
     for name, check in checks.items():
         try:

@@ -218,9 +218,9 @@ def _other_solutions(rows: Sequence[Row]) -> list[Written]:
 
 
 def check_reward(subject: Subject) -> Finding:
-    """For each problem, grade its own gold solution, another problem's gold solution and an empty
-    completion. Check that the problems' own gold solutions have the highest mean reward. Raises:
-    RewardError if the reward function fails."""
+    """Compute the rewards of gold solutions, of gold solutions to other problems and of empty
+    completions, for up to `NUM_REWARDED` problems each. Check that the problems' own gold solutions
+    have the highest mean reward. Raises: RewardError if the reward function fails."""
     rows = subject.rows[:NUM_REWARDED]
     if not rows:
         return ok("not checked, because there are no gold solutions")

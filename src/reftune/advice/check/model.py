@@ -40,7 +40,8 @@ LONG_RUN_S = 24 * 3600
 MEASURED_ROWS = 64
 """Speed is measured on the number of rows in the largest step of any stage, but on no more rows
 than the engine decodes at once. If no stage can predict its cost, this constant replaces the size
-of the largest step. If the engine has no limit, this constant is the limit."""
+of the largest step. If the engine has no attribute `rows`, as with vLLM, this constant is the
+limit."""
 MAX_SLOWDOWN = 8.0
 """The check fails if matmuls in the recipe's dtype take more than this many times as long as in the
 other dtype."""

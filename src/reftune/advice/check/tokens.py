@@ -44,7 +44,7 @@ def check_boundary(subject: Subject) -> Finding:
     message += f"; {share(moved, rows)} of the rows would get different tokens if encoded jointly"
     if subject.learns_from_rationales:
         return ok(message)
-    return warn(message, "to teach the model this split, add an sft stage before RL")
+    return warn(message, "to teach the model this split, begin with an sft stage")
 
 
 def _spells(row: Row, tokenizer: Any) -> bool:
@@ -150,7 +150,7 @@ def check_target_length(subject: Subject) -> Finding:
 
 def check_vocabulary(subject: Subject) -> Finding:
     """Check that the model has an embedding for each token of the training rows, and that the
-    tokenizer knows each word in the prompts and targets of these rows."""
+    tokenizer knows each word in their targets and in the prompts of all splits."""
     size = subject.policy.model.get_input_embeddings().weight.shape[0]
     unknown = subject.policy.tokenizer.unk_token_id
     if unknown in (*subject.policy.stop.ids, subject.policy.tokenizer.bos_token_id):

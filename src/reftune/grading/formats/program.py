@@ -13,8 +13,8 @@ too. In the remaining text, the program is the first of the following that exist
 - the last fenced block that contains a `return`; it becomes the body of `solution`
 - the whole text, if it contains a `return`; it becomes the body of `solution`
 
-Unused imports are removed. Then the following versions are tried in order, until one runs without
-an error:
+Unused imports are removed. Then the following versions are tried in order, until one ends with a
+status other than ERROR:
 
 1. the program or body as it stands
 2. the program or body without prose. A statement at the left margin of a program is kept only if it
@@ -238,10 +238,11 @@ def programs_in(completion: str) -> tuple[str, ...]:
 def scripts_in(completion: str) -> tuple[Script, ...]:
     """The programs to try, in order. There are none if the completion defines `solution`, because
     `programs_in` handles this case. If the completion is indented text without fenced blocks, it is
-    run as the body of a function `solution`. Any other completion must state an answer: it must
-    call `print(…)`, or assign to `result` or one of `ANSWER_NAMES` on an unindented line. The
-    program is then the last fenced block that states an answer. If no block does, the program is
-    the whole text. The program is first tried alone, then preceded by the blocks above it."""
+    run as the body of a function `solution`. Any other completion must state an answer. A line that
+    begins with `print(…)` states one, even if the line is indented. So does an unindented line that
+    assigns to `result` or to one of `ANSWER_NAMES`. The program is then the last fenced block that
+    states an answer. If no block does, the program is the whole text. The program is first tried
+    alone, then preceded by the blocks above it."""
     text, blocks = _text_and_blocks(completion)
     if any(map(_SOLUTION.search, (*blocks, text))):
         return ()
@@ -263,11 +264,12 @@ def _after_helpers(program: str, blocks: list[str]) -> str:
 def _answer_of(script: str) -> str:
     """The expression whose value is the answer. It is the first of `ANSWER_NAMES` that the script
     assigns. If there is none, it is `result`, provided that the script assigns it and never
-    mentions `print`. Otherwise, it is the string "None", which stands for the printed text.
-    Assignments and `print` are ignored inside comments and string literals."""
-    names = {match["name"] for match in _SCRIPT.finditer(script) if match["name"] is not None}
+    mentions `print`. Otherwise, it is the string "None", which stands for the printed text. The
+    text of comments and strings is ignored."""
+    code = _NO_CODE.sub("", script)
+    names = {match["name"] for match in _SCRIPT.finditer(code) if match["name"] is not None}
     first = next((name for name in ANSWER_NAMES if name in names), None)
-    prints = _PRINT.search(_NO_CODE.sub("", script))
+    prints = _PRINT.search(code)
     return first or ("result" if "result" in names and not prints else "None")
 
 

@@ -71,8 +71,9 @@ class Sandbox:
         """Execute each program, then evaluate the expression `call` in the program's scope. Returns
         one result per program, in the order of `programs`.
 
-        Raises: ReftuneError if the sandbox cannot start, or if this process was forked after its
-        parent had run a program.
+        Raises: ReftuneError if the sandbox cannot start. The backends `monty` and `auto` also raise
+        it if this process was forked after its parent had run a program in one of these two
+        backends.
         """
         if not programs:
             return []

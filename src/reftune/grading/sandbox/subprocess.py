@@ -5,7 +5,7 @@ program uses, a Python interpreter (the forking process) imports them once and s
 program runs in a fork of the interpreter that has its packages. The program gets a fixed
 environment and an empty temporary folder as its working directory. Start-up hooks in site-packages
 do not run. The kernel's Landlock lets the program read only the libraries of Python and of the
-system. The program cannot write anywhere, not even to its working directory. An allow-list of
+system. Landlock also blocks all writing to files, even in the working directory. An allow-list of
 system calls rules out sockets, new processes, threads and signals. Each program has its own
 session, namespaces and resource limits. docs/sandbox.md lists what these protections cover.
 """

@@ -38,9 +38,9 @@ sequence, and can therefore read sequences without padding."""
 
 
 def attend_our_way(model: PreTrainedModel) -> None:
-    """If `model` is a CodeGen model or uses SDPA, make its attention accept packed sequences and an
-    argument `packing` that describes them. On a CPU, also make the attention run in fp32. Any other
-    model stays unchanged."""
+    """If `model` is a CodeGen model or uses SDPA, make its attention accept packed sequences and a
+    `Packing` that describes them. On a CPU, the attention then runs in fp32, except for a single
+    new token (see `_attend`). Any other model stays unchanged."""
     if type(model).__name__ == "CodeGenForCausalLM":
         for module in model.modules():
             if hasattr(module, "_attn"):
