@@ -145,8 +145,9 @@ def evaluate(
     For a folder `stages/NAME`, answers and choices are read as in the run's dataset. The defaults
     of `format` and `max_new` are the run's settings, and the model computes in the run's dtype. If
     the run's `lengths.too_long` is `drop`, a problem whose prompt is too long counts as unanswered.
-    All of this also applies to a folder that `reftune export` wrote, except that answers and
-    choices are read as in `grade`. If the run's format or grader is your own, pass `format`.
+    All of this also applies to a folder that `reftune export` wrote, with three exceptions. First,
+    answers and choices are read as in `grade`. Second, you must pass `format` if the run's format
+    or grader is your own. Third, the run's `format.allow_unisolated` is ignored.
 
     For any other model, answers and choices are read as in `grade`. `format` defaults to `nl` and
     `max_new` to 256, and the dtype is the one that `model.dtype: auto` chooses. A `Policy` keeps
@@ -238,8 +239,9 @@ def _path(model: str | Path) -> str:
 
 
 def _policy(path: str, recipe: Mapping[str, Any]) -> Policy:
-    """Load the model as a policy that cannot be trained. Its dtype is the one in `recipe`, the
-    recipe of the run that trained the model. If `recipe` is empty, `model.dtype` is `auto`."""
+    """Load the model as a policy that cannot be trained. Its dtype is `model.dtype` in `recipe`,
+    the settings of the run that trained the model. If `recipe` is empty, `model.dtype` is
+    `auto`."""
     import torch
 
     from reftune.model.policy import Policy
@@ -271,14 +273,24 @@ def _recipe_of(path: str) -> Mapping[str, Any]:
 
 def _exported(path: str, *, has_format: bool) -> Mapping[str, Any]:
     """The run's settings, read from a model folder that `reftune export` wrote; empty for any other
-    model folder. Raises: DataError if they cannot be read; RecipeError if the format or its grader
-    is in a user's file, because loading a model folder must not run code. With `has_format`, the
-    RecipeError is not raised."""
+    model, including a Hub id. Raises: DataError if they cannot be read; RecipeError if the format
+    or its grader is in a user's file, because loading a model folder must not run code. With
+    `has_format`, the RecipeError is not raised."""
     from reftune.model.weights import resolve
+    from reftune.recipe import ModelTable
 
-    settings = read_json(Path(resolve(path)) / EXPORT_SETTINGS)
+    file = Path(resolve(path)) / EXPORT_SETTINGS
+    settings = read_json(file)
     stored = settings.get("format")
     keys = stored if isinstance(stored, dict) else {"kind": stored}
+    try:
+        LengthTable.model_validate(settings.get("lengths") or {})
+        ModelTable.model_validate({"path": path, **(settings.get("model") or {})})
+        if not isinstance(keys.get("kind"), str | None):
+            raise TypeError(f"format is {shown(stored)}")
+    except (TypeError, ValueError) as error:  # a ValidationError is a ValueError
+        told = str(error).replace("\n", " ")
+        raise DataError(f"{file}: expected what reftune export writes: {told}") from None
     own = [name for key in ("kind", "grading") if ":" in (name := str(keys.get(key)))]
     if own and not has_format:
         raise RecipeError(f"{path}: trained with {own[0]}, which is not loaded; pass `format`")

@@ -275,6 +275,26 @@ def test_evaluate_runs_no_code_that_an_exported_folder_names(
         reftune.evaluate(folder, [problem])
 
 
+@pytest.mark.parametrize(
+    "stored",
+    [
+        *[{"format": 5}, {"format": ["nl"]}, {"format": {"kind": 3}}, {"lengths": 5}],
+        *[{"lengths": {"max_new": "x"}}, {"lengths": {"max_mew": 4}}],
+        *[{"model": "x"}, {"model": {"dtype": "zz"}}],
+    ],
+)
+def test_evaluate_refuses_settings_that_no_export_writes(
+    stored: Any, finished: Path, tmp_path: Path
+):
+    folder = shutil.copytree(finished / "stages" / "sft", tmp_path / "model")
+    (folder / "reftune.json").write_text(json.dumps(stored))
+    problem = {"question": "Eva has 19 drums.", "answer": 19}
+    with pytest.raises(
+        DataError, match=r"^.*reftune\.json: expected what reftune export writes: .*$"
+    ):
+        reftune.evaluate(folder, [problem])
+
+
 def test_an_exported_folder_does_not_weaken_the_sandbox(tmp_path: Path):
     stored = {"kind": "program", "sandbox": "subprocess", "allow_unisolated": True}
     (tmp_path / "reftune.json").write_text(json.dumps({"format": stored}))

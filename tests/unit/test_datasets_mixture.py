@@ -172,3 +172,12 @@ def test_a_part_of_ones_own_loses_rationales_that_contradict_their_gold(tmp_path
     splits = mixture(part(tmp_path, "a", range(100, 120)), f"{tmp_path}/own.py:Own").load(seed=0)
     assert sizes(splits) == {"a": 18, "b": 5}
     assert splits.counts == {"b: rationale_disagrees": 1}
+
+
+def test_ids_that_are_the_same_as_text_keep_their_part(tmp_path: Path):
+    own = OWN.replace('id=f"{n}"', 'id=1 if n == 3 else f"{n}"')  # 1 and "1"
+    (tmp_path / "own.py").write_text(own)
+    first = part(tmp_path, "a", range(100, 120))
+    splits = mixture(first, f"{tmp_path}/own.py:Own", (0.5, 0.5)).load(seed=0)
+    assert sizes(splits) == {"a": 5, "b": 5}
+    assert len({problem.id for problem in splits.train}) == 10

@@ -49,8 +49,9 @@ class Jsonl(FileDataset):
         """The problems of each split, and notes on unused columns. A gold answer that is both one
         option's label and another option's text is ambiguous. It is read as the text if
         `positions_from` is not set and most of the dataset's unambiguous gold answers are option
-        texts. Otherwise, it is read as the label. Raises: DataError if a column is missing or a row
-        is invalid."""
+        texts. Otherwise, it is read as the label. If `positions_from` is set, however, a whole
+        number is always read as a position. Raises: DataError if a column is missing or a row is
+        invalid."""
         columns = {split: self._columns(rows[split], is_train=split == "train") for split in rows}
         read = {split: self._read(rows[split], columns[split]) for split in rows}
         votes = sum(each.votes for of_split in read.values() for each in of_split)
@@ -99,9 +100,8 @@ class Jsonl(FileDataset):
     def _columns(self, rows: Sequence[Row], *, is_train: bool) -> Columns:
         """The column of each field, such as `question`: the one that the user named, or else one
         with a common name for that field. Raises: DataError if no question or answer is found, or
-        if a column that the user named is missing. There is one exception: in dev and test, a
-        column that the user named may be missing, unless it holds the options or is the first of
-        the columns that make up the question."""
+        if a column that the user named is missing. In dev and test, this method checks only some of
+        the named columns: those of the options, and the first column of the question."""
         named = {} if self.columns is None else self.columns.model_dump()
         for field, value in named.items():
             names = [value] if isinstance(value, str) else value or []
@@ -145,9 +145,10 @@ class Jsonl(FileDataset):
         return self.columns is not None and field in self.columns.model_fields_set
 
     def _id(self, row: Row, column: str | None) -> str:
-        """The id in `column`, or `row.id` if there is none. Raises: DataError if the user named the
-        column, and the cell contains something other than text or a number. If the user did not
-        name it, such a cell is ignored."""
+        """The id in `column`, or `row.id` if there is no such column or the cell is null. Raises:
+        DataError if the user named the column, and the cell is blank text or contains neither text
+        nor a number. If the user did not name the column, the result for such a cell is `row.id`
+        too."""
         if column is None or (value := row.get(column)) is None:
             return row.id
         if isinstance(value, int | float):

@@ -256,7 +256,8 @@ def option_value(text: str) -> Fraction | None:
 
 def option_answer(text: str) -> Answer | None:
     """The number in an option that consists of one number and perhaps a unit: 500 in `500 cm 2`,
-    where 2 belongs to the unit. Returns None for any other option, such as `3 : 4`."""
+    where 2 belongs to the unit. A letter before the number, as in `x = 5` and `a ) 350`, is
+    ignored. Returns None for any other option, such as `3 : 4`."""
     for pattern, replacement in SPELLINGS:
         text = pattern.sub(replacement, text)
     return None if set(text) & set("([∏") else number_gold(text)

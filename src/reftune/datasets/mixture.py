@@ -84,14 +84,15 @@ class Mixture(Component):
         self, train: Sequence[Problem], part_of: Mapping[str, str], seed: int
     ) -> tuple[Problem, ...]:
         """The largest selection from `train` in which each dataset has its share, up to rounding.
-        `part_of` maps each problem's id to the name of its dataset. The problems are drawn with
-        `seed`. If no shares are set, all of `train` is returned."""
+        `part_of` maps each problem's id to the name of its dataset; the id may have got a suffix
+        `-2` since. The problems are drawn with `seed`. If no shares are set, all of `train` is
+        returned."""
         shares = {name: part.share for name, part in self.parts.items() if part.share is not None}
         if not shares:
             return tuple(train)
         of: dict[str, list[Problem]] = {name: [] for name in shares}
         for problem in train:
-            of[part_of[problem.id]].append(problem)
+            of[part_of.get(problem.id) or part_of[problem.id.rpartition("-")[0]]].append(problem)
         size = min(len(of[name]) / share for name, share in shares.items())
         chosen = {
             problem.id

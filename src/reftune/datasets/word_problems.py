@@ -384,7 +384,8 @@ _PROGRAM_STYLES = [
 def _write_prose(story: _Story, style: int) -> str:
     """A worked solution. In some styles, it is a single equation, such as `(12 - 4) * 3 = 24.` In
     the others, it has one sentence per computed quantity, and the style determines how these
-    sentences begin."""
+    sentences begin. If nothing is computed, it is a sentence such as `Ben has 12.` in all
+    styles."""
     begin, swap = _PROSE_STYLES[style]
     needed = dict.fromkeys((*story.quantities, story.answer))
     computed = [quantity for quantity in needed if quantity.symbol]

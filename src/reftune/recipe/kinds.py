@@ -147,9 +147,9 @@ def load_component(spec: Any, *, group: str, default: str | None = None) -> Any:
 
 
 def component_class(kind: str, *, group: str) -> Any:
-    """The class that a kind names. For `file.py:Name`, the result is the class or function `Name`
-    in that file. Raises: PydanticCustomError if there is no such class or function, or if the file
-    cannot be loaded."""
+    """The class that a kind names. For `file.py:Name`, the result is the object `Name` in that
+    file, usually a class or a function. Raises: PydanticCustomError if there is no such class or
+    object, or if the file cannot be loaded."""
     if ":" in kind:
         return _user_object(kind)
     kinds = known_kinds(group)

@@ -21,8 +21,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     recipe's folder. Later recipes in the list override earlier recipes, and the recipe's own keys
     override all of them. `merge` describes how one recipe overrides another. The override
     `key=null` removes the key if the key names a stage or if its value is a mapping. Otherwise, the
-    override sets the key to null. If a component, such as the reward, is null, the default
-    component is used.
+    override sets the key to null. If a component that has a default, such as the reward, is null,
+    the default is used.
     Raises: RecipeError if a recipe or an override cannot be read, or if the result is not valid.
     """
     data = read_yaml(Path(path))

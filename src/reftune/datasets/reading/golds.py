@@ -102,10 +102,11 @@ def is_missing(cell: object) -> bool:
 
 
 def worked_solution(text: str) -> str | None:
-    """The worked solution in `text`. The marker `####` and the answer after it are cut off. If
-    another answer marker follows, however, the `####` is taken for a heading and kept. Markers
-    other than `####` are always kept, with their answers. Returns None if `text` has no answer
-    marker (such as `####` or a LaTeX box), or if it consists of the answer alone."""
+    """The worked solution in `text`. The last `####` and everything after it are cut off. However,
+    if a marker with a different answer follows, the `####` is taken for a heading, and nothing is
+    cut off. Other markers before the `####` are kept, with their answers. A text without `####` is
+    not changed. Returns None if `text` has no answer marker (such as `####` or a LaTeX box), or if
+    it consists of the answer alone."""
     before, hashes, after = text.rpartition("####")
     if hashes and after.strip():
         line, _, below = after.strip().partition("\n")
