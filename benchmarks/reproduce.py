@@ -112,12 +112,12 @@ SETTINGS = (
 OPEN = [
     "**Only one pretrained model** finished RL with more than two seeds: SmolLM2-135M-Instruct. "
     "On generated questions that need one arithmetic step (three seeds), GRPO gains 9.9 points "
-    "[3.6, 16.2] over a short warm-up, but further SFT with the same number of gradient passes is "
-    "12.1 points [5.7, 18.5] better than GRPO (an unpaired comparison). After a longer warm-up, "
-    "GRPO gains 1.7 points [−4.8, 8.1] over that warm-up, n.s. In another experiment (five "
-    "seeds), questions need two steps, and half of the training solutions omit the working. "
-    "There, GRPO and further SFT start from a model that was trained by a warm-up and then by a "
-    "longer SFT stage. GRPO ends 14.6 points [9.4, 19.8] above further SFT "
+    "[3.6, 16.2] over a short warm-up, but further SFT with about as many gradient passes is 12.1 "
+    "points [5.7, 18.5] better than GRPO (an unpaired comparison). After a longer warm-up, GRPO "
+    "gains 1.7 points [−4.8, 8.1] over that warm-up, n.s. In another experiment (five seeds), "
+    "questions need two steps, and half of the training solutions omit the working. There, GRPO "
+    "and further SFT start from a model that was trained by a warm-up and then by a longer SFT "
+    "stage. GRPO ends 14.6 points [9.4, 19.8] above further SFT "
     "([log](experiments/smollm2-instruct.md)).",
     "**On real data** (SVAMP programs, the same model), ReFT shows no gain if all training "
     "questions have solutions (one seed): after a warm-up whose dev accuracy had [levelled "

@@ -175,7 +175,7 @@ def test_a_part_of_ones_own_loses_rationales_that_contradict_their_gold(tmp_path
 
 
 def test_ids_that_are_the_same_as_text_keep_their_part(tmp_path: Path):
-    own = OWN.replace('id=f"{n}"', 'id=1 if n == 3 else f"{n}"')  # 1 and "1"
+    own = OWN.replace('id=f"{n}"', 'id=2 if n == 3 else f"{n}"')  # 2 and "2"
     (tmp_path / "own.py").write_text(own)
     first = part(tmp_path, "a", range(100, 120))
     splits = mixture(first, f"{tmp_path}/own.py:Own", (0.5, 0.5)).load(seed=0)

@@ -130,8 +130,8 @@ class ScoreTable:
 
     @property
     def seeds_apart(self) -> dict[str, list[int]]:
-        """Each group's label → the group's seeds. Empty if any group can be paired with any other
-        (see `_are_paired`)."""
+        """Each group's label → the group's seeds. Empty if every group can be paired with every
+        other group (see `_are_paired`)."""
         groups = {method.group.label: method.group for method in self.methods}
         is_whole = all(_are_paired(a, b) for a, b in combinations(groups.values(), 2))
         return {} if is_whole else {label: group.seeds for label, group in groups.items()}

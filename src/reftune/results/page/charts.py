@@ -74,8 +74,8 @@ NUM_COLOURS = 8
 
 
 def method_colours(labels: Sequence[str]) -> dict[str, str]:
-    """Label of a method → CSS variable of the method's colour. `base`, which has no curve, always
-    gets the last colour of the palette. If there is only one group of runs, the methods in
+    """Label of a method → CSS variable of the method's colour. `base`, which has no training curve,
+    always gets the last colour of the palette. If there is only one group of runs, the methods in
     `_COLOURS` have fixed colours. Methods without a fixed colour get colours in order of
     appearance."""
     if any("/" in label for label in labels):

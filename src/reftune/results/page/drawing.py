@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from reftune.results.metrics import Unit
 from reftune.results.page.charts import Chart, Number, Series
 
-LETTER, BOLD_LETTER = 6.6, 7.2
+LETTER, BOLD_LETTER = 6.6, 8.0
 """Width in pixels of a letter in an axis label, and of a letter in the name of a line."""
 SMALLEST_RANGE = 1e-300
 """If the two ends of an axis are closer than this, they count as equal, because fractions of the
