@@ -241,6 +241,30 @@ def test_the_start_model_is_sampled_and_a_weak_one_is_reported():
     assert warmed.message.endswith("a warm-up comes first")
 
 
+def test_without_a_correct_solution_even_few_questions_are_a_warning():
+    # 0 of 7 may be up to 35%: the interval alone would not warn
+    stages = {"reft": one_step_from("base")}
+    found = finding("accuracy", dataset=Sums(num_train=4), stages=stages)
+    assert "solves 0 of 7 dev and training questions (0%, 95% interval 0% to 35%)" in found.message
+    assert found.level == "warn"
+
+
+@pytest.mark.parametrize(
+    ("format", "text", "remedy"),
+    [
+        (Words(kind="words"), "15", "show its form with an example in the prompt"),
+        (Nl(style="plain"), "15", "show its form with an example in format.examples"),
+        (Words(kind="words"), " The answer is 0", "start RL from a warm-up"),
+    ],
+)
+def test_the_remedy_for_solutions_without_an_answer_is_an_example(format, text, remedy):
+    engine = {"kind": "scripted", "texts": [text]}
+    stages = {"reft": one_step_from("base")}
+    dataset = Sums(num_dev=32)  # none of whose sums is 0
+    found = finding("accuracy", dataset=dataset, format=format, engine=engine, stages=stages)
+    assert remedy in found.remedy.removeprefix("most solutions state no answer: ").split(";")[0]
+
+
 def test_the_json_report_has_the_same_content(sound: CheckReport):
     document = json.loads(sound.to_json())
     assert document["ok"] is True
@@ -405,7 +429,12 @@ def test_without_rationales_the_report_shows_a_prompt():
     def strip(i: int, problem: Problem) -> Problem:
         return replace(problem, rationale=None)
 
-    report = checked(dataset=Sums(kind="sums", edit=strip))
+    stages = {"reft": one_step_from("base")}
+    report = checked(dataset=Sums(kind="sums", edit=strip), stages=stages)
+    messages = {found.name: found.message for found in report.findings}
+    assert messages["target_length"] == "there are no targets"
+    assert messages["time"].startswith("about 0:0")
+    assert messages["time"].endswith("solutions stay as long as those of the initial model")
     assert report.preview.prompt == "What is 0 + 0 ?\n" and not report.preview.target_ids
     assert "; ┃ marks where the model continues ---\nWhat is 0 + 0 ?\n┃\n" in report.to_text()
 

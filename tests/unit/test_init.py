@@ -133,7 +133,10 @@ def test_an_instruct_model_is_asked_in_its_own_template(here: Path, kind: str, s
     assert (recipe.format.kind, recipe.format.style) == (kind, "chat")
     assert said in recipe.format.instruction
     assert {name: stage.init for name, stage in recipe.stages.items()} == {"reft": "base"}
-    assert "about ten times the learning rates below" in (here / "mine.yaml").read_text()
+    assert (
+        "multiply each learning_rate below by about ten, but not value_learning_rate"
+        in (here / "mine.yaml").read_text()
+    )
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -33,6 +35,13 @@ def with_trained_adapters(policy: Policy) -> Policy:
             if "lora_" in name:
                 parameter.copy_(torch.randn_like(parameter) * 0.2)
     return policy
+
+
+def test_no_warning_of_an_unused_kernel_is_shown(make_policy, caplog):
+    # on processors with avx512_bf16, importing PEFT makes bitsandbytes warn
+    make_policy(lora=LORA)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").warning("Failed to load gemm_4bit_forward")
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -97,6 +97,16 @@ def test_an_evaluation_of_the_same_step_adds_its_numbers_and_no_time():
     assert view.phase_seconds == {}
 
 
+def test_a_dev_accuracy_of_an_earlier_step_is_shown_with_its_step():
+    view = StageView("reft", total_steps=4, first_step=0, started_s=0, step=0)
+    view.update(0, {"dev/accuracy": 0.35})
+    assert view.facts() == ["dev 35.0%"]
+    view.update(1, {"loss/sft": 2.0})
+    assert view.facts() == ["loss 2.000", "dev 35.0% at step 0"]
+    view.update(1, {"dev/accuracy": 0.4})
+    assert view.facts() == ["loss 2.000", "dev 40.0%"]
+
+
 def test_the_live_view_shows_numbers_and_the_last_sample_with_its_verdict():
     console = Console(file=StringIO(), force_terminal=True, width=100, color_system=None)
     progress = RichProgress(console, time_s=Clock())

@@ -3,6 +3,7 @@ plain transformers writes the evaluated answers token for token."""
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import shutil
@@ -148,6 +149,9 @@ def test_the_card_s_python_call_works_and_its_request_is_the_prompt(
     assert body.get("stop", []) == recipe.format.stop
     for token in FAMILIES[name].ends:
         assert f"`{token}`" in card
+    encoder = Encoder(tokenizer, recipe.format)
+    end = ast.literal_eval(card.split("the end of this prompt is `` ")[1].split(" ``.")[0])
+    assert end == encoder.text_of(recipe.format.prompt(problem))[-24:]
 
 
 def test_an_export_stops_where_training_did_whatever_the_base_s_config_says(tmp_path):

@@ -9,6 +9,7 @@ as biases and norm weights, stay in fp32.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Literal
@@ -22,6 +23,9 @@ from reftune.errors import ModelError
 Embeddings = Literal["all", "exact", "none"]
 """Which embeddings are cast to a dtype: all of them, only those that the dtype represents exactly,
 or none. Autocast itself casts no embeddings."""
+
+# PEFT imports bitsandbytes, which warns if it lacks a kernel that reftune does not use
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def narrow(model: nn.Module, dtype: torch.dtype, *, embeddings: Embeddings) -> None:

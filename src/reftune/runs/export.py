@@ -333,10 +333,13 @@ def _usage(serving: Serving, name: str, lora: LoraConfig | None) -> str:
     example = calls = ""
     if serving.problem != MADE_UP:
         bos = "" if serving.adds_special_tokens else ", with no special token before it"
+        text = serving.encoder.text_of(serving.prompt)
         example = f"""
 The exact prompt for one problem{bos}:
 
-{_fenced(serving.encoder.text_of(serving.prompt), "text")}
+{_fenced(text, "text")}
+
+As a Python string, the end of this prompt is `` {text[-24:]!r} ``.
 """
         calls = f"""
 Run the following in this folder:

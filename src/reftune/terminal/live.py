@@ -62,6 +62,8 @@ class StageView:
     step: int
     numbers: dict[str, float] = field(default_factory=dict)
     """The latest value of every metric."""
+    dev_step: int = 0
+    """The step at which dev accuracy was last measured."""
     phase_seconds: dict[str, float] = field(default_factory=dict)
     """Phase of a step (`generate`, `update`, …) → total seconds that the phase took in all recorded
     steps except the first."""
@@ -83,6 +85,8 @@ class StageView:
                     phase = name.removeprefix("time/").removesuffix("_s")
                     sums[phase] = sums.get(phase, 0.0) + seconds
             self.phase_seconds = sums
+        if "dev/accuracy" in metrics:
+            self.dev_step = step
         self.step = step
         self.numbers.update(metrics)
 
@@ -99,12 +103,17 @@ class StageView:
     def facts(self) -> list[str]:
         """The latest numbers: `reward 0.62`, `correct 61%`, …, `1,234 tok/s`."""
         facts = [
-            f"{label} {self.numbers[name]:{style}}"
+            f"{label} {self.numbers[name]:{style}}" + self._origin(name)
             for name, label, style in SHOWN
             if name in self.numbers
         ]
         seconds = sum(self.phase_seconds.values())
         return [*facts, f"{self.num_tokens / seconds:,.0f} tok/s"] if seconds > 0 else facts
+
+    def _origin(self, name: str) -> str:
+        """The step of a dev accuracy that was measured before the current step: ` at step 20`."""
+        is_old = name == "dev/accuracy" and self.dev_step != self.step
+        return f" at step {self.dev_step}" if is_old else ""
 
     def split(self) -> list[str]:
         """Each phase's share of the steps' time, largest first: `update 71%`, `generate 22%`, …"""

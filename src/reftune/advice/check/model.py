@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, cycle, islice
 from statistics import fmean
+from typing import Any
 
 from reftune.advice.check.report import Finding, fail, ok, warn
 from reftune.advice.check.subject import Subject, rl_inits
 from reftune.advice.measured import available_bytes, measure_speed
 from reftune.datasets import Splits
+from reftune.engines import Engine
 from reftune.errors import DataError
 from reftune.model.batch import token_batch
 from reftune.recipe import Recipe
@@ -27,12 +30,16 @@ from reftune.stages.outline import Outline
 from reftune.stages.plateau import NEEDED_ACCURACY, Rise
 from reftune.stages.self_train import SAMPLES_AT_ONCE
 from reftune.text import clock
-from reftune.types import SamplingParams, Verdict
+from reftune.types import Completion, SamplingParams, Verdict
 
 NUM_SAMPLED = 32
-"""Maximum number of dev problems on which RL's initial model is tested."""
+"""Maximum number of problems on which RL's initial model is tested."""
+EXAMPLES_IN = {"chat": "format.instruction", "plain": "format.examples"}
+"""Style of the prompt → the key for an example of a solution."""
 NUM_SHOWN = 3
 """Number of sampled solutions that are shown, and number of prompts in `check_logprobs`."""
+NUM_PROBED = 8
+"""Number of prompts sampled to estimate the length of solutions if there are no rationales."""
 NUM_TIMED = 512
 """Maximum number of rows used to estimate the time."""
 LONG_RUN_S = 24 * 3600
@@ -113,13 +120,17 @@ def check_dtype(subject: Subject) -> Finding:
 
 
 def check_accuracy(subject: Subject) -> Finding:
-    """Check how many dev problems RL's initial model solves when it samples at temperature 1."""
-    problems = subject.splits.dev[:NUM_SAMPLED]
+    """Check how many problems RL's initial model solves when it samples at temperature 1. Training
+    problems are used if there are too few dev problems."""
+    limit, prompts = subject.prompt_limit, subject.prompts["train"]
+    train = (p for p in subject.splits.train if len(prompts[p.id]) <= limit)
+    problems = list(islice(chain(subject.splits.dev, train), NUM_SAMPLED))
+    kinds = "dev" if len(problems) <= len(subject.splits.dev) else "dev and training"
     rows = sample_rows(subject.policy, subject.collector, problems, subject.recipe, temperature=1.0)
     correct = sum(row["verdict"] == Verdict.CORRECT.value for row in rows)
     low, high = wilson(correct, len(rows))
     message = (
-        f"at temperature 1 the initial model solves {correct} of {len(rows)} dev questions"
+        f"at temperature 1 the initial model solves {correct} of {len(rows)} {kinds} questions"
         f" ({correct / len(rows):.0%}, 95% interval {low:.0%} to {high:.0%}); RL needs about"
         f" {NEEDED_ACCURACY:.0%} correct to have something to reward"
     )
@@ -128,13 +139,25 @@ def check_accuracy(subject: Subject) -> Finding:
         message += f"; {rise_line(*last)}"
     has_supervised = subject.learns_from_rationales and "base" not in rl_inits(subject.recipe)
     is_trained_first = subject.method == "base" and has_supervised
-    if high < NEEDED_ACCURACY and not is_trained_first:
-        finding = warn(message, "start RL from a warm-up, a stronger model or easier questions")
+    if (high < NEEDED_ACCURACY or correct == 0) and not is_trained_first:
+        finding = warn(message, _remedy(subject, rows))
     elif last is not None and last[0].is_beyond_chance:
         finding = warn(message, "train the warm-up further: until=plateau ends it automatically")
     else:
         finding = ok(f"{message}; a warm-up comes first" if is_trained_first else message)
     return replace(finding, samples=tuple(rows[:NUM_SHOWN]))
+
+
+def _remedy(subject: Subject, rows: Sequence[Mapping[str, Any]]) -> str:
+    """How to make the initial model solve more problems, if `rows` are its solutions."""
+    start = "start RL from a warm-up, a stronger model or easier questions"
+    if 2 * sum(row["verdict"] == Verdict.NO_ANSWER.value for row in rows) <= len(rows):
+        return start
+    place = EXAMPLES_IN.get(getattr(subject.recipe.format, "style", ""), "the prompt")
+    return (
+        f"most solutions state no answer: show its form with an example in {place}; if that is not"
+        f" enough, {start}"
+    )
 
 
 def _last_rise(subject: Subject) -> tuple[Rise, float] | None:
@@ -152,11 +175,7 @@ def _last_rise(subject: Subject) -> tuple[Rise, float] | None:
 def check_logprobs(subject: Subject) -> Finding:
     """Check that the engine's log-probabilities of its samples are close to the policy's."""
     prompts = (subject.fitting["dev"] or subject.fitting["train"])[:NUM_SHOWN]
-    lengths = subject.recipe.lengths
-    params = SamplingParams(
-        max_new_tokens=min(32, lengths.max_new), max_prompt_tokens=lengths.max_prompt
-    )
-    completions = subject.recipe.engine.generate(subject.policy, prompts, params)
+    completions = _sampled(subject, prompts, max_new=min(32, subject.recipe.lengths.max_new))
     batch = token_batch(
         prompts, [completion.token_ids for completion in completions], device=subject.policy.device
     )
@@ -169,13 +188,21 @@ def check_logprobs(subject: Subject) -> Finding:
     return fail(message, "the engine does not sample from the policy; use engine=kv")
 
 
+def _sampled(subject: Subject, prompts: list[list[int]], *, max_new: int) -> list[Completion]:
+    """The model's completions of `prompts`, sampled at temperature 1."""
+    longest = subject.recipe.lengths.max_prompt
+    params = SamplingParams(max_new_tokens=max_new, max_prompt_tokens=longest)
+    engine: Engine = subject.recipe.engine
+    return engine.generate(subject.policy, prompts, params)
+
+
 def check_time(subject: Subject) -> Finding:
-    """Estimate the run's time on this machine, from a short measurement."""
+    """Estimate the run's time on this machine, from a short measurement. If there are no
+    rationales, solutions are assumed to be as long as the initial model's."""
     limit, most = subject.prompt_limit, subject.recipe.lengths.max_new
     fitting = (r for r in subject.rows if len(r.prompt_ids) <= limit and len(r.target_ids) <= most)
     rows = list(islice(fitting, NUM_TIMED))
-    if not rows:
-        return ok("unknown, because no row with a rationale is within the length limits")
+    prompts, targets = [row.prompt_ids for row in rows], [row.target_ids for row in rows]
     recipe, num_dev = subject.recipe, len(subject.splits.dev)
     costs = stage_costs(
         recipe,
@@ -183,8 +210,18 @@ def check_time(subject: Subject) -> Finding:
         num_rationales=len(subject.rows),
         num_dev=num_dev,
     )
+    if not subject.rows:
+        asked = subject.fitting["train"][:NUM_TIMED]
+        sampled = cycle(_sampled(subject, asked[:NUM_PROBED], max_new=most))
+        # equal prompts are read only once
+        repeats = min(
+            (cost.batch // cost.prompts for cost in costs.values() if cost.prompts), default=1
+        )
+        prompts = [prompt for prompt in asked for _ in range(repeats)][:NUM_TIMED]
+        targets = [list(each.token_ids) for each in islice(sampled, len(prompts))]
+    if not targets:
+        return ok("unknown, because no training row is within the length limits")
     largest = max((cost.batch for cost in costs.values()), default=MEASURED_ROWS)
-    prompts, targets = [row.prompt_ids for row in rows], [row.target_ids for row in rows]
     speed = measure_speed(
         subject.policy,
         recipe.engine,
@@ -205,6 +242,8 @@ def check_time(subject: Subject) -> Finding:
         f"about {clock(total)}: {', '.join(stages)}, evaluation {clock(evaluation_s)}"
         f" ({speed.train:,.0f} tokens/s trained, {speed.sample:,.0f} sampled)"
     )
+    if not subject.rows:
+        message += "; assumes that solutions stay as long as those of the initial model"
     if total > LONG_RUN_S:
         return warn(message, "for a trial, set fewer epochs, steps, prompts or samples")
     return ok(message)

@@ -135,6 +135,8 @@ def check_prompt_length(subject: Subject) -> Finding:
 def check_target_length(subject: Subject) -> Finding:
     """Check that gold rationales, including the end token, fit in `max_new` tokens. Training omits
     longer rationales."""
+    if not subject.rows:
+        return ok("there are no targets")
     sizes = {row.problem.id: len(row.target_ids) for row in subject.rows}
     limit = subject.recipe.lengths.max_new
     message = f"targets have {spread(sizes.values())} tokens including eos; at most {limit} fit"
