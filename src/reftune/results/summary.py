@@ -185,8 +185,9 @@ def read_groups(run_dirs: Sequence[Path | str], *, finished: bool = True) -> lis
 
 def comparable_groups(runs: Sequence[RunResults]) -> list[Group]:
     """The runs in groups, as `group_runs` returns them. Raises: DataError if the methods of a run
-    answered different problems. With several groups, DataError is also raised if two runs answered
-    different problems, or if the groups have different numbers of seeds."""
+    answered different problems. With several groups, DataError is also raised if the groups have
+    different numbers of seeds, or if two runs answered different problems. If all groups have the
+    same seeds, runs with different seeds may have answered different problems."""
     for run in runs:
         if not _same_problems(run.evals.values()):
             raise DataError(
@@ -194,15 +195,16 @@ def comparable_groups(runs: Sequence[RunResults]) -> list[Group]:
                 " problems in the same order"
             )
     groups = group_runs(runs)
-    if len(groups) == 1:
-        return groups
-    in_order = [run for group in groups for run in group.runs]
-    first, *others = sorted(in_order, key=lambda run: not run.evals)  # evaluated runs first
-    for other in others:
-        if not _share_problems([first, other]):
+    by_seed = all(group.seeds == groups[0].seeds for group in groups)
+    firsts: dict[int | None, RunResults] = {}
+    for run in (run for group in groups for run in group.runs if run.evals):
+        first = firsts.setdefault(run.seed if by_seed else None, run)
+        if not _share_problems([first, run]):
+            seeds = "; ".join(f"{g.label}: {', '.join(map(str, g.seeds))}" for g in groups)
             raise DataError(
-                f"{first.folder} and {other.folder}: evaluated on different problems; expected the"
+                f"{first.folder} and {run.folder}: evaluated on different problems; expected the"
                 " same problems in the same order"
+                + (f", or the same seeds for each recipe ({seeds})" * (not by_seed))
             )
     if len({len(group.runs) for group in groups}) > 1:
         counts = ", ".join(f"{group.label} {len(group.runs)}" for group in groups)

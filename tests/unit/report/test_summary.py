@@ -13,9 +13,9 @@ import pytest
 import yaml
 
 from reftune.errors import DataError
-from reftune.results import report_command
+from reftune.results import report_command, table_command, write_figures
 from reftune.results.records import read_run
-from reftune.results.stats import paired_p_value, wilson
+from reftune.results.stats import paired_interval, paired_p_value, wilson
 from reftune.results.summary import (
     group_runs,
     leader,
@@ -35,17 +35,21 @@ def summary_of(folder: Path) -> dict[str, Any]:
 
 
 def answer(
-    folder: Path, method: str, right: Sequence[int], samples: Sequence[Sequence[object]] = ()
+    folder: Path,
+    method: str,
+    right: Sequence[int],
+    samples: Sequence[Sequence[object]] = (),
+    asked: str = "q",
 ) -> None:
     """Write an evaluation: problem i is solved if right[i]; samples are values, of which 1 is
-    right."""
+    right. Questions begin with `asked`."""
     rows = []
     for index, solved in enumerate(right):
         drawn = [_attempt(value, value == 1) for value in samples[index]] if samples else []
         rows.append(
             {
                 "id": f"p{index}",
-                "question": f"q{index}",
+                "question": f"{asked}{index}",
                 "gold": "1",
                 "greedy": _attempt(1 if solved else 2, bool(solved)),
                 "samples": drawn,
@@ -435,3 +439,72 @@ def test_groups_are_paired_by_seed_in_whatever_order_the_runs_are_given(
         (found,) = score_table(read_groups([folders[name] for name in order])).comparisons
         assert (found.a, found.b) == ("long/sft", "short/sft")
         assert found.by_seed == (0.75, -0.25), order
+
+
+def write_variants(
+    write_run: WriteRun, right: dict[str, list[int]], asked: Callable[[str], str]
+) -> list[Path]:
+    """Two recipes, `short` and `long`, whose run `NAME-SEED` answers problems called `asked(…)`."""
+    folders = []
+    for name, solved in right.items():
+        methods = ["warmup", "sft"] if name.startswith("short") else ["sft"]
+        folder = write_run(name, methods=methods, num_problems=4, seed=int(name[-1]))
+        for method in methods:
+            answer(folder, method, solved, [[1, 2, 1]] * 4, asked=asked(name))
+        folders.append(folder)
+    return folders
+
+
+def test_recipes_whose_seeds_have_problems_of_their_own_are_paired_by_seed(
+    write_run: WriteRun, tmp_path: Path
+) -> None:
+    # long gains 2 of 4 problems with each seed, and the seeds' problems are 8 in all
+    right = {
+        "short-0": [1, 0, 0, 0],
+        "short-1": [0, 0, 0, 1],
+        "long-1": [0, 1, 1, 1],
+        "long-0": [1, 1, 1, 0],
+    }
+    folders = write_variants(write_run, right, asked=lambda name: f"seed {name[-1]} ")
+    table = score_table(read_groups(folders))
+    found = table.between("long/sft", "short/sft")
+    assert found is not None and found.by_seed == (0.5, 0.5)
+    assert found.ci95 == pytest.approx(paired_interval([1, 1, 0, 0] * 2))
+    score = table.method("long/sft").greedy
+    assert (score.accuracy, score.ci95) == (0.75, pytest.approx(wilson(6, 8)))
+    assert table.between("long/sft maj@3", "short/sft maj@3") is not None
+    for layout in ("auto", "methods"):
+        assert "+50.0 [" in table_command(folders, layout=layout)
+    document = json.loads(table_command(folders, "json"))
+    assert (document["seeds"], document["seeds_apart"]) == (2, {})
+    page = report_command(folders, tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "seed 0 0" in page and "seed 1 0" not in page, "answers of the first seed"
+    assert write_figures(folders, tmp_path / "figures")
+    with pytest.raises(DataError, match=r"^.*two recipes for [^\n]*$"):
+        table_command(folders, layout="paper")
+
+
+@pytest.mark.parametrize(
+    ("seeds", "asked", "message"),
+    [
+        ((0, 1), lambda name: name, r"short-0 and \S*long-0: .* in the same order$"),
+        ((2, 3), lambda name: name[-1], r"same seeds .*\(short: 0, 1; long: 2, 3\)$"),
+        ((1, 2), lambda name: name[-1], r"same seeds .*\(short: 0, 1; long: 1, 2\)$"),
+        ((1,), lambda name: name[-1], r"same seeds .*\(short: 0, 1; long-1: 1\)$"),
+    ],
+)
+def test_recipes_whose_problems_cannot_be_paired_by_seed_are_refused(
+    write_run: WriteRun, seeds: tuple[int, ...], asked: Callable[[str], str], message: str
+) -> None:
+    right = {name: [1, 0, 1, 0] for name in ("short-0", "short-1", *(f"long-{s}" for s in seeds))}
+    folders = write_variants(write_run, right, asked)
+    with pytest.raises(DataError, match=rf"^[^\n]*{message}"):
+        read_groups(folders)
+
+
+def test_an_unfinished_run_leaves_the_other_seeds_paired(write_run: WriteRun) -> None:
+    right = {name: [1, 0, 1, 0] for name in ("short-0", "short-1", "long-0", "long-1")}
+    folders = write_variants(write_run, right, asked=lambda name: f"seed {name[-1]} ")
+    shutil.rmtree(folders[3] / "eval")
+    table = score_table(read_groups(folders, finished=False))
+    assert [method.label for method in table.methods] == ["short/warmup", "short/sft"]
