@@ -63,7 +63,14 @@ NOTES = {
         "[Our reward model](algorithms.md#loss) adds the solution's likelihood to the classifier's "
         "output. In [five other runs](experiments/reranking.md#five-seeds-on-test), reranking "
         "SFT's samples with our reward model beats greedy decoding by 10.5 points [5.1, 15.9] and "
-        "voting by 6.1 points [1.4, 10.8]; for ReFT, neither difference is significant."
+        "voting by 6.1 points [1.4, 10.8]; for ReFT, neither difference is significant.\n\n"
+        "After a run of this recipe (or of `modern` or `tuned`, which extend it), reftune may "
+        "report that dev accuracy was still rising when ReFT began. The recipe evaluates dev only "
+        "every five epochs, so the [rule](handover.md) compares epoch 32, the end of the warm-up, "
+        "with epoch 15. After epoch 32, another 35 epochs of SFT raise test accuracy from 75.4 to "
+        "75.8, n.s. In [other runs](handover.md#what-was-compared) with 600 questions and "
+        "programs, ReFT beats SFT after a warm-up with 75.3 on test (hand-over at epoch 40), but "
+        "not after one with 64.4 (epoch 20)."
     ),
     "modern": (
         "*ReFT* is PPO with the coefficients and value head of the authors' code. *ReFT modern* "
@@ -101,6 +108,7 @@ NOTES = {
     ),
 }
 """Recipe → text above its table."""
+ONE_SEED = " With one seed, intervals do not cover chance in training, so no finding is decided."
 SETTINGS = (
     "In this table, ReFT does not use the authors' settings: it draws four samples per question, "
     "fits the value head before PPO, decays the learning rate, and sets `value_coef: 1.0` and "
@@ -215,7 +223,9 @@ def page(tables: Mapping[str, Mapping[str, Any]], *, ours: bool) -> str:
         "Accuracies are in percent. Differences are in percentage points and paired by problem. "
         "Brackets contain 95% confidence intervals over seeds and problems; *n.s.* and *undecided* "
         'both stand for "not significant". Models are chosen on dev and scored once on test. '
-        "[Metrics](metrics.md#results) defines the columns.",
+        "On a CPU with other instructions, such as AVX512 instead of AVX2, the same seed gives "
+        "[other accuracies](experiments/demo-search.md#the-demos-seeds). "
+        f"[Metrics](metrics.md#results) defines the columns.{limits(*tables.values())}",
         "## Which of the paper's findings hold here\n\n" + findings_table(tables),
     ]
     if ours:
@@ -234,13 +244,18 @@ def modern_page(table: Mapping[str, Any], *, ours: bool) -> str:
         f"# {TITLES['modern']}",
         "Accuracies are in percent. Differences are in percentage points and paired by problem. "
         "Brackets contain 95% confidence intervals over seeds and problems, and n.s. means not "
-        "significant.",
+        f"significant.{limits(table)}",
         *section("modern", table, ours=ours),
         "## What each part of `modern` contributes",
         "A positive difference means that the part helps.",
         ablation_table(table),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def limits(*tables: Mapping[str, Any]) -> str:
+    """`ONE_SEED` if one of the tables has only one seed, else nothing."""
+    return ONE_SEED if any(table["seeds"] == 1 for table in tables) else ""
 
 
 def section(recipe: str, table: Mapping[str, Any], *, ours: bool) -> list[str]:
@@ -259,15 +274,13 @@ def findings_table(tables: Mapping[str, Mapping[str, Any]]) -> str:
     recipes = [recipe for recipe in ("comparison", "comparison-nl") if recipe in tables]
     lines = [
         f"| {claim} | "
-        + " | ".join(judged(difference(tables[recipe], better, worse)) for recipe in recipes)
+        + " | ".join(judged(tables[recipe], better, worse) for recipe in recipes)
         + " |"
         for claim, better, worse in FINDINGS
     ]
     for number, ranker in enumerate(("the paper's classifier", "likelihood and classifier")):
         ranked = [tables.get(RERANKED[recipe][number]) for recipe in recipes]
-        cells = [
-            judged(table and difference(table, "reft rerank", "sft rerank")) for table in ranked
-        ]
+        cells = [judged(table, "reft rerank", "sft rerank") for table in ranked]
         lines.append(f"| With reranking by {ranker}, ReFT beats SFT | {' | '.join(cells)} |")
     head = (
         "| the paper's finding | " + " | ".join(TITLES[recipe].lower() for recipe in recipes) + " |"
@@ -293,11 +306,14 @@ def difference(table: Mapping[str, Any], a: str, b: str) -> Mapping[str, Any] | 
     return None
 
 
-def judged(found: Mapping[str, Any] | None) -> str:
-    if found is None:
+def judged(table: Mapping[str, Any] | None, better: str, worse: str) -> str:
+    found = table and difference(table, better, worse)
+    if not (table and found):
         return "not run"
     verdict = (
-        "undecided"
+        "one seed"
+        if table["seeds"] == 1
+        else "undecided"
         if not found["significant"]
         else "holds"
         if found["difference"] > 0

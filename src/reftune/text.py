@@ -21,8 +21,13 @@ def shown(value: object) -> str:
 
 
 def brief(error: object) -> str:
-    """An error's message as one line of at most 200 characters."""
-    return " ".join(str(error).split())[:200]
+    """An error's message as one line of at most 200 characters. It is cut at a blank if there is
+    one in its second half."""
+    line = " ".join(str(error).split())
+    if len(line) <= 200:
+        return line
+    cut = line.rfind(" ", 100, 200)
+    return line[: cut if cut > 0 else 199] + "…"
 
 
 def counted(number: int, noun: str) -> str:

@@ -193,9 +193,11 @@ def test_an_unknown_hub_id_without_a_network_is_refused_in_one_line(monkeypatch)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ModelError) as error:
         read("no-such-owner/no-such-model")
-    assert one_line(error).startswith(
+    told = one_line(error)
+    assert told.startswith(
         "no-such-owner/no-such-model: cannot be loaded as a causal language model: "
     )
+    assert told.endswith("; model.path=FOLDER uses weights in a folder")
 
 
 @pytest.mark.parametrize(
@@ -206,7 +208,9 @@ def test_a_torn_file_is_refused_in_one_line(saved, name):
     (saved / name).write_bytes(content[: len(content) // 2])
     with pytest.raises(ModelError) as error:
         read(saved)
-    assert one_line(error).startswith(f"{saved}: cannot be loaded as a causal language model: ")
+    told = one_line(error)
+    assert told.startswith(f"{saved}: cannot be loaded as a causal language model: ")
+    assert "model.path=FOLDER" not in told
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])

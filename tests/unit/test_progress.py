@@ -9,7 +9,7 @@ from rich.console import Console
 
 from reftune.stages.stage import Progress
 from reftune.terminal.live import LineProgress, RichProgress, StageView, make_progress
-from reftune.text import clock, counted, printable
+from reftune.text import brief, clock, counted, printable
 from reftune.types import Answer, Completion, Graded, Problem, Solution, Verdict
 
 
@@ -150,6 +150,25 @@ def test_a_note_is_kept_in_every_view_but_the_silent_one(capsys: pytest.CaptureF
     assert capsys.readouterr().err == "resumed at step 3\n"
     Progress().note("resumed at step 3")
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_note_comes_after_the_steps_before_it():
+    stream, clock = StringIO(), Clock()
+    progress = LineProgress(stream, time_s=clock)
+    progress.stage("sft", total_steps=2)
+    progress.step(1, {})
+    progress.step(2, {})
+    progress.note("sft: 76.7% of 1000 test problems right")
+    progress.stage("reft", total_steps=1)
+    starts = [" ".join(line.split()[:2]) for line in stream.getvalue().splitlines()]
+    assert starts == ["sft 1/2", "sft 2/2", "sft: 76.7%"]
+
+
+def test_an_error_is_cut_at_a_blank():
+    url = "https://" + "x" * 50
+    assert brief("word " * 32 + url) == "word " * 31 + "word…"
+    assert brief("KeyError: " + "x" * 300) == "KeyError: " + "x" * 189 + "…"
+    assert brief("x" * 150 + "\n" + "y" * 49) == "x" * 150 + " " + "y" * 49
 
 
 def test_without_a_terminal_there_are_lines_and_nothing_when_quiet():

@@ -72,6 +72,19 @@ def test_a_finding_holds_is_undecided_or_is_turned_round(reproduce):
     assert "| ReFT | 50.0 [40.0, 60.0] | +1.0 [−2.0, +4.0] n.s. |" in page
 
 
+def test_one_seed_decides_no_finding(reproduce):
+    one = {**table(compared("reft", "sft", 0.1, 0.05, 0.15), methods="sft reft"), "seeds": 1}
+    page = reproduce.page({"comparison": one}, ours=False)
+    assert reproduce.ONE_SEED in page and reproduce.ONE_SEED in reproduce.modern_page(
+        one, ours=False
+    )
+    assert "| one seed: +10.0 [+5.0, +15.0] |" in page and "holds:" not in page
+    five = reproduce.page({"comparison": {**one, "seeds": 5}}, ours=False)
+    assert reproduce.ONE_SEED not in five and "| holds: +10.0 [+5.0, +15.0] |" in five
+    mixed = reproduce.page({"comparison": one, "comparison-nl": {**one, "seeds": 5}}, ours=False)
+    assert "| one seed: +10.0 [+5.0, +15.0] | holds: +10.0 [+5.0, +15.0] |" in mixed
+
+
 def test_only_our_own_results_come_with_our_texts_about_them(reproduce):
     own, published = (
         reproduce.page({"comparison": table()}, ours=ours)

@@ -343,7 +343,7 @@ def plan_text(plan: Plan) -> str:
         f"assumed: MFU {known['mfu']:.0%} of {known['flops'] / 1e12:g} TFLOP/s, decoding at"
         f" {known['decode_efficiency']:.0%} of its roofline ({known['bytes_s'] / 1e12:g} TB/s),"
         f" {known['link_bytes_s'] / GB:g} GB/s between GPUs, prompts of {plan.prompt} and"
-        f" responses of {plan.response} tokens"
+        f" responses of {plan.response} tokens; times only for stages that sample in each step"
     )
     steps = (_step_text(plan, name, step) for name, step in plan.steps.items())
     return "\n\n".join([head, _memory_text(plan), *steps, foot])

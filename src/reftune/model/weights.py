@@ -161,7 +161,9 @@ def _loading(
         SafetensorError,
         StrictDataclassError,
     ) as error:
-        raise ModelError(f"{path}: {failure}: {brief(error)}") from None
+        is_remote = isinstance(error, OSError) and path and not local_path(str(path)).exists()
+        advice = "; model.path=FOLDER uses weights in a folder" * bool(is_remote)
+        raise ModelError(f"{path}: {failure}: {brief(error)}{advice}") from None
 
 
 def is_adapter_folder(folder: Path) -> bool:

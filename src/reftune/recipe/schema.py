@@ -153,6 +153,8 @@ class Recipe(Table):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: int = 0
+    """Every stage draws its random numbers from this seed and the stage's name. Under another name,
+    the same stage therefore ends with other weights."""
     run_dir: str | None = None
     """The run's folder. Default: `runs/NAME`."""
     threads: int | None = Field(None, gt=0)

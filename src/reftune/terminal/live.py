@@ -149,6 +149,7 @@ class LineProgress(Progress):
             self._print_view()
 
     def note(self, message: str) -> None:
+        self.close()  # the note may be about a later event than the steps not yet shown
         self._write(printable(message))
 
     def close(self) -> None:

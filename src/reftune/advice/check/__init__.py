@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import cast
 
 from reftune.advice.check import data, model, tokens
 from reftune.advice.check.report import CheckReport, Finding, fail, ok
 from reftune.advice.check.subject import Subject, preview_of, rl_inits, subject_of
 from reftune.advice.golds import gold_kinds
-from reftune.datasets import Splits, load_splits
+from reftune.datasets import Dataset, Splits, load_dataset, load_splits
 from reftune.datasets.mixture import Mixture
 from reftune.datasets.reading.file_dataset import FileDataset
 from reftune.errors import DataError, RecipeError, RewardError
@@ -73,14 +74,7 @@ def check_offline(recipe: Recipe) -> CheckReport:
     _refuse_unknown_waivers(recipe.check.waive)
     check_stage_graph(recipe)
     dataset, missing = _offline_dataset(recipe.dataset, "dataset")
-    source = "the recipe's own data"
-    if missing:
-        distinct = dict.fromkeys(missing)
-        names, are = ", ".join(distinct), "are" if len(distinct) > 1 else "is"
-        source = (
-            f"{names} {are} not on this machine, and {are} left out or replaced by examples that"
-            " come with reftune"
-        )
+    source = "; ".join(dict.fromkeys(missing)) or "the recipe's own data"
     splits = load_splits(recipe.model_copy(update={"dataset": dataset}))
     lines = tuple(f"{name}: {stage.line()}" for name, stage in recipe.stages.items())
     schedule = replace(ok(counted(len(lines), "stage")), name="schedule", rows=lines)
@@ -107,8 +101,8 @@ def _offline_dataset(dataset: Component, where: str) -> tuple[Component, list[st
     """Choose the `dataset` or, if its training data is not on this machine, reftune's examples. Dev
     or test data that is not on this machine is left out. The choice is made separately for each
     part of a mixture. `where` is the dataset's key in the recipe. Returns: the chosen dataset, and
-    the sources that are not on this machine. Raises: DataError if reftune has no examples for this
-    kind of dataset."""
+    for each source that is not on this machine, a text that states what is done. Raises: DataError
+    if reftune has no examples for this kind of dataset."""
     if isinstance(dataset, Mixture):
         parts, missing = {}, []
         for name, part in dataset.parts.items():
@@ -124,17 +118,24 @@ def _offline_dataset(dataset: Component, where: str) -> tuple[Component, list[st
         if isinstance(source, str) and not local_path(source).exists()
         if key == "train" or not source.startswith((".", "/", "~"))  # these are never on the Hub
     }
-    missing = list(absent.values())
-    if "train" not in absent:
+    train = absent.pop("train", None)
+    missing = [
+        f"{s} is not on this machine, and is left out" for s in absent.values() if s != train
+    ]
+    if train is None:
         return dataset.model_copy(update=dict.fromkeys(absent)), missing
     folder = shipped_recipes() / EXAMPLES / dataset.kind
     if not folder.is_dir():
         raise DataError(
-            f"{where}.train: {missing[0]} is not on this machine, and reftune has no examples of"
+            f"{where}.train: {train} is not on this machine, and reftune has no examples of"
             f" kind {dataset.kind}"
         )
     examples = {"train": str(folder), "dev": None, "test": None, "dev_size": 2}
-    return dataset.model_copy(update=examples), missing
+    chosen = dataset.model_copy(update=examples)
+    found = load_dataset(cast(Dataset, chosen), seed=0)
+    count = len(found.train) + len(found.dev)
+    told = f"{train} is not on this machine; {count} examples that come with reftune replace it"
+    return chosen, [told, *missing]
 
 
 def _findings(subject: Subject, checks: Mapping[str, Check]) -> list[Finding]:

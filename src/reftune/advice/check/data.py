@@ -199,7 +199,7 @@ def check_grader_refuses(subject: Subject) -> Finding:
         f"{counted(len(problems), 'problem')}; graded correct although they solve nothing:"
         f" {', '.join(found)}"
     )
-    robust = "" if _is_robust(subject) else "grading=robust, and "
+    robust = "" if _is_robust(subject) else "format.grading=robust, and "
     remedy = f"a model may learn to write just that; use {robust}rows whose answers differ"
     return fail(message, remedy) if accepted["an empty completion"] else warn(message, remedy)
 
@@ -278,10 +278,10 @@ def check_reward_errors(subject: Subject) -> Finding:
         ]
     message = ", ".join(rates)
     if errors["positive"].total() > MAX_FALSE_POSITIVES * len(wrong):
-        robust = "" if _is_robust(subject) else " or choose grading=robust"
+        robust = "" if _is_robust(subject) else " or choose format.grading=robust"
         return fail(message, f"this reward accepts wrong answers: fix it{robust}", listed)
     if listed:
-        robust = "" if _is_robust(subject) else "; grading=robust reads most spellings"
+        robust = "" if _is_robust(subject) else "; format.grading=robust reads most spellings"
         remedy = f"these wrong answers earn too much, or these right ones too little{robust}"
         return warn(message, remedy, listed)
     return ok(message)
