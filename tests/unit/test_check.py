@@ -265,6 +265,19 @@ def test_the_remedy_for_solutions_without_an_answer_is_an_example(format, text, 
     assert remedy in found.remedy.removeprefix("most solutions state no answer: ").split(";")[0]
 
 
+def test_questions_that_are_too_long_to_be_asked_are_not_sampled():
+    class LongDev(Sums):
+        def load(self, *, seed: int) -> Splits:
+            splits = super().load(seed=seed)
+            dev = tuple(replace(p, question=p.question * 9) for p in splits.dev)
+            return replace(splits, dev=dev)
+
+    lengths = {"max_new": 10, "max_prompt": 20, "too_long": "drop"}
+    stages = {"reft": one_step_from("base")}
+    found = finding("accuracy", dataset=LongDev(num_train=4), stages=stages, lengths=lengths)
+    assert "solves 0 of 4 training questions" in found.message
+
+
 def test_the_json_report_has_the_same_content(sound: CheckReport):
     document = json.loads(sound.to_json())
     assert document["ok"] is True

@@ -3,9 +3,11 @@ and it comes where the mistake enters."""
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -105,6 +107,36 @@ def test_an_own_class_that_is_made_in_python_can_be_loaded_by_its_kind(tmp_path:
     made = type(loaded)(kl_coef=0.5)
     assert made.kind == f"{tmp_path}/own.py:Own"
     assert load_component(made.model_dump(), group="algorithms") == made
+
+
+@pytest.mark.parametrize("has_file", [True, False])
+def test_a_script_is_not_run_again_to_find_its_own_class(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_file: bool
+):
+    script = tmp_path / "script.py"
+    text = "from reftune.grading.rewards.outcome import Outcome\nclass Mine(Outcome):\n    pass\n"
+    script.write_text(f"{text}raise SystemExit\n")
+    main = ModuleType("__main__")
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    if has_file:
+        main.__file__ = str(script)
+    exec(text, main.__dict__)
+    kind = main.Mine().kind
+    assert kind == (f"{script}:Mine" if has_file else "__main__:Mine")
+    assert type(load_component(kind, group="rewards")) is main.Mine
+
+
+def test_a_file_that_loads_itself_is_refused(tmp_path: Path):
+    script = tmp_path / "script.py"
+    kind = f"{script}:Mine"
+    script.write_text(
+        "from reftune.grading.rewards.outcome import Outcome\n"
+        "from reftune.recipe import component_class\n"
+        f"class Mine(Outcome):\n    pass\ncomponent_class({kind!r}, group='rewards')\n"
+    )
+    for _ in range(2):
+        with pytest.raises(PydanticCustomError, match="uses itself while it is loaded; call"):
+            component_class(kind, group="rewards")
 
 
 def test_files_of_the_same_name_are_two_modules(tmp_path: Path):

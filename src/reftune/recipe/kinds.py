@@ -64,7 +64,7 @@ class Component(Table):
         module = cls.__module__
         if module.startswith("reftune."):
             return kind or module.rpartition(".")[2]
-        file = getattr(sys.modules.get(module), "__file__", module)
+        file = getattr(sys.modules.get(module), "__file__", None) or module
         return kind or f"{file}:{cls.__name__}"
 
 
@@ -171,6 +171,9 @@ def shipped_recipes() -> Path:
 
 def _user_object(kind: str) -> Any:
     file, _, name = kind.rpartition(":")
+    main = sys.modules["__main__"]  # a script is not run again to find its own class
+    if _is_file(main, file) and hasattr(main, name):
+        return getattr(main, name)
     try:
         path = Path(file).expanduser().resolve()
     except RuntimeError:  # the path begins with `~name`, but no user has that name
@@ -194,6 +197,14 @@ def _user_object(kind: str) -> Any:
     return getattr(module, name)
 
 
+def _is_file(module: ModuleType, file: str) -> bool:
+    """Whether `file` is the module's file or, for a module without a file, the module's name."""
+    return (
+        Path(getattr(module, "__file__", None) or module.__name__).absolute()
+        == Path(file).absolute()
+    )
+
+
 @functools.cache
 def _user_module(path: Path, changed_ns: int, size: int) -> ModuleType | None:
     """The module in the file `path`; None if it is not a Python file. All plug-ins in a file share
@@ -203,10 +214,24 @@ def _user_module(path: Path, changed_ns: int, size: int) -> ModuleType | None:
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         return None
+    if name in _LOADING:
+        raise refusal(
+            "runs",
+            f"{path} uses itself while it is loaded; call reftune.run or"
+            " reftune.evaluate only under `if __name__ == '__main__':`",
+        )
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # pydantic looks up postponed annotations there
-    spec.loader.exec_module(module)
+    _LOADING.add(name)
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        _LOADING.discard(name)
     return module
+
+
+_LOADING: set[str] = set()
+"""Names of the modules that `_user_module` is loading."""
 
 
 def component_field(group: str, *, default: str | None = None) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import chain, cycle, islice
+from itertools import cycle, islice
 from statistics import fmean
 from typing import Any
 
@@ -122,10 +122,14 @@ def check_dtype(subject: Subject) -> Finding:
 def check_accuracy(subject: Subject) -> Finding:
     """Check how many problems RL's initial model solves when it samples at temperature 1. Training
     problems are used if there are too few dev problems."""
-    limit, prompts = subject.prompt_limit, subject.prompts["train"]
-    train = (p for p in subject.splits.train if len(prompts[p.id]) <= limit)
-    problems = list(islice(chain(subject.splits.dev, train), NUM_SAMPLED))
-    kinds = "dev" if len(problems) <= len(subject.splits.dev) else "dev and training"
+    dev, train = (
+        [p for p in problems if len(subject.prompts[split][p.id]) <= subject.prompt_limit]
+        for split, problems in (("dev", subject.splits.dev), ("train", subject.splits.train))
+    )
+    if not (dev or train):
+        dev = list(subject.splits.dev)
+    problems = [*dev, *train][:NUM_SAMPLED]
+    kinds = " and ".join(["dev"] * bool(dev) + ["training"] * (len(problems) > len(dev)))
     rows = sample_rows(subject.policy, subject.collector, problems, subject.recipe, temperature=1.0)
     correct = sum(row["verdict"] == Verdict.CORRECT.value for row in rows)
     low, high = wilson(correct, len(rows))
