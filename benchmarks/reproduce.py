@@ -65,12 +65,13 @@ NOTES = {
         "SFT's samples with our reward model beats greedy decoding by 10.5 points [5.1, 15.9] and "
         "voting by 6.1 points [1.4, 10.8]; for ReFT, neither difference is significant.\n\n"
         "After a run of this recipe (or of `modern` or `tuned`, which extend it), reftune may "
-        "report that dev accuracy was still rising when ReFT began. The recipe evaluates dev only "
-        "every five epochs, so the [rule](handover.md) compares epoch 32, the end of the warm-up, "
-        "with epoch 15. After epoch 32, another 35 epochs of SFT raise test accuracy from 75.4 to "
-        "75.8, n.s. In [other runs](handover.md#what-was-compared) with 600 questions and "
-        "programs, ReFT beats SFT after a warm-up with 75.3 on test (hand-over at epoch 40), but "
-        "not after one with 64.4 (epoch 20)."
+        "report that dev accuracy was still rising when ReFT began. During the warm-up, the recipe "
+        "evaluates on dev only every five epochs. The [rule](handover.md) therefore compares the "
+        "end of the warm-up (epoch 32) with an evaluation as early as epoch 15. After epoch 32, "
+        "another 35 epochs of SFT raise test accuracy from 75.4 to 75.8, n.s. In [other "
+        "runs](handover.md#what-was-compared), with 600 questions solved by programs, ReFT beats "
+        "SFT after a warm-up that reached 75.3 on test (hand-over at epoch 40), but not after one "
+        "that reached 64.4 (epoch 20)."
     ),
     "modern": (
         "*ReFT* is PPO with the coefficients and value head of the authors' code. *ReFT modern* "
@@ -223,8 +224,8 @@ def page(tables: Mapping[str, Mapping[str, Any]], *, ours: bool) -> str:
         "Accuracies are in percent. Differences are in percentage points and paired by problem. "
         "Brackets contain 95% confidence intervals over seeds and problems; *n.s.* and *undecided* "
         'both stand for "not significant". Models are chosen on dev and scored once on test. '
-        "On a CPU with other instructions, such as AVX512 instead of AVX2, the same seed gives "
-        "[other accuracies](experiments/demo-search.md#the-demos-seeds). "
+        "On a CPU with a different instruction set, such as AVX512 instead of AVX2, the same seed "
+        "gives [different accuracies](experiments/demo-search.md#the-demos-seeds). "
         f"[Metrics](metrics.md#results) defines the columns.{limits(*tables.values())}",
         "## Which of the paper's findings hold here\n\n" + findings_table(tables),
     ]

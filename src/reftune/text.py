@@ -21,8 +21,8 @@ def shown(value: object) -> str:
 
 
 def brief(error: object) -> str:
-    """An error's message as one line of at most 200 characters. It is cut at a blank if there is
-    one in its second half."""
+    """An error's message as one line of at most 200 characters. A longer message is cut at a space,
+    if there is one after its first 100 characters."""
     line = " ".join(str(error).split())
     if len(line) <= 200:
         return line

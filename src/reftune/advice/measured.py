@@ -96,8 +96,9 @@ def _sample_speed(
 ) -> float:
     """The speed of sampling a solution of `num_tokens` tokens for each prompt, in tokens per second
     for all prompts together. If time is short, shorter solutions of at least `FEWEST_NEW_TOKENS`
-    tokens are measured. If their length is not `num_tokens`, the speed at `num_tokens` is
-    extrapolated. One token is assumed to take as long as `WARM_NEW_TOKENS`."""
+    tokens are measured. If the measured solutions do not have `num_tokens` tokens, the speed at
+    `num_tokens` is extrapolated. The extrapolation assumes that sampling one token takes as long as
+    sampling `WARM_NEW_TOKENS` tokens."""
 
     longest = max(map(len, prompts))
 

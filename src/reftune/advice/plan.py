@@ -142,7 +142,7 @@ def make_plan(
     only: str | None = None,
 ) -> Plan:
     """Estimate the memory that the stages need. If `only` is given, estimate it for that stage
-    alone. For stages that sample in their steps, also estimate the time of a step. `prompt` and
+    alone. For stages that sample in each step, also estimate the time per step. `prompt` and
     `response` are lengths in tokens, by default `lengths.max_prompt` (256 if unset) and
     `lengths.max_new`.
 

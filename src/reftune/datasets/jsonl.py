@@ -146,9 +146,9 @@ class Jsonl(FileDataset):
 
     def _id(self, row: Row, column: str | None) -> str:
         """The id in `column`, or `row.id` if there is no such column or the cell is null. Raises:
-        DataError if the user named the column, and the cell is blank text or contains neither text
-        nor a number. If the user did not name the column, the result for such a cell is `row.id`
-        too."""
+        DataError if the user named the column and the cell contains blank text, or something other
+        than text, a number or null. If the user did not name the column, the result for such a cell
+        is `row.id` too."""
         if column is None or (value := row.get(column)) is None:
             return row.id
         if isinstance(value, int | float):

@@ -84,9 +84,9 @@ class Mixture(Component):
         self, train: Sequence[Problem], part_of: Mapping[str, str], seed: int
     ) -> tuple[Problem, ...]:
         """The largest selection from `train` in which each dataset has its share, up to rounding.
-        `part_of` maps each problem's id to the name of its dataset; the id may have got a suffix
-        `-2` since. The problems are drawn with `seed`. If no shares are set, all of `train` is
-        returned."""
+        `part_of` maps each problem's id to the name of its dataset. An id in `train` may have a
+        suffix such as `-2`, which was added after `part_of` was made. The problems are drawn with
+        `seed`. If no shares are set, all of `train` is returned."""
         shares = {name: part.share for name, part in self.parts.items() if part.share is not None}
         if not shares:
             return tuple(train)

@@ -73,7 +73,7 @@ _PHRASES = (
 
 
 def statements(completion: str, reading: Reading = DEFAULT) -> list[Statement]:
-    """The statements of a completion, in order. A statement is a text that a marker introduces.
+    """The statements of a completion, in order. A statement is the text that a marker introduces.
     Only the last `MAX_STATEMENTS` markers count. Markers include "the answer is", "answer:",
     "####", the heading "Final Answer", `\\boxed{…}`, `<answer>…</answer>` and `reading.markers`.
 

@@ -257,7 +257,7 @@ def _whole(
 ) -> dict[str, tuple[EvalRow, ...]]:
     """The complete evaluations. `sizes` contains the split sizes from data.json. An evaluation is
     incomplete if it has fewer problems than the longest evaluation, or fewer than the recipe asks
-    for. An evaluation of other problems (not the first ones of the longest evaluation) always
+    for. If an evaluation's problems are not the first problems of the longest evaluation, it always
     counts as complete, so that the caller can report the difference."""
     ids = {name: [row.id for row in rows] for name, rows in evals.items()}
     longest = max(ids.values(), key=len, default=[])

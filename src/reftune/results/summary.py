@@ -186,8 +186,9 @@ def read_groups(run_dirs: Sequence[Path | str], *, finished: bool = True) -> lis
 def comparable_groups(runs: Sequence[RunResults]) -> list[Group]:
     """The runs in groups, as `group_runs` returns them. Raises: DataError if the methods of a run
     answered different problems. With several groups, DataError is also raised if the groups have
-    different numbers of seeds, or if two runs answered different problems. If all groups have the
-    same seeds, runs with different seeds may have answered different problems."""
+    different numbers of seeds, or if two runs answered different problems. There is one exception:
+    if all groups have the same seeds, only runs with the same seed must have answered the same
+    problems."""
     for run in runs:
         if not _same_problems(run.evals.values()):
             raise DataError(
@@ -328,10 +329,10 @@ def _are_one_model(a: MethodScore, b: MethodScore) -> bool:
 
 
 def _model_of(run: RunResults, method: str) -> str:
-    """The name of the model that the weights of `method` belong to. For a stage that never beat its
-    initial model on dev, this is the initial model. If `method` is a snapshot taken at the step
-    that its stage chose in the end, this is the stage's model. In all other cases, it is `method`
-    itself."""
+    """The name of the model that the weights of `method` belong to. If `method` is the model of a
+    stage that never beat its initial model on dev, this is the initial model. If `method` is a
+    snapshot taken at the step that its stage chose in the end, this is the stage's model. In all
+    other cases, it is `method` itself."""
     stage = run.stages.get(method)
     if stage is None:
         return method

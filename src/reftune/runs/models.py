@@ -37,10 +37,10 @@ class Models:
 
     def load(self, name: str, *, trained: bool = False) -> Policy:
         """The model `name` as a policy. With `trained`, the policy is built for training. If the
-        recipe also sets `lora`, the policy has adapters to train. These are new, unless the base
-        model is quantized to 4 bits and `name` is not `base`: then they are the adapters saved with
-        `name`. The policy is kept for later calls, so the caller must not change it, even with
-        `trained`. To get a policy that may be changed, call `take`.
+        recipe also sets `lora`, the policy has adapters to train. These are new, except when the
+        base model is quantized to 4 bits and `name` is not `base`. In that case, they are the
+        adapters saved with `name`. The policy is kept for later calls, so the caller must not
+        change it, even with `trained`. To get a policy that may be changed, call `take`.
         Raises: RecipeError if the model has not been trained yet, or if this machine or FSDP2 does
         not support a setting; ModelError if the model cannot be used."""
         table = self.recipe.model

@@ -234,9 +234,8 @@ class Loop:
     @contextmanager
     def _saving(self) -> Iterator[None]:
         """If the engine fails inside the `with` block, save a checkpoint if the stage has advanced
-        since the last one. Then raise the engine's error again. Use this only if an engine error is
-        always raised in every process, and only if the stage can then be resumed from its current
-        state.
+        since the last one. Then raise the engine's error again. Use this only if every engine error
+        is raised in all processes, and the stage can be resumed afterwards from its current state.
         Raises: Interrupted instead of the engine's error, if the run has received SIGINT or
         SIGTERM, because the signal may have stopped the engine too."""
         try:

@@ -218,9 +218,9 @@ def _other_solutions(rows: Sequence[Row]) -> list[Written]:
 
 
 def check_reward(subject: Subject) -> Finding:
-    """Compute the rewards of gold solutions, of gold solutions to other problems and of empty
-    completions, for up to `NUM_REWARDED` problems each. Check that the problems' own gold solutions
-    have the highest mean reward. Raises: RewardError if the reward function fails."""
+    """For up to `NUM_REWARDED` problems, compute the rewards of the problem's own gold solution, of
+    another problem's gold solution and of an empty completion. Check that the problems' own gold
+    solutions have the highest mean reward. Raises: RewardError if the reward function fails."""
     rows = subject.rows[:NUM_REWARDED]
     if not rows:
         return ok("not checked, because there are no gold solutions")

@@ -103,10 +103,10 @@ def is_missing(cell: object) -> bool:
 
 def worked_solution(text: str) -> str | None:
     """The worked solution in `text`. The last `####` and everything after it are cut off. However,
-    if a marker with a different answer follows, the `####` is taken for a heading, and nothing is
-    cut off. Other markers before the `####` are kept, with their answers. A text without `####` is
-    not changed. Returns None if `text` has no answer marker (such as `####` or a LaTeX box), or if
-    it consists of the answer alone."""
+    if another answer marker (such as a LaTeX box) follows and gives a different answer, the `####`
+    is taken for a heading, and nothing is cut off. Other markers before the `####` are kept, with
+    their answers. A text without `####` is not changed. Returns None if `text` has no answer marker
+    (such as `####` or a LaTeX box), or if it consists of the answer alone."""
     before, hashes, after = text.rpartition("####")
     if hashes and after.strip():
         line, _, below = after.strip().partition("\n")
