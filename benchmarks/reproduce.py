@@ -66,12 +66,12 @@ NOTES = {
         "voting by 6.1 points [1.4, 10.8]; for ReFT, neither difference is significant.\n\n"
         "After a run of this recipe (or of `modern` or `tuned`, which extend it), reftune may "
         "report that dev accuracy was still rising when ReFT began. During the warm-up, the recipe "
-        "evaluates on dev only every five epochs. The [rule](handover.md) therefore compares the "
-        "end of the warm-up (epoch 32) with an evaluation as early as epoch 15. After epoch 32, "
-        "another 35 epochs of SFT raise test accuracy from 75.4 to 75.8, n.s. In [other "
-        "runs](handover.md#what-was-compared), with 600 questions solved by programs, ReFT beats "
-        "SFT after a warm-up that reached 75.3 on test (hand-over at epoch 40), but not after one "
-        "that reached 64.4 (epoch 20)."
+        "evaluates on dev only every five epochs. The [rule behind this report](handover.md) "
+        "therefore compares the end of the warm-up (epoch 32) with an evaluation as early as epoch "
+        "15. After epoch 32, another 35 epochs of SFT raise test accuracy from 75.4 to 75.8, n.s. "
+        "In [other runs](handover.md#what-was-compared), with 600 questions solved by programs, "
+        "ReFT beats SFT after a warm-up that reached 75.3 on test (hand-over at epoch 40), but not "
+        "after one that reached 64.4 (epoch 20)."
     ),
     "modern": (
         "*ReFT* is PPO with the coefficients and value head of the authors' code. *ReFT modern* "

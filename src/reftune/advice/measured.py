@@ -97,8 +97,8 @@ def _sample_speed(
     """The speed of sampling a solution of `num_tokens` tokens for each prompt, in tokens per second
     for all prompts together. If time is short, shorter solutions of at least `FEWEST_NEW_TOKENS`
     tokens are measured. If the measured solutions do not have `num_tokens` tokens, the speed at
-    `num_tokens` is extrapolated. The extrapolation assumes that sampling one token takes as long as
-    sampling `WARM_NEW_TOKENS` tokens."""
+    `num_tokens` is extrapolated. For a solution of one token, the time for `WARM_NEW_TOKENS` tokens
+    is used."""
 
     longest = max(map(len, prompts))
 

@@ -145,10 +145,10 @@ class Jsonl(FileDataset):
         return self.columns is not None and field in self.columns.model_fields_set
 
     def _id(self, row: Row, column: str | None) -> str:
-        """The id in `column`, or `row.id` if there is no such column or the cell is null. Raises:
-        DataError if the user named the column and the cell contains blank text, or something other
-        than text, a number or null. If the user did not name the column, the result for such a cell
-        is `row.id` too."""
+        """The id in `column`, or `row.id` if there is no such column or the cell is null. A cell is
+        valid if it is null, a number or text that is not blank. Raises: DataError if the user named
+        the column and its cell is not valid. If the user did not name the column, the result for
+        such a cell is `row.id` too."""
         if column is None or (value := row.get(column)) is None:
             return row.id
         if isinstance(value, int | float):

@@ -235,7 +235,7 @@ class Loop:
     def _saving(self) -> Iterator[None]:
         """If the engine fails inside the `with` block, save a checkpoint if the stage has advanced
         since the last one. Then raise the engine's error again. Use this only if every engine error
-        is raised in all processes, and the stage can be resumed afterwards from its current state.
+        is raised in all processes and leaves the stage in a state that can be resumed.
         Raises: Interrupted instead of the engine's error, if the run has received SIGINT or
         SIGTERM, because the signal may have stopped the engine too."""
         try:

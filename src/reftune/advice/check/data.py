@@ -218,7 +218,7 @@ def _other_solutions(rows: Sequence[Row]) -> list[Written]:
 
 
 def check_reward(subject: Subject) -> Finding:
-    """For up to `NUM_REWARDED` problems, compute the rewards of the problem's own gold solution, of
+    """For each of up to `NUM_REWARDED` problems, compute the rewards of its own gold solution, of
     another problem's gold solution and of an empty completion. Check that the problems' own gold
     solutions have the highest mean reward. Raises: RewardError if the reward function fails."""
     rows = subject.rows[:NUM_REWARDED]

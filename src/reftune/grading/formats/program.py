@@ -240,9 +240,9 @@ def scripts_in(completion: str) -> tuple[Script, ...]:
     `programs_in` handles this case. If the completion is indented text without fenced blocks, it is
     run as the body of a function `solution`. Any other completion must state an answer. A line that
     begins with `print(…)` states one, even if the line is indented. So does an unindented line that
-    assigns to `result` or to one of `ANSWER_NAMES`. For such a completion, the program is the last
-    fenced block that states an answer. If no block does, the program is the whole text. The program
-    is first tried alone, then preceded by the blocks above it."""
+    assigns to `result` or to one of `ANSWER_NAMES`. If the completion does state an answer, the
+    program is the last fenced block that states one, or the whole text if no block does. The
+    program is first tried alone, then preceded by the blocks above it."""
     text, blocks = _text_and_blocks(completion)
     if any(map(_SOLUTION.search, (*blocks, text))):
         return ()
