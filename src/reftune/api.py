@@ -240,8 +240,8 @@ def _path(model: str | Path) -> str:
 
 def _policy(path: str, recipe: Mapping[str, Any]) -> Policy:
     """Load the model as a policy that cannot be trained. Its dtype is `model.dtype` in `recipe`,
-    the settings of the run that trained the model. If `recipe` is empty, `model.dtype` is
-    `auto`."""
+    the settings of the run that trained the model. If `recipe` is empty, the dtype is chosen as for
+    `model.dtype: auto`."""
     import torch
 
     from reftune.model.policy import Policy

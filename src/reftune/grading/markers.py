@@ -79,9 +79,9 @@ def statements(completion: str, reading: Reading = DEFAULT) -> list[Statement]:
 
     A completion that ends inside `<think>` has no statements. Otherwise, text counts only if it is
     after the last `</think>` and before any new question that the model writes (see
-    `Reading.stop_at`). A heading is a marker only if there is no other marker and one short line
-    follows the heading. A remark on an earlier statement, such as "so our answer is correct", is
-    not a statement.
+    `Reading.stop_at`). The heading "Final Answer" is a marker only if there is no other marker and
+    one short line follows the heading. A remark on an earlier statement, such as "so our answer is
+    correct", is not a statement.
     """
     start, end = _answering_part(completion, reading)
     marker = marker_pattern(reading.markers)

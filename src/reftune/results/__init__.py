@@ -48,7 +48,7 @@ def table_command(
     """The output of `reftune table RUN…`: the results of the final evaluation, formatted as `text`,
     `markdown`, `latex` or `json`.
 
-    In the layout `methods`, one table compares all methods on the same problems. The layout `paper`
+    In the `methods` layout, one table compares all methods on the same problems. The `paper` layout
     follows the paper's tables. `auto` chooses `paper` if the runs differ in task or kind of
     rationale, and `methods` if not. Votes use the first `k` samples of each problem, or all samples
     if `k` is None. With `finished`, unfinished runs are refused. Raises: DataError if a run is

@@ -101,8 +101,8 @@ def _offline_dataset(dataset: Component, where: str) -> tuple[Component, list[st
     """Choose the `dataset` or, if its training data is not on this machine, reftune's examples. Dev
     or test data that is not on this machine is left out. The choice is made separately for each
     part of a mixture. `where` is the dataset's key in the recipe. Returns: the chosen dataset and,
-    for each source that is not on this machine, a message that says whether it is replaced or left
-    out. Raises: DataError if reftune has no examples for this kind of dataset."""
+    for each file or folder of data that is not on this machine, a message that says whether it is
+    replaced or left out. Raises: DataError if reftune has no examples for this kind of dataset."""
     if isinstance(dataset, Mixture):
         parts, missing = {}, []
         for name, part in dataset.parts.items():

@@ -163,8 +163,9 @@ def same_gold(a: Answer, b: Answer) -> bool:
 
 def normalised(text: str, decimal: str = ".") -> str:
     """The words, numbers and symbols of `text`, in lower case and separated by single spaces.
-    Sentence punctuation and hyphens between words are left out. Thousands commas are left out
-    unless `decimal` is a comma. Between two single letters, "-" is a minus sign and stays."""
+    Sentence punctuation and hyphens between words are left out. Commas that separate thousands are
+    left out unless `decimal` is a comma. Between two single letters, "-" is a minus sign and
+    stays."""
     found = TOKEN.findall(re.sub("[’′]", "'", text.casefold()))
     tokens = [
         token.replace(",", "") if decimal == "." and _GROUPED.fullmatch(token) else token
