@@ -75,13 +75,14 @@ _PHRASES = (
 def statements(completion: str, reading: Reading = DEFAULT) -> list[Statement]:
     """The statements of a completion, in order. A statement is the text that a marker introduces.
     Only the last `MAX_STATEMENTS` markers count. Markers include "the answer is", "answer:",
-    "####", the heading "Final Answer", `\\boxed{…}`, `<answer>…</answer>` and `reading.markers`.
+    "####", the headings "Answer" and "Final Answer", `\\boxed{…}`, `<answer>…</answer>` and
+    `reading.markers`.
 
     A completion that ends inside `<think>` has no statements. Otherwise, text counts only if it is
     after the last `</think>` and before any new question that the model writes (see
-    `Reading.stop_at`). The heading "Final Answer" is a marker only if there is no other marker and
-    one short line follows the heading. A remark on an earlier statement, such as "so our answer is
-    correct", is not a statement.
+    `Reading.stop_at`). Such a heading is a marker only if there is no other marker and one short
+    line follows the heading. A remark on an earlier statement, such as "so our answer is correct",
+    is not a statement.
     """
     start, end = _answering_part(completion, reading)
     marker = marker_pattern(reading.markers)
