@@ -233,7 +233,7 @@ def _facts(method: MethodScore) -> list[str]:
         None if dev is None else f"dev {percent(dev)}",
         None if method.looks is None else f"dev evaluations: {method.looks}",
         f"{_count(mean(known))} training sequences since the base model" if known else None,
-        None if seconds is None else duration(seconds),
+        None if seconds is None else f"{duration(seconds)} in its own stage",
     ]
     return [fact for fact in facts if fact is not None]
 
