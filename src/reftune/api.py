@@ -17,7 +17,14 @@ from reftune.datasets.reading.rows import Row
 from reftune.errors import DataError, RecipeError
 from reftune.grading.formats import Format, grades_of
 from reftune.processes import launch, world
-from reftune.recipe import LengthTable, Recipe, load_component, load_recipe, parse_recipe
+from reftune.recipe import (
+    LengthTable,
+    ModelTable,
+    Recipe,
+    load_component,
+    load_recipe,
+    parse_recipe,
+)
 from reftune.results.records import read_json, read_recipe
 from reftune.results.stats import wilson
 from reftune.storage.run_folder import EXPORT_SETTINGS, StageFolder
@@ -246,7 +253,6 @@ def _policy(path: str, recipe: Mapping[str, Any]) -> Policy:
 
     from reftune.model.policy import Policy
     from reftune.model.weights import load_model
-    from reftune.recipe import ModelTable
     from reftune.runs.auto import choose_device, fastest_dtype
 
     dtype = (recipe.get("model") or {}).get("dtype", "auto")
@@ -277,7 +283,6 @@ def _exported(path: str, *, has_format: bool) -> Mapping[str, Any]:
     or its grader is in a user's file, because loading a model folder must not run code. With
     `has_format`, the RecipeError is not raised."""
     from reftune.model.weights import resolve
-    from reftune.recipe import ModelTable
 
     file = Path(resolve(path)) / EXPORT_SETTINGS
     settings = read_json(file)

@@ -44,7 +44,7 @@ def write_figures(run_dirs: Sequence[Path | str], folder: Path | str) -> list[Pa
         )
         for chart in curves
     }
-    if _png(_titled("A", Markup(), HEIGHT)) == _png(_titled("", Markup(), HEIGHT)):
+    if _png(_titled("A", Markup(), 0)) == _png(_titled("", Markup(), 0)):
         LOG.warning("the PNG figures have no text: no known font; install one such as DejaVu Sans")
     with writing(Path(folder)):
         Path(folder).mkdir(parents=True, exist_ok=True)
